@@ -1,0 +1,267 @@
+"""GenEval for the world of nano/shapes.py: finds shapes and reads words in pictures without a network.
+
+The rule is GenEval's (Ghosh et al. 2023, evaluation/evaluate_images.py); only its detector (Mask2Former)
+and its colour classifier (CLIP) are replaced by segmentation by hue and by templates drawn with
+`shapes.coverage`.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from nano.shapes import COLORS, GLYPHS, SHAPES, TASKS, Object, coverage
+
+POSITION_MARGIN = 0.1  # GenEval's POSITION_THRESHOLD
+SMALLEST_AREA = 0.007  # of the picture; the smallest star that shapes.py draws covers 0.011
+LEAST_OVERLAP = 0.72  # intersection over union with the best template, below which a blob is no shape
+TURNS = {
+    "circle": 1,
+    "ring": 1,
+    "square": 4,
+    "cross": 4,
+    "triangle": 3,
+    "star": 5,
+}  # in which a shape repeats
+GRID = 20  # samples a side of a normalised mask
+CONTRAST = 40  # least distance of a word's ink from its background, in levels
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A shape found in a picture: box (x0, y0, x1, y1) in pixels, end exclusive, and confidence 0 to 1."""
+
+    shape: str
+    color: str
+    box: tuple[float, float, float, float]
+    confidence: float
+
+
+def detect(image: np.ndarray) -> list[Detection]:
+    """The shapes in a picture (H, W, 3) uint8 on a neutral background, the most confident first.
+
+    Every pixel gets the palette's nearest hue, which blending with grey at an object's edge does not
+    change. Connected pixels of one hue, more than half covered by it, are an object if a shape's template
+    overlaps them well.
+    """
+    labels, cover = _segment(image)
+    found = []
+    for label, color in enumerate(COLORS):
+        mask = (labels == label) & (cover > 0.5)
+        if mask.sum() >= SMALLEST_AREA * mask.size:
+            found += _blobs(mask, np.where(labels == label, cover, 0), color)
+    return sorted(found, key=lambda detection: -detection.confidence)
+
+
+def score(image: np.ndarray, metadata: dict[str, Any]) -> tuple[bool, str]:
+    """Whether a picture fulfils a GenEval request, and in words what is wrong with it."""
+    return judge(detect(image), metadata)
+
+
+def judge(detections: list[Detection], metadata: dict[str, Any]) -> tuple[bool, str]:
+    """GenEval's `evaluate`: every entry of `include` has to hold and none of `exclude` may.
+
+    Colours and positions are those of the `count` most confident detections of the class, so that more
+    objects than asked for are wrong only where `exclude` says so, and an entry whose target was not found
+    cannot be in place.
+    """
+    objects = {shape: [d for d in detections if d.shape == shape] for shape in SHAPES}
+    reasons, groups = [], []
+    for entry in metadata["include"]:
+        group = objects[entry["class"]][: entry["count"]]
+        wrong = _missing(entry, group)
+        groups.append([] if wrong else group)
+        if not wrong and "position" in entry:
+            wrong = _misplaced(entry, group, groups[entry["position"][1]])
+        reasons += [wrong] if wrong else []
+    for entry in metadata.get("exclude", []):
+        if len(objects[entry["class"]]) >= entry["count"]:
+            reasons.append(
+                f"expected {entry['class']}<{entry['count']}, found {len(objects[entry['class']])}"
+            )
+    return not reasons, "\n".join(reasons)
+
+
+def overall(results: dict[str, list[bool]]) -> dict[str, float]:
+    """Accuracy of every task and, as `overall`, their mean: GenEval weighs tasks alike, not pictures."""
+    missing = [task for task in TASKS if not results.get(task)]
+    if missing:
+        raise ValueError(
+            f"GenEval's overall is a mean of six tasks, but there are no results of {', '.join(missing)}"
+        )
+    accuracies = {task: float(np.mean(results[task])) for task in TASKS}
+    return accuracies | {"overall": float(np.mean(list(accuracies.values())))}
+
+
+def relations(one: Detection, other: Detection) -> set[str]:
+    """GenEval's `relative_position`: where `one` is, seen from `other`; on a diagonal two relations hold."""
+    boxes = np.array([one.box, other.box]).reshape(2, 2, 2)
+    offset = np.subtract(*boxes.mean(axis=1))
+    extent = (boxes[:, 1] - boxes[:, 0]).sum(axis=0)
+    revised = np.maximum(np.abs(offset) - POSITION_MARGIN * extent, 0) * np.sign(offset)
+    if np.all(np.abs(revised) < 1e-3):
+        return set()
+    x, y = revised / np.linalg.norm(offset)
+    holding = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return {relation for relation, holds in holding.items() if holds}
+
+
+def read_word(image: np.ndarray) -> str:
+    """The word of one to four capitals in a picture (H, W, 3) uint8 on a plain background, else "".
+
+    The box of the ink tells scale and length, since every letter fills its five columns and seven rows;
+    each letter is then the glyph that correlates best over small shifts and changes of the scale.
+    """
+    ink = ndimage.gaussian_filter(_ink(image), 0.5)  # cells are read at points, so edges have to be soft
+    blobs, count = ndimage.label(ndimage.binary_dilation(ink > 0.5, iterations=len(ink) // 12))
+    if count == 0:
+        return ""
+    kept = 1 + np.argmax(ndimage.sum_labels(ink, blobs, range(1, count + 1)))
+    return _fit_letters(ink, *_extent((ink > 0.5) & (blobs == kept)))
+
+
+def _segment(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number of the palette's nearest hue and coverage by it, both (H, W)."""
+    hues = _opponent(image.astype(np.float64))
+    palette = _opponent(np.array(list(COLORS.values()), dtype=np.float64))
+    strength = np.linalg.norm(palette, axis=-1)
+    smooth = ndimage.uniform_filter(hues, (3, 3, 0))
+    labels = np.argmax(smooth @ (palette / strength[:, None]).T, axis=-1)
+    return labels, np.clip(np.linalg.norm(hues, axis=-1) / strength[labels], 0, 1)
+
+
+def _opponent(rgb: np.ndarray) -> np.ndarray:
+    """Chroma as a vector whose angle is the hue; greys are the origin."""
+    red, green, blue = np.moveaxis(rgb, -1, 0)
+    return np.stack([red - (green + blue) / 2, (green - blue) * 0.75**0.5], axis=-1)
+
+
+def _blobs(mask: np.ndarray, cover: np.ndarray, color: str) -> list[Detection]:
+    """Connected components of the mask that are shapes."""
+    blobs, _ = ndimage.label(mask)
+    found = []
+    for number, window in enumerate(ndimage.find_objects(blobs), start=1):
+        rows, columns = window
+        window = tuple(slice(max(0, s.start - 1), s.stop + 1) for s in window)
+        mine = blobs[window] == number
+        if mine.sum() >= SMALLEST_AREA * mask.size:
+            shape, confidence = _classify(cover[window] * ndimage.binary_dilation(mine, np.ones((3, 3))))
+            if confidence >= LEAST_OVERLAP:
+                found.append(
+                    Detection(shape, color, (columns.start, rows.start, columns.stop, rows.stop), confidence)
+                )
+    return found
+
+
+def _classify(cover: np.ndarray) -> tuple[str, float]:
+    """The shape whose template has the largest soft intersection over union with a mask, and that."""
+    names, bank = _templates()
+    mask = _normalise(cover)
+    shared = np.minimum(mask, bank).sum(axis=-1)
+    overlap = shared / (mask.sum() + bank.sum(axis=-1) - shared)
+    best = int(np.argmax(overlap))
+    return names[best], float(overlap[best])
+
+
+@cache
+def _templates() -> tuple[list[str], np.ndarray]:
+    """Names and normalised masks (n, GRID * GRID) of all shapes: small and large, sharp and soft, turned."""
+    names, masks = [], []
+    for shape, radius, blur in product(SHAPES, (6, 9), (0, 1)):
+        turn = 360 / TURNS[shape]
+        for angle in np.arange(0, turn if TURNS[shape] > 1 else 1, 7.5):
+            tilt = float(np.tan(np.radians(angle / 2)))
+            thing = Object(shape, "red", 16, 16, radius, tilt, (0, 0, 0))
+            window, cover = coverage(thing, 32)
+            canvas = np.zeros((32, 32))
+            canvas[window] = cover
+            names.append(shape)
+            masks.append(_normalise(ndimage.gaussian_filter(canvas, blur)))
+    return names, np.stack(masks)
+
+
+def _normalise(cover: np.ndarray) -> np.ndarray:
+    """A mask resampled around its centre so that all have one area, as GRID * GRID values."""
+    area = cover.sum()
+    rows, columns = np.indices(cover.shape)
+    center = (cover * rows).sum() / area, (cover * columns).sum() / area
+    steps = np.linspace(-1, 1, GRID) * np.sqrt(area)
+    places = np.stack(np.meshgrid(center[0] + steps, center[1] + steps, indexing="ij"))
+    return ndimage.map_coordinates(cover, places, order=1).ravel()
+
+
+def _missing(entry: dict[str, Any], group: list[Detection]) -> str:
+    """What is wrong with the number or the colours of the detections for an entry of `include`."""
+    if len(group) < entry["count"]:
+        return f"expected {entry['class']}>={entry['count']}, found {len(group)}"
+    colors = [detection.color for detection in group]
+    if "color" in entry and colors.count(entry["color"]) < entry["count"]:
+        return f"expected {entry['color']} {entry['class']}>={entry['count']}, found {', '.join(colors)}"
+    return ""
+
+
+def _misplaced(entry: dict[str, Any], group: list[Detection], targets: list[Detection]) -> str:
+    """What is wrong with the place of detections relative to those of the entry that they refer to."""
+    relation = entry["position"][0]
+    if not targets:
+        return f"no target for {entry['class']} to be {relation}"
+    for one in group:
+        for other in targets:
+            if relation not in relations(one, other):
+                holding = " and ".join(sorted(relations(one, other))) or "in the same place"
+                return f"expected {one.shape} {relation} {other.shape}, found it {holding}"
+    return ""
+
+
+def _ink(image: np.ndarray) -> np.ndarray:
+    """Share (H, W) in each pixel of the colour farthest from the background, the border's median."""
+    pixels = image.astype(np.float64)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    away = pixels - np.median(border, axis=0)
+    distance = np.linalg.norm(away, axis=-1)
+    strongest = distance >= np.percentile(distance, 99.5)
+    direction = away[strongest].mean(axis=0)
+    if np.linalg.norm(direction) < CONTRAST:
+        return np.zeros(image.shape[:2])
+    return np.clip(away @ direction / (direction @ direction), 0, 1)
+
+
+def _extent(mask: np.ndarray) -> tuple[float, float, float, float]:
+    """Top, left, bottom and right of a mask, in pixels."""
+    rows, columns = ndimage.find_objects(mask.astype(int))[0]
+    return rows.start, columns.start, rows.stop, columns.stop
+
+
+def _fit_letters(ink: np.ndarray, top: float, left: float, bottom: float, right: float) -> str:
+    """The word that differs least from the ink at its letters' cells, in about this box."""
+    names, glyphs = _alphabet()
+    least, word = 0.2, ""
+    for length in range(1, 5):
+        scale = (right - left) / (6 * length - 1)
+        if 0.7 < scale * 7 / (bottom - top) < 1.4:
+            cells = _cells(ink, (top + bottom) / 2, (left + right) / 2, scale, length)
+            errors = ((cells[:, :, None] - glyphs) ** 2).mean(axis=-1)
+            fit = errors.min(axis=-1).mean(axis=-1)
+            best = int(np.argmin(fit))
+            if fit[best] < least:
+                least, word = fit[best], "".join(names[i] for i in errors[best].argmin(axis=-1))
+    return word
+
+
+def _cells(ink: np.ndarray, y: float, x: float, scale: float, length: int) -> np.ndarray:
+    """Ink at the cells' centres (n, length, 35), for small changes of the scale and of the centre (y, x)."""
+    stretch, down, right = np.meshgrid([0.92, 0.96, 1, 1.04], [-0.6, 0, 0.6], [-0.6, 0, 0.6])
+    letter, row, column = np.indices((length, 7, 5)).reshape(3, 1, -1)
+    step = scale * stretch.reshape(-1, 1)
+    ys = y - 0.5 + down.reshape(-1, 1) + (row - 3) * step
+    xs = x - 0.5 + right.reshape(-1, 1) + (6 * letter + column - 3 * length + 1) * step
+    return ndimage.map_coordinates(ink, [ys, xs], order=1).reshape(len(step), length, 35)
+
+
+@cache
+def _alphabet() -> tuple[list[str], np.ndarray]:
+    """The capitals and their bitmaps (26, 35)."""
+    return list(GLYPHS), np.stack([glyph.ravel() for glyph in GLYPHS.values()]).astype(np.float64)

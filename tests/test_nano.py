@@ -1,0 +1,287 @@
+"""The synthetic world: pictures are what their captions, questions and requests say, on every machine."""
+
+import hashlib
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from nano import shapes
+from nano.scorer import Detection, detect, judge, overall, read_word, relations, score
+
+COUNT = 50  # prompts a task
+SHAPE = rf"({'|'.join(shapes.SHAPES)})"
+RELATED = {
+    relation: re.compile(
+        rf"{SHAPE}\w* ?(?:,|and) [a-z]+ [a-z]+ {SHAPE}\w* (?:to the )?{relation} (?:it|them)"
+    )
+    for relation in shapes.RELATIONS
+}
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return {task: [shapes.prompt(task, 0, i) for i in range(COUNT)] for task in shapes.TASKS}
+
+
+@pytest.fixture(scope="module")
+def pictures(prompts):
+    return {task: [shapes.render(p, i) for i, p in enumerate(some)] for task, some in prompts.items()}
+
+
+def accuracy(pictures, prompts):
+    pairs = {task: zip(pictures[task], prompts[task], strict=True) for task in shapes.TASKS}
+    return overall({task: [score(*pair)[0] for pair in some] for task, some in pairs.items()})
+
+
+def degraded(image, blur=0.6, noise=6.0):
+    """A picture as a decoder would give it: soft and a little noisy."""
+    grain = np.random.default_rng(0).normal(0, noise, image.shape)
+    soft = ndimage.gaussian_filter(image.astype(np.float64), (blur, blur, 0))
+    return np.clip(np.round(soft + grain), 0, 255).astype(np.uint8)
+
+
+def held_out_in(text):
+    return [f"{color} {shape}" for shape, color in shapes.HELD_OUT if f"{color} {shape}" in text]
+
+
+def test_pixels_are_pinned():
+    digest = hashlib.sha256()
+    for domain in shapes.DOMAINS:
+        for i in range(100):
+            sample = shapes.draw(domain, 7, i)
+            digest.update(sample.image.tobytes() + repr((sample.caption, sample.questions)).encode())
+    for task in shapes.TASKS:
+        prompt = shapes.prompt(task, 7, 7)
+        digest.update(shapes.render(prompt, 7, 64).tobytes() + prompt["prompt"].encode())
+    assert digest.hexdigest() == "9b050e8e9ab2def31c65e0ebc8af97fb3350bf88979dd0ab9fd4d6f60e7580a5"
+
+
+def test_draws_do_not_depend_on_their_order():
+    forward = [shapes.draw(domain, 1, i) for domain in shapes.DOMAINS for i in range(10)]
+    backward = [shapes.draw(domain, 1, i) for domain in shapes.DOMAINS[::-1] for i in range(9, -1, -1)][::-1]
+    for one, other in zip(forward, backward, strict=True):
+        assert np.array_equal(one.image, other.image) and one.caption == other.caption
+    assert len({sample.image.tobytes() for sample in forward}) == len(forward)
+    assert not np.array_equal(shapes.draw("objects", 2, 0).image, forward[0].image)
+
+
+@pytest.mark.parametrize("domain", shapes.DOMAINS)
+@pytest.mark.parametrize("size", [48, 64])
+def test_samples_are_well_formed(domain, size):
+    for i in range(20):
+        sample = shapes.draw(domain, 2, i, size)
+        assert sample.image.shape == (size, size, 3) and sample.image.dtype == np.uint8
+        assert 2 <= len(sample.questions) <= 4 and len(dict(sample.questions)) == len(sample.questions)
+        assert (sample.word is None) == (domain != "text") and (sample.task is None) == (domain != "objects")
+        assert not re.search(r"\ban? (?<=\ba )[aeiou]|\ban [^aeiou]", sample.caption), sample.caption
+
+
+def test_unknown_domain_is_refused():
+    with pytest.raises(ValueError, match="objects, scenes, text"):
+        shapes.draw("faces", 0, 0)
+
+
+def test_held_out_pairs_never_occur_in_training():
+    assert {shape for shape, _ in shapes.HELD_OUT} == set(shapes.SHAPES)
+    for i in range(3000):
+        sample = shapes.draw("scenes" if i % 3 == 0 else "objects", 3, i)
+        assert not any((thing.shape, thing.color) in shapes.HELD_OUT for thing in sample.objects)
+        assert not held_out_in(sample.caption)
+
+
+def test_held_out_prompts_hold_nothing_else():
+    for task in ("colors", "color_attr"):
+        for i in range(COUNT):
+            prompt = shapes.prompt(task, 0, i, held_out=True)
+            assert len(held_out_in(prompt["prompt"])) == len(prompt["include"])
+            assert score(shapes.render(prompt, i), prompt) == (True, "")
+    with pytest.raises(ValueError, match="counting"):
+        shapes.prompt("counting", 0, 0, held_out=True)
+
+
+def test_prompts_are_genevals(prompts):
+    for task, some in prompts.items():
+        for prompt in some:
+            assert prompt["tag"] == task and not held_out_in(prompt["prompt"])
+            for entry in prompt["include"]:
+                assert entry["class"] in prompt["prompt"] and entry.get("color", "") in prompt["prompt"]
+            assert len({entry["class"] for entry in prompt["include"]}) == len(prompt["include"])
+    for prompt in prompts["counting"]:
+        (wanted,), (unwanted,) = prompt["include"], prompt["exclude"]
+        assert unwanted == {"class": wanted["class"], "count": wanted["count"] + 1}
+    assert all(p["include"][1]["position"][1] == 0 for p in prompts["position"])
+    assert {"color" in p["include"][0] for p in prompts["position"]} == {True, False}
+
+
+def test_prompts_are_another_stream_than_training():
+    training = [shapes.draw("objects", 0, i).caption for i in range(60)]
+    asked = [shapes.prompt(task, 0, i)["prompt"] for task in shapes.TASKS for i in range(10)]
+    assert sum(one == other for one, other in zip(training, asked, strict=True)) < 5
+
+
+def test_true_pictures_score(pictures, prompts):
+    assert accuracy(pictures, prompts)["overall"] >= 0.99
+
+
+def test_true_pictures_score_at_another_size(prompts):
+    pictures = {task: [shapes.render(p, i, 64) for i, p in enumerate(some)] for task, some in prompts.items()}
+    assert accuracy(pictures, prompts)["overall"] >= 0.99
+
+
+def test_soft_and_noisy_pictures_score(pictures, prompts):
+    soft = {task: [degraded(image) for image in some] for task, some in pictures.items()}
+    assert accuracy(soft, prompts)["overall"] >= 0.97
+
+
+def test_pictures_of_other_prompts_fail(pictures, prompts):
+    shifted = {task: some[1:] + some[:1] for task, some in pictures.items()}
+    assert accuracy(shifted, prompts)["overall"] < 0.12
+
+
+def test_noise_and_grey_hold_nothing():
+    noise = np.random.default_rng(0).integers(0, 256, (20, 48, 48, 3)).astype(np.uint8)
+    assert sum(len(detect(image)) for image in noise) == 0
+    assert detect(np.full((48, 48, 3), 128, np.uint8)) == []
+    assert read_word(np.full((48, 48, 3), 128, np.uint8)) == ""
+
+
+def test_captions_of_objects_are_true():
+    for i in range(150):
+        sample = shapes.draw("objects", 4, i)
+        assert sample.metadata["prompt"] == sample.caption and sample.metadata["tag"] == sample.task
+        assert score(sample.image, sample.metadata) == (True, "")
+        seen = Counter((d.shape, d.color) for d in detect(sample.image))
+        assert seen == Counter((thing.shape, thing.color) for thing in sample.objects)
+
+
+def test_captions_of_scenes_are_true():
+    related = 0
+    for i in range(150):
+        sample = shapes.draw("scenes", 4, i)
+        groups = Counter((thing.color, thing.shape) for thing in sample.objects)
+        for (color, shape), count in groups.items():
+            plural = shape + ("es" if shape == "cross" else "s")
+            name = f"{color} {plural}" if count > 1 else f"{color} {shape}"
+            assert f"{shapes.NUMBERS[count]} {name}" in sample.caption or shapes.an(name) in sample.caption
+        assert len(groups) == len(re.findall("|".join(shapes.SHAPES), sample.caption))
+        for relation, sentence in RELATED.items():
+            if match := sentence.search(sample.caption):
+                target, thing = match.groups()
+                targets = [o for o in sample.objects if o.shape == target]
+                things = [o for o in sample.objects if o.shape == thing]
+                assert all(relation in relations(boxed(a), boxed(b)) for a in things for b in targets)
+                related += len(things) * len(targets)
+    assert related > 20
+
+
+def boxed(thing):
+    x, y, r = thing.x, thing.y, thing.radius
+    return Detection(thing.shape, thing.color, (x - r, y - r, x + r, y + r), 1.0)
+
+
+@pytest.mark.parametrize("domain", ["objects", "scenes"])
+def test_answers_are_true(domain):
+    yes = Counter()
+    for i in range(300):
+        sample = shapes.draw(domain, 5, i)
+        for question, answer in sample.questions:
+            assert answer == answered(question, sample), question
+            yes[answer] += question.startswith("is there")
+    assert 0.4 < yes["yes"] / (yes["yes"] + yes["no"]) < 0.6
+
+
+def answered(question, sample):
+    """The answer to a question from the objects and, for backgrounds, the caption."""
+    asked = next((shape for shape in shapes.SHAPES if shape in question), None)
+    things = [thing for thing in sample.objects if thing.shape == asked]
+    texture = next((texture for texture in shapes.TEXTURES if texture in sample.caption), None)
+    if question.startswith("how many"):
+        return shapes.NUMBERS[len(things)]
+    if question.startswith("what color"):
+        return things[0].color
+    if question.startswith("is there"):
+        return "yes" if things else "no"
+    if question.startswith("is the background"):
+        return "yes" if texture in question else "no"
+    if question.startswith("what is the background"):
+        return texture
+    relation = next(relation for relation in shapes.RELATIONS if relation in question)
+    other = next(thing for thing in sample.objects if thing.shape != asked)
+    return shapes.an(other.shape) if relation in relations(boxed(other), boxed(things[0])) else None
+
+
+@pytest.mark.parametrize("size", [48, 64])
+def test_words_are_read_back(size):
+    samples = [shapes.draw("text", 6, i, size) for i in range(COUNT)]
+    assert all(f'"{sample.word}"' in sample.caption for sample in samples)
+    assert np.mean([read_word(sample.image) == sample.word for sample in samples]) >= 0.97
+    assert np.mean([read_word(degraded(sample.image)) == sample.word for sample in samples]) >= 0.95
+
+
+def test_questions_about_words_are_true():
+    for i in range(COUNT):
+        sample = shapes.draw("text", 8, i)
+        answers = dict(sample.questions)
+        assert answers.get("what does it say?", sample.word) == sample.word
+        count = shapes.NUMBERS[len(sample.word)]
+        assert answers.get("how many letters are there?", count) == count
+
+
+def found(shape, color="red", x=24.0, y=24.0, confidence=0.9):
+    return Detection(shape, color, (x - 6, y - 6, x + 6, y + 6), confidence)
+
+
+def test_rule_counts():
+    wanted = {"include": [{"class": "star", "count": 2}], "exclude": [{"class": "star", "count": 3}]}
+    assert judge([found("star")] * 2, wanted) == (True, "")
+    assert judge([found("star")], wanted) == (False, "expected star>=2, found 1")
+    assert judge([found("star")] * 3, wanted) == (False, "expected star<3, found 3")
+    assert judge([found("star")] * 2 + [found("ring")], wanted) == (True, "")
+
+
+def test_rule_asks_the_most_confident_for_its_color():
+    wanted = {"include": [{"class": "star", "count": 1, "color": "red"}]}
+    assert judge([found("star"), found("star", "blue", confidence=0.8)], wanted) == (True, "")
+    assert judge([found("star", "blue"), found("star", confidence=0.8)], wanted)[0] is False
+    assert judge([found("star", "blue")], wanted) == (False, "expected red star>=1, found blue")
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "expected"),
+    [
+        (40, 24, {"right of"}),
+        (8, 24, {"left of"}),
+        (24, 8, {"above"}),
+        (24, 40, {"below"}),
+        (44, 44, {"right of", "below"}),
+        (26, 24, set()),  # within the margin of 0.1 * (12 + 12) pixels
+        (28, 24, set()),  # (4 - 2.4) / 4 < 0.5
+        (29, 24, {"right of"}),  # (5 - 2.4) / 5 > 0.5
+    ],
+)
+def test_rule_of_relations(x, y, expected):
+    assert relations(found("star", x=x, y=y), found("ring")) == expected
+
+
+def test_rule_places():
+    include = [{"class": "ring", "count": 1}, {"class": "star", "count": 1, "position": ["left of", 0]}]
+    assert judge([found("ring"), found("star", x=8)], {"include": include}) == (True, "")
+    wrong, reason = judge([found("ring"), found("star", x=40)], {"include": include})
+    assert not wrong and reason == "expected star left of ring, found it right of"
+    assert "no target" in judge([found("star")], {"include": include})[1]
+
+
+def test_rule_on_pictures():
+    red = {"tag": "colors", "include": [{"class": "star", "count": 1, "color": "red"}]}
+    blue = {"tag": "colors", "include": [{"class": "star", "count": 1, "color": "yellow"}]}
+    assert score(shapes.render(red, 0), red)[0] and not score(shapes.render(red, 0), blue)[0]
+
+
+def test_overall_is_the_mean_of_tasks():
+    results = {task: [True] for task in shapes.TASKS} | {"counting": [False] * 9 + [True]}
+    assert overall(results)["overall"] == pytest.approx(5.1 / 6)
+    with pytest.raises(ValueError, match="counting"):
+        overall(results | {"counting": []})
