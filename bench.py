@@ -1,0 +1,138 @@
+"""Images a second of every hot loop.
+
+    python bench.py                        # the nano sizes, on this machine
+    python bench.py encode sample          # some of them
+    python bench.py --compile --json bench.json
+
+Each loop is warmed up, then timed for --seconds. Random weights of the preset's sizes are as fast as trained
+ones.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import common
+import data
+import rae
+from common import flag
+
+
+@dataclass
+class Config:
+    what: list[str] = flag((), "encode, decode, decoder-step, t2i-step, sample, loader; all if none is named",
+                           nargs="*", metavar="WHAT")  # fmt: skip
+    autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE folder or hub id")
+    model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id")
+    data: str = flag("nano", "source of the pictures and captions")
+    batch: int = flag(64, "pictures at once")
+    seconds: float = flag(5.0, "to time each loop")
+    compile: bool = flag(False, "compile the blocks")
+    dtype: str = flag("auto", "of the compute; weights are fp32", choices=["auto", "bf16", "fp32"])
+    json: str = flag("", "file for the results")
+
+
+def measure(run: Callable[[], object], images: int, seconds: float, where: common.Launch) -> dict:
+    """Milliseconds of a call and images a second, after three calls to warm up."""
+
+    def wait() -> None:
+        if where.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(3):
+        run()
+    wait()
+    started, calls = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        run()
+        wait()
+        calls += 1
+    elapsed = time.perf_counter() - started
+    return {"ms": 1000 * elapsed / calls, "images_per_second": images * calls / elapsed}
+
+
+def loops(config: Config, where: common.Launch) -> dict[str, tuple[Callable[[], object], int]]:
+    """Every loop by name: what to call, and the images in one call."""
+    autoencoder = common.load_model(rae.RAE, config.autoencoder).to(where.device)
+    model = common.load_model(rae.TextToImage, config.model).to(where.device)
+    if config.compile:
+        for block in (
+            *model.dit.blocks,
+            *model.language_model.model.layers,
+            *autoencoder.decoder.decoder_layers,
+        ):
+            block.compile()
+    source = data.open_source(config.data, autoencoder.image_size, 0, understanding=0.1)
+    stream = data.load(source, data.Steps(config.batch), workers=1)
+    batch = next(stream)
+    images = data.to_unit(batch["image"], where.device)
+    latents = autoencoder.encode(images)
+    chat = model.chat(batch["conversation"]).to(where.device)
+    noise, u, v = data.flow_draws(model.latent_shape, 0, batch["index"], where.device)
+    optimizers = {
+        part: torch.optim.AdamW([p for p in part.parameters() if p.requires_grad], lr=0.0, fused=True)
+        for part in (autoencoder, model)
+    }
+
+    def train(part: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> None:
+        with where.autocast():
+            value = loss()
+        value.backward()
+        optimizers[part].step()
+        optimizers[part].zero_grad()
+
+    def decoder_loss() -> torch.Tensor:
+        return F.l1_loss(autoencoder.decode(autoencoder.encode(images)), images)
+
+    def t2i_loss() -> torch.Tensor:
+        text, flow = model(chat, autoencoder.encode(images), noise, rae.sample_time(u, model.alpha), v < 0.1)
+        return text / len(chat.targets) + 2 * flow.mean()
+
+    def infer(call: Callable, *args, **kwargs) -> torch.Tensor:
+        with torch.no_grad(), where.autocast():
+            return call(*args, **kwargs)
+
+    return {
+        "loader": (lambda: next(stream), config.batch),
+        "encode": (lambda: infer(autoencoder.encode, images), config.batch),
+        "decode": (lambda: infer(autoencoder.decode, latents), config.batch),
+        "decoder-step": (lambda: train(autoencoder, decoder_loss), config.batch),
+        "t2i-step": (lambda: train(model, t2i_loss), config.batch),
+        "sample": (lambda: infer(model.generate, batch["caption"][:4], guidance=3.0, noise=noise[:4]), 4),
+    }
+
+
+def main() -> None:
+    config = common.parse(Config, __doc__)
+    where = common.launch(config.dtype)
+    every = loops(config, where)
+    if unknown := set(config.what) - set(every):
+        raise ValueError(f"unknown loop {', '.join(unknown)}: choose from {', '.join(every)}")
+    print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {config.batch}")
+    results = {}
+    for name in config.what or every:
+        run, images = every[name]
+        results[name] = measure(run, images, config.seconds, where)
+        print(
+            f"{name:14} {results[name]['ms']:9.1f} ms {results[name]['images_per_second']:9.1f} images/s",
+            flush=True,
+        )
+    if config.json:
+        about = {
+            "where": str(where),
+            "batch": config.batch,
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+        }
+        with common.replacing(Path(config.json)) as temporary:
+            temporary.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    common.main(main)

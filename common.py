@@ -1,0 +1,283 @@
+"""What the scripts share around their loops: flags, launch, checkpoints, log, picture grids. No algorithm
+lives here."""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor, nn
+
+WEIGHTS = Path(__file__).parent / "nano" / "weights"  # what the repository ships
+
+# -----------------------------------------------------------------------------------------------------------
+# flags
+
+
+def flag(default, help: str, **kwargs):
+    """A field of a config dataclass with its line of help."""
+    return dataclasses.field(default=default, metadata={"help": help, **kwargs})
+
+
+def parse(config: type, manual: str, presets: dict[str, dict] | None = None, argv: list[str] | None = None):
+    """A config from the command line: the dataclass's defaults, then --preset's values, then the flags given.
+
+    Fields without a default are positional. `manual` is the script's docstring and heads `-h`.
+    """
+    parser = argparse.ArgumentParser(
+        description=manual, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    if presets:
+        parser.add_argument("--preset", choices=presets, default="nano", help="values for the flags below")
+    for field in dataclasses.fields(config):
+        kind, kwargs = field.type, dict(field.metadata)
+        if isinstance(kind, types.UnionType):  # "int | None"
+            kind = next(t for t in kind.__args__ if t is not type(None))
+        shown = "" if field.default in (None, dataclasses.MISSING, "") else f" (default {field.default})"
+        kwargs["help"] += shown
+        if "nargs" in kwargs:
+            parser.add_argument(field.name, type=str, **kwargs)
+            continue
+        if kind is bool:
+            kwargs["action"] = argparse.BooleanOptionalAction
+        else:
+            kwargs["type"] = kind
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kwargs)
+    given = vars(parser.parse_args(argv))
+    return config(**{**(presets or {}).get(given.pop("preset", ""), {}), **given})
+
+
+def main(run: Callable[[], None]) -> None:
+    """Runs a script. A user's mistake (ValueError, OSError) ends in one line instead of a traceback, unless
+    the environment variable TRACEBACK is set."""
+    try:
+        run()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {lines[0]}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# -----------------------------------------------------------------------------------------------------------
+# launch
+
+
+@dataclass
+class Launch:
+    """Where this process runs. Alone, or one of `world` that torchrun started."""
+
+    device: torch.device
+    rank: int
+    world: int
+    dtype: torch.dtype  # of the compute; parameters are fp32
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.device.type}, {self.world} process(es), {str(self.dtype).removeprefix('torch.')} compute"
+        )
+
+
+def launch(dtype: str = "auto") -> Launch:
+    """Picks the device (CUDA, MPS, CPU), joins the process group of torchrun, picks the compute dtype."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    elif torch.backends.mps.is_available() and world == 1:
+        device = torch.device("mps")
+    else:
+        device = torch.device("cpu")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    name = ("bf16" if device.type == "cuda" else "fp32") if dtype == "auto" else dtype
+    return Launch(device, rank, world, {"bf16": torch.bfloat16, "fp32": torch.float32}[name])
+
+
+def global_sum(*values: float) -> list[float]:
+    """Sums of numbers over all processes."""
+    if not dist.is_initialized():
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64)
+    if torch.cuda.is_available():
+        total = total.cuda()
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Adds up the gradients of all processes; a parameter that a process did not use counts as zero there."""
+    if dist.is_initialized():
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# files: written beside the old one, then renamed
+
+
+@contextmanager
+def replacing(path: Path):
+    """Yields a temporary path in the same folder, which takes the place of `path` when all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        yield temporary
+        if path.is_dir():  # a folder cannot be renamed onto another
+            path.rename(old)
+        temporary.rename(path)
+    finally:
+        for left in (temporary, old):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def save_picture(path: Path, pixels: Tensor, **text) -> None:
+    """(3, H, W) in [0, 1] -> PNG, rounded to 8 bits, with `text` in its metadata."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, str(value))
+    array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    with replacing(path) as temporary:
+        Image.fromarray(array).save(temporary, format="PNG", pnginfo=info)
+
+
+def picture_grid(pictures: Tensor, columns: int, gap: int = 2, scale: int = 1) -> Tensor:
+    """(B, 3, H, W) -> one picture (3, H', W') in raster order on white, each enlarged by the integer
+    `scale`."""
+    pictures = pictures.clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    missing = -len(pictures) % columns
+    pictures = nn.functional.pad(pictures, (0, gap, 0, gap, 0, 0, 0, missing), value=1.0)
+    rows = [torch.cat(list(row), dim=2) for row in pictures.split(columns)]
+    return torch.cat(rows, dim=1)[:, :-gap, :-gap]
+
+
+def load_model(model_class: type, source: str | Path):
+    """`from_pretrained` for a hub id or a folder, with errors that a user understands (ValueError)."""
+    folder = Path(source)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(f"{source} is no {model_class.__name__} folder: it has no config.json")
+    if not folder.exists() and (str(source).count("/") != 1 or str(source).startswith((".", "/"))):
+        raise ValueError(
+            f"no model at {source}: give a folder made by save_pretrained, or a hub id like org/name"
+        )
+    try:
+        return model_class.from_pretrained(str(source)).eval()
+    except Exception as error:  # from json, safetensors, torch, transformers or the hub
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot load {model_class.__name__} from {source}: {reason}") from error
+
+
+# -----------------------------------------------------------------------------------------------------------
+# a training run: <out>/config.json, metrics.jsonl, checkpoint.pt, model/, samples/
+
+
+class Run:
+    """The folder of a training, its log and checkpoints, and the wish to stop it."""
+
+    def __init__(self, out: str, config, where: Launch, resume: bool):
+        self.out, self.where = Path(out), where
+        self.checkpoint = self.out / "checkpoint.pt"
+        if self.checkpoint.exists() and not resume:
+            raise ValueError(f"{out} already holds a training: go on with --resume, or choose another --out")
+        if resume and not self.checkpoint.exists():
+            raise ValueError(f"nothing to resume: there is no {self.checkpoint}")
+        if where.main:
+            text = json.dumps(dataclasses.asdict(config), indent=2)
+            print(f"{text}\n{where}", flush=True)
+            with replacing(self.out / "config.json") as temporary:
+                temporary.write_text(text + "\n")
+        self.stop = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask_to_stop)
+        self.clock, self.images = time.time(), 0
+
+    def ask_to_stop(self, number: int, frame) -> None:
+        self.stop = number
+
+    def stopping(self) -> bool:
+        """Whether any process was told to stop: all leave the loop after the same step."""
+        return bool(global_sum(self.stop is not None)[0])
+
+    def load(self, **parts) -> int:
+        """Restores modules and optimizers; returns the next step."""
+        state = torch.load(self.checkpoint, map_location=self.where.device, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state["step"]
+
+    def save(self, step: int, export: nn.Module, **parts) -> None:
+        """Writes the training state and `export` as a model folder for the other scripts."""
+        if self.where.main:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            with replacing(self.checkpoint) as temporary:
+                torch.save({"step": step, **state}, temporary)
+            with replacing(self.out / "model") as temporary:
+                export.save_pretrained(temporary)
+
+    def log(self, step: int, images: int, write: Callable[[str], None], **values) -> None:
+        """One line on the screen and one in metrics.jsonl. `images`: read by all processes since the last
+        call."""
+        now = time.time()
+        row = {"step": step, **{k: float(v) for k, v in values.items()}}
+        row |= {"images_per_second": images / (now - self.clock), "seconds": now - self.clock}
+        self.clock = now
+        if self.where.main:
+            write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+            with (self.out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def finish(self, step: int) -> None:
+        """After the loop: says what was saved where; exits with 128 + the signal's number if the run was
+        stopped."""
+        if self.where.main:
+            print(f"saved step {step}: {self.out / 'model'}", flush=True)
+        if self.stop:
+            if self.where.main:
+                print(f"stopped at step {step}; go on with --resume --out {self.out}", file=sys.stderr)
+            sys.exit(128 + self.stop)
+
+
+def cosine(step: int, total: int, warmup: int, floor: float = 0.0) -> float:
+    """Factor of the learning rate: linear warm-up from 1 / warmup, then half a cosine down to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """EMA of the trained parameters; the decay grows from 0.1 to its value during the first steps."""
+    decay = min(decay, (1 + step) / (10 + step))
+    pairs = zip(average.parameters(), model.parameters(), strict=True)
+    old, new = zip(*((a, b) for a, b in pairs if b.requires_grad), strict=True)
+    torch._foreach_lerp_(old, new, 1 - decay)

@@ -1,0 +1,180 @@
+"""Pictures to numbers.
+
+    python eval.py                         # the shipped nano models: everything below
+    python eval.py recon                   # reconstruction of unseen pictures: PSNR, SSIM for each domain
+    python eval.py shapes --limit 5        # text to image: the six GenEval tasks, 5 prompts each
+    python eval.py shapes --model runs/t2i/model --out runs/t2i/shapes.json
+
+Prints a table and writes a list of results as JSON: metric, value, n, seed, command, versions, date.
+"""
+
+import json
+import platform
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import common
+import data
+import rae
+from common import flag
+
+WHAT = ("recon", "shapes")
+
+
+@dataclass
+class Config:
+    what: list[str] = flag((), "recon, shapes; everything if none is named", nargs="*", metavar="WHAT")
+    model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id, for shapes")
+    autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE folder or hub id, for recon")
+    limit: int | None = flag(None, "pictures a domain (recon, 256) and prompts a task (shapes, 20) at most")
+    pictures: int = flag(4, "for each prompt")
+    steps: int = flag(50, "steps of the sampler")
+    guidance: float = flag(3.0, "scale of classifier-free guidance")
+    solver: str = flag("euler", "of the flow's differential equation", choices=["euler", "heun"])
+    seed: int = flag(1000, "of the pictures, prompts and noise; training uses small ones")
+    batch: int = flag(64, "pictures at once")
+    dtype: str = flag("auto", "of the compute; weights are fp32", choices=["auto", "bf16", "fp32"])
+    out: str = flag("results.json", "file for the results")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# metrics
+
+
+def to_uint8(pictures: Tensor) -> Tensor:
+    """What is written to a file: clamped to [0, 1], rounded to 8 bits."""
+    return (pictures.clamp(0, 1) * 255).round().byte().cpu()
+
+
+def psnr(one: Tensor, other: Tensor) -> Tensor:
+    """Peak signal to noise ratio in dB of each pair of pictures (B, 3, H, W) in [0, 1]: (B,)."""
+    return -10 * (one - other).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
+
+
+def ssim(one: Tensor, other: Tensor) -> Tensor:
+    """Structural similarity (Gaussian window of 11, sigma 1.5) of each pair of pictures in [0, 1]: (B,)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    return structural_similarity_index_measure(one, other, data_range=1.0, reduction="none")
+
+
+def recon(config: Config, where: common.Launch) -> list[dict]:
+    """PSNR and SSIM of unseen pictures of each domain, after rounding to 8 bits."""
+    model = common.load_model(rae.RAE, config.autoencoder).to(where.device)
+    n, results = config.limit or 256, []
+    for domain in data.NANO_MIXTURE:
+        source = data.open_source(f"nano:{domain}", model.image_size, config.seed)
+        values = defaultdict(list)
+        for start in tqdm(range(0, n, config.batch), desc=f"recon {domain}", leave=False):
+            samples = [source[i] for i in range(start, min(start + config.batch, n))]
+            original = data.to_unit(data.collate(samples)["image"], where.device)
+            with torch.no_grad(), where.autocast():
+                decoded = model.decode(model.encode(original))
+            decoded = data.to_unit(to_uint8(decoded), where.device)
+            values["psnr"] += psnr(decoded, original).tolist()
+            values["ssim"] += ssim(decoded, original).tolist()
+        results += [{"metric": f"{k}/{domain}", "value": sum(v) / n, "n": n} for k, v in values.items()]
+    return results
+
+
+def shapes(config: Config, where: common.Launch) -> list[dict]:
+    """Accuracies of the six GenEval tasks in the nano world, and of objects in pairs of shape and colour that
+    no training picture held; beside the model's pictures true renderings (the ceiling) and the model's
+    pictures judged by another prompt of the task (the floor)."""
+    from nano import scorer, shapes
+
+    model = common.load_model(rae.TextToImage, config.model).to(where.device)
+    n, right = config.limit or 20, defaultdict(lambda: defaultdict(list))
+    wanted = {task: [shapes.prompt(task, config.seed, i) for i in range(n)] for task in shapes.TASKS}
+    wanted["held-out colors"] = [shapes.prompt("colors", config.seed, i, held_out=True) for i in range(n)]
+    jobs = [
+        (task, prompt, i * config.pictures + k)
+        for task, prompts in wanted.items()
+        for i, prompt in enumerate(prompts)
+        for k in range(config.pictures)
+    ]
+    for start in tqdm(range(0, len(jobs), config.batch), desc="shapes", leave=False):
+        batch = jobs[start : start + config.batch]
+        indices = [start + i for i in range(len(batch))]
+        noise, *_ = data.flow_draws(model.latent_shape, config.seed, indices, torch.device("cpu"))
+        with torch.no_grad(), where.autocast():
+            latents = model.generate(
+                [prompt["prompt"] for _, prompt, _ in batch],
+                config.steps,
+                config.guidance,
+                noise=noise,
+                solver=config.solver,
+            )
+            pictures = to_uint8(model.autoencoder.decode(latents)).permute(0, 2, 3, 1).numpy()
+        for (task, prompt, number), picture in zip(batch, pictures, strict=True):
+            other = wanted[task][(number // config.pictures + 1) % n]
+            true = shapes.render(prompt, config.seed + number, picture.shape[0])
+            right["model"][task].append(scorer.score(picture, prompt)[0])
+            right["true"][task].append(scorer.score(true, prompt)[0])
+            right["shuffled"][task].append(scorer.score(picture, other)[0])
+    results = []
+    for column, tasks in right.items():
+        held_out = tasks.pop("held-out colors")
+        values = scorer.overall(tasks) | {"held-out colors": sum(held_out) / len(held_out)}
+        results += [
+            {
+                "metric": f"shapes/{column}/{task}",
+                "value": value,
+                "n": len(held_out) * (6 if task == "overall" else 1),
+            }
+            for task, value in values.items()
+        ]
+    return results
+
+
+# -----------------------------------------------------------------------------------------------------------
+# results
+
+
+def table(results: list[dict]) -> str:
+    """Markdown: one row for each last part of the metrics' names, one column for each first part."""
+    cells, columns = defaultdict(dict), []
+    for result in results:
+        column, _, row = result["metric"].rpartition("/")
+        columns += [column] * (column not in columns)
+        cells[row][column] = f"{result['value']:.3f}"
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[row, *(values.get(column, "") for column in columns)] for row, values in cells.items()]
+    return "\n".join("| " + " | ".join(f"{cell:16}" for cell in line) + " |" for line in lines)
+
+
+def main() -> None:
+    config = common.parse(Config, __doc__)
+    if unknown := set(config.what) - set(WHAT):
+        raise ValueError(f"unknown evaluation {', '.join(unknown)}: choose from {', '.join(WHAT)}")
+    if config.limit is not None and config.limit < 2:
+        raise ValueError(f"--limit {config.limit} is too small: give at least 2")
+    where = common.launch(config.dtype)
+    print(where)
+    results = []
+    for name in config.what or WHAT:
+        part = {"recon": recon, "shapes": shapes}[name](config, where)
+        print(f"\n{table(part)}")
+        results += part
+    packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    about = {
+        "seed": config.seed,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": packages | {"python": platform.python_version()},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with common.replacing(Path(config.out)) as temporary:
+        temporary.write_text(json.dumps([result | about for result in results], indent=1) + "\n")
+    print(f"\n{config.out}")
+
+
+if __name__ == "__main__":
+    common.main(main)

@@ -1,0 +1,187 @@
+"""Makes the parts that the papers take off the shelf, at the size of a laptop, as ordinary `transformers`
+folders.
+
+    python -m nano.prepare language-model       # plays Qwen2.5: a ChatML tokenizer and a Qwen2 model
+    python -m nano.prepare encoder              # plays SigLIP-2: its vision tower, trained against captions
+
+The encoder learns with the sigmoid contrastive loss of SigLIP (arXiv 2303.15343) and needs the tokenizer for
+its text tower, which is thrown away. SigLIP-2 adds losses that keep its tokens local; here each token must
+also tell its own patch through one linear layer, without which details below a patch are lost to the decoder.
+The language model learns next tokens of requests, captions and questions with answers.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from einops import rearrange
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+import data
+from nano import shapes
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SIZE, PATCH = 48, 8  # pixels
+
+
+# -----------------------------------------------------------------------------------------------------------
+# text
+
+
+def conversation(seed: int, index: int) -> list[dict]:
+    """Chat messages about a picture that is not there: half ask for it, half ask about its caption."""
+    domain = shapes.DOMAINS[index % len(shapes.DOMAINS)]
+    sample = shapes.draw(domain, seed, index, SIZE)
+    chance = data.mix(seed, index)
+    if chance % 2:
+        question, answer = sample.questions[chance // 2 % len(sample.questions)]
+        question = f"{sample.caption}\n{question}"
+    else:
+        question = data.REQUESTS[chance // 2 % len(data.REQUESTS)].format(sample.caption)
+        answer = "Here you go:\n"
+    return [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+def make_tokenizer(vocabulary: int = 512, documents: int = 20_000) -> transformers.PreTrainedTokenizerFast:
+    """Byte-level BPE in which every capital is a token of its own, so that words to draw are spelled out."""
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r"[A-Z]| ?[a-z]+| ?[^\sA-Za-z]+|\s")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    texts = (message["content"] for i in range(documents) for message in conversation(0, i))
+    tokenizer.train_from_iterator((f"assistant user system\n{text}" for text in texts), trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def train_language_model(out: Path, steps: int, batch: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    model = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            rope_theta=1e4,
+            tie_word_embeddings=True,
+        )
+    )
+
+    def loss(step: int) -> torch.Tensor:
+        chats = [conversation(seed, step * batch + i) for i in range(batch)]
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+        ids = tokenizer(texts, return_tensors="pt", padding=True)
+        labels = ids.input_ids.masked_fill(ids.attention_mask == 0, -100)
+        logits = model(input_ids=ids.input_ids).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+    tokenizer.save_pretrained(out)
+    train(model, loss, steps, lr=2e-3, out=out)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def train_encoder(out: Path, tokenizer_folder: Path, steps: int, batch: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    width = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
+    text = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 32, **width}
+    vision = {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": PATCH, **width}
+    model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+    with torch.no_grad():  # SigLIP's initial temperature and bias
+        model.logit_scale.fill_(2.3)
+        model.logit_bias.fill_(-10.0)
+    model.patch_head = torch.nn.Linear(128, 3 * PATCH**2)
+    batches = data.load(data.open_source("nano", SIZE, seed), data.Steps(batch))
+
+    def loss(step: int) -> torch.Tensor:
+        samples = next(batches)
+        text = tokenizer(samples["caption"], padding="max_length", truncation=True, max_length=32)
+        pixels = data.to_unit(samples["image"], torch.device("cpu")) * 2 - 1
+        out = model(input_ids=torch.tensor(text.input_ids), pixel_values=pixels, return_loss=True)
+        patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
+        local = F.l1_loss(model.patch_head(out.vision_model_output.last_hidden_state), patches)
+        return out.loss + 20 * local
+
+    train(model, loss, steps, lr=1e-3, out=out, save=model.vision_model)
+    half = [0.5, 0.5, 0.5]
+    transformers.SiglipImageProcessor(
+        size={"height": SIZE, "width": SIZE}, image_mean=half, image_std=half
+    ).save_pretrained(out)
+
+
+def train(model, loss, steps: int, lr: float, out: Path, save=None) -> None:
+    """AdamW with warm-up and cosine, bf16 compute; writes the model (bf16) and its log into `out`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    out.mkdir(parents=True, exist_ok=True)
+    started, log = time.time(), []
+    for step in (bar := tqdm(range(steps), dynamic_ncols=True)):
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(step)
+        value.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            row = {
+                "step": step,
+                "loss": value.item(),
+                "grad_norm": norm.item(),
+                "seconds": time.time() - started,
+            }
+            log.append(row)
+            bar.set_postfix(loss=f"{row['loss']:.3f}")
+    (model if save is None else save).bfloat16().save_pretrained(out)
+    (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=["language-model", "encoder"])
+    parser.add_argument("--out", type=Path, default=Path("nano/weights"), help="writes OUT/<part>")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=128, help="samples a step")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(torch.get_num_threads())
+    if args.part == "encoder":
+        train_encoder(args.out / "encoder", args.out / "language-model", args.steps, args.batch, args.seed)
+    else:
+        train_language_model(args.out / "language-model", args.steps, args.batch, args.seed)

@@ -1,0 +1,924 @@
+"""Representation autoencoders and text-to-image in their latent space: every model, in one file.
+
+A frozen vision encoder turns a picture into tokens, a trained decoder turns the tokens back into pixels (RAE,
+arXiv 2510.11690), and a diffusion transformer learns to generate such tokens, from class labels (RAE) or from
+the hidden states of a language model (Scale-RAE, arXiv 2601.16208). Read this file from top to bottom:
+
+    1. layers          RMSNorm, rotary and sin-cos positions, attention, SwiGLU, time embedding
+    2. encoders        one wrapper over the vision models of `transformers`
+    3. autoencoder     the ViT decoder, and RAE = encoder + decoder + latent statistics
+    4. DiT             the diffusion transformer, with or without the wide head
+    5. flow matching   timestep shift, loss, sampler, guidance
+    6. TextToImage     language model -> latent queries -> connector -> DiT
+    7. presets         the papers' names and sizes
+
+Conventions: latents are tokens (B, N, C) in raster order; time t = 0 is data and t = 1 is noise; pictures are
+(B, 3, H, W) in [0, 1]. Parameters are fp32; run under `torch.autocast` for bf16 compute: norms, rotary
+positions, modulation, losses and the sampler's state stay in fp32.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from einops import rearrange
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+# -----------------------------------------------------------------------------------------------------------
+# 1. layers
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis; the statistics are in fp32 whatever the input is."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+
+
+def grid_positions(tokens: int) -> tuple[Tensor, Tensor]:
+    """Row and column of each token of a square grid in raster order: two (N,) float64 tensors."""
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(f"{tokens} tokens do not form a square grid")
+    index = torch.arange(tokens, dtype=torch.float64)
+    return index.div(side, rounding_mode="floor"), index % side
+
+
+def sincos_table(tokens: int, width: int) -> Tensor:
+    """The fixed 2-D position table of MAE, (N, width): the first half of the channels is the column's
+    [sin, cos], the second half the row's."""
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = (position[:, None] * frequency for position in grid_positions(tokens))
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()
+
+
+def rope_table(tokens: int, head_width: int) -> Tensor:
+    """cos and sin of the 2-D axial rotary embedding, (2, N, head_width): the first half of the channels turns
+    with the row, the second with the column (the other way round than in `sincos_table`), each angle for two
+    neighbours."""
+    half = head_width // 2
+    frequency = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
+    row, column = (position[:, None] * frequency for position in grid_positions(tokens))
+    angle = torch.cat([row, column], dim=1).repeat_interleave(2, dim=1)
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turns neighbouring channel pairs (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin), in fp32."""
+    x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-x1, x0], dim=-1).flatten(-2)
+    return (x.float() * rope[0] + turned * rope[1]).type_as(x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
+        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+
+
+class SwiGLU(nn.Module):
+    """silu(a) * b, where one linear layer makes both halves."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(a) * b)
+
+
+class TimeEmbedding(nn.Module):
+    """Gaussian Fourier features of t in [0, 1] (no factor of 1000), then a two-layer MLP: (B,) -> (B, width).
+
+    The frequencies `W` belong to the weights: RAE trained them, Scale-RAE drew them with this very seed and
+    left them out of its files. Here they are saved and never trained.
+    """
+
+    def __init__(self, width: int, frequencies: int = 256):
+        super().__init__()
+        generator = torch.Generator().manual_seed(114514)
+        self.W = nn.Parameter(
+            torch.randn(frequencies, generator=generator, device="cpu"), requires_grad=False
+        )
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = 2 * math.pi * t[:, None].float() * self.W
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 2. encoders
+
+
+class Family(NamedTuple):
+    """What to take from a vision model of `transformers`."""
+
+    model: str  # class name
+    norm: str | None  # the final LayerNorm whose learned scale and shift are removed; None: kept as it is
+    prefix: Callable[[object], int]  # tokens in front of the patches, from the model's config
+
+
+FAMILIES = {  # by config.model_type
+    "siglip_vision_model": Family("SiglipVisionModel", "post_layernorm", lambda config: 0),
+    "dinov2_with_registers": Family(
+        "Dinov2WithRegistersModel", "layernorm", lambda config: 1 + config.num_register_tokens
+    ),
+    "dinov2": Family("Dinov2Model", None, lambda config: 1),  # WebSSL-DINO: Scale-RAE keeps its affine norm
+    "vit_mae": Family("ViTMAEModel", "layernorm", lambda config: 1),
+}
+
+
+class Encoder(nn.Module):
+    """A frozen vision transformer: normalised pixels (B, 3, S, S) -> patch tokens (B, N, C).
+
+    `source` is a hub id or local `transformers` folder (pretrained weights), or the config of one as a dict
+    (weights come later, from a state dict). Tokens are the last hidden state, after a final LayerNorm without
+    scale and shift where the family has one, so that each has mean 0 and variance 1 over its channels (RAE
+    section 3; Scale-RAE appendix). Raises ValueError for a model type that is not in FAMILIES.
+    """
+
+    def __init__(self, source: str | dict):
+        super().__init__()
+        pretrained = not isinstance(source, dict)
+        config = (
+            transformers.AutoConfig.from_pretrained(source)
+            if pretrained
+            else transformers.AutoConfig.for_model(**source)
+        )
+        config = getattr(config, "vision_config", config)  # SigLIP: the text tower stays where it is
+        if config.model_type not in FAMILIES:
+            raise ValueError(f"encoder {source!r} is a {config.model_type}; known: {', '.join(FAMILIES)}")
+        family = FAMILIES[config.model_type]
+        model_class = getattr(transformers, family.model)
+        model = model_class.from_pretrained(source) if pretrained else model_class(config)
+        if family.norm:
+            getattr(model, family.norm).weight = getattr(model, family.norm).bias = None
+        if getattr(model, "use_head", False):  # SigLIP's pooling head: computed for nothing
+            model.use_head, model.head = False, None
+        self.model = model.requires_grad_(False).eval()
+        self.prefix = family.prefix(config)
+        self.is_mae = config.model_type == "vit_mae"
+        if self.is_mae:
+            model.config.mask_ratio = 0.0
+
+    @property
+    def config(self):
+        return self.model.config
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        given = {}
+        if self.config.model_type in ("siglip_vision_model", "vit_mae"):
+            given["interpolate_pos_encoding"] = True  # the DINO models always do
+        if self.is_mae:  # it shuffles tokens by the order of this "noise": keep them in raster order
+            patches = (pixels.shape[-1] // self.config.patch_size) ** 2
+            given["noise"] = torch.arange(patches, device=pixels.device).expand(len(pixels), -1)
+        return self.model(pixels, **given).last_hidden_state[:, self.prefix :]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 3. autoencoder
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm transformer block with the released checkpoints' (ViT-MAE's) names; exact GELU, LayerNorm eps
+    1e-12."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int):
+        super().__init__()
+        self.heads = heads
+        qkv = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+        output = nn.ModuleDict({"dense": nn.Linear(width, width)})
+        self.attention = nn.ModuleDict({"attention": qkv, "output": output})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, mlp_width)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(mlp_width, width)})
+        self.layernorm_before = nn.LayerNorm(width, eps=1e-12)
+        self.layernorm_after = nn.LayerNorm(width, eps=1e-12)
+
+    def attend(self, x: Tensor) -> Tensor:
+        project = self.attention["attention"]
+        q, k, v = (
+            rearrange(project[name](x), "b n (h d) -> b h n d", h=self.heads)
+            for name in ("query", "key", "value")
+        )
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.attention["output"]["dense"](rearrange(out, "b h n d -> b n (h d)"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(self.layernorm_before(x))
+        return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))
+
+
+class Decoder(nn.Module):
+    """ViT decoder (RAE section 3.1): tokens (B, N, C) -> (B, 3, p sqrt(N), p sqrt(N)), before pixel
+    de-normalisation."""
+
+    def __init__(
+        self,
+        latent_shape: tuple[int, int],
+        patch_size: int,
+        width: int = 1152,
+        depth: int = 28,
+        heads: int = 16,
+        mlp_width: int = 4096,
+    ):
+        super().__init__()
+        tokens, channels = latent_shape
+        self.patch_size, self.side = patch_size, math.isqrt(tokens)
+        self.decoder_embed = nn.Linear(channels, width)
+        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        table = torch.cat([torch.zeros(1, width), sincos_table(tokens, width)])
+        self.decoder_pos_embed = nn.Parameter(table[None], requires_grad=False)
+        self.decoder_layers = nn.ModuleList(DecoderLayer(width, heads, mlp_width) for _ in range(depth))
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-12)
+        self.decoder_pred = nn.Linear(width, 3 * patch_size**2)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.decoder_embed(latents)
+        x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1).type_as(x), x], dim=1)
+        x = x + self.decoder_pos_embed
+        for layer in self.decoder_layers:
+            x = layer(x)
+        x = self.decoder_pred(self.decoder_norm(x)[:, 1:])
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=self.patch_size, c=3)
+
+
+class RAE(nn.Module, PyTorchModelHubMixin, library_name="rae"):
+    """Representation autoencoder: frozen encoder, trained decoder, latent statistics (RAE section 3).
+
+    encoder: hub id or local `transformers` folder; or its config as a dict, as written by `save_pretrained`.
+    decoder_config: patch_size (of the output, free of the encoder's), width, depth, heads, mlp_width.
+    encoder_size: side of the encoder's input in pixels; other pictures are resized (bicubic, no antialias).
+    image_mean, image_std: the encoder's pixel statistics. All three are read from the hub id or folder.
+
+    `latent_mean` and `latent_std`, (N, C) buffers, normalise the latents; they start as 0 and 1 (none).
+    """
+
+    def __init__(
+        self,
+        encoder: str | dict,
+        decoder_config: dict,
+        encoder_size: int | None = None,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+    ):
+        super().__init__()
+        self.encoder = Encoder(encoder)
+        if not isinstance(encoder, dict):
+            processor = transformers.AutoImageProcessor.from_pretrained(encoder)
+            image_mean, image_std = list(processor.image_mean), list(processor.image_std)
+            encoder_size = encoder_size or self.encoder.config.image_size
+        if not (encoder_size and image_mean and image_std):
+            raise ValueError(
+                "an encoder given as a config needs encoder_size, image_mean and image_std beside it"
+            )
+        patch = self.encoder.config.patch_size
+        if encoder_size % patch:
+            raise ValueError(
+                f"encoder_size {encoder_size} is not a multiple of the encoder's patch size {patch}"
+            )
+        # what rebuilds this module without the encoder's folder; saved as config.json
+        self._hub_mixin_config.update(
+            encoder=self.encoder.config.to_diff_dict() | {"model_type": self.encoder.config.model_type},
+            encoder_size=encoder_size,
+            image_mean=image_mean,
+            image_std=image_std,
+        )
+        side = encoder_size // patch
+        self.encoder_size = encoder_size
+        self.latent_shape = (side * side, self.encoder.config.hidden_size)
+        self.image_size = side * decoder_config["patch_size"]
+        self.decoder = Decoder(self.latent_shape, **decoder_config)
+        self.register_buffer("latent_mean", torch.zeros(self.latent_shape))
+        self.register_buffer("latent_std", torch.ones(self.latent_shape))
+        self.register_buffer("image_mean", torch.tensor(image_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(image_std).view(3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> "RAE":
+        super().train(mode)
+        self.encoder.eval()  # always frozen
+        return self
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> latents (B, N, C), fp32. Pictures of another size are resized, not
+        cropped."""
+        if images.shape[-2:] != (self.encoder_size, self.encoder_size):
+            images = F.interpolate(images, (self.encoder_size, self.encoder_size), mode="bicubic")
+        tokens = self.encoder((images - self.image_mean) / self.image_std).float()
+        return (tokens - self.latent_mean) / self.latent_std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, N, C) -> (B, 3, image_size, image_size), around [0, 1] but not clamped."""
+        pixels = self.decoder(latents * self.latent_std + self.latent_mean)
+        return pixels.float() * self.image_std + self.image_mean
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 4. DiT
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Transformer block whose norms are shifted, scaled and gated by the condition, per token
+    (adaLN-Zero)."""
+
+    def __init__(self, width: int, heads: int, mlp_hidden: int, condition_width: int):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
+        self.attn = Attention(width, heads)
+        self.mlp = SwiGLU(width, mlp_hidden)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_width, 6 * width))
+
+    def forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, channels: int, condition_width: int):
+        super().__init__()
+        self.norm_final = RMSNorm(width)
+        self.linear = nn.Linear(width, channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_width, 2 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale)).float()
+
+
+class LabelCondition(nn.Module):
+    """Class labels (B,) -> (B, 1, width); the table's last row is the null condition."""
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def drop(self, labels: Tensor | None, dropped: Tensor) -> Tensor:
+        labels = dropped.new_zeros(len(dropped), dtype=torch.long) if labels is None else labels
+        return torch.where(dropped, self.num_classes, labels)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)[:, None]
+
+
+class TokenCondition(nn.Module):
+    """One condition vector per token, (B, N, width), taken as it is; a learned vector is the null
+    condition."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.dropout_embedding = nn.Parameter(torch.zeros(width))
+
+    def drop(self, vectors: Tensor | None, dropped: Tensor) -> Tensor:
+        null = self.dropout_embedding.expand(len(dropped), 1, -1)
+        return (
+            null if vectors is None else torch.where(dropped[:, None, None], null.type_as(vectors), vectors)
+        )
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return vectors
+
+
+class DiT(nn.Module, PyTorchModelHubMixin, library_name="rae"):
+    """Diffusion transformer on latent tokens, LightningDiT's blocks; the velocity of `flow_loss`.
+
+    latent_shape: (N, C), a square grid of tokens. head: (width, depth, heads) of the wide shallow head of
+    DiT-DH (RAE section 5), or None. num_classes or condition_width: class labels, or one vector of that width
+    per token; with neither, unconditional. silu_condition: SiLU on time + condition before adaLN's own SiLU
+    (Scale-RAE, and RAE's DiT-DH; not RAE's DiT). readd_time: the time embedding is added again in front of
+    the wide head (RAE; not Scale-RAE). xavier: xavier-uniform linear layers (RAE's DiT, Scale-RAE); RAE's
+    DiT-DH has PyTorch's default.
+    """
+
+    def __init__(
+        self,
+        latent_shape: tuple[int, int],
+        width: int,
+        depth: int,
+        heads: int,
+        head: tuple[int, int, int] | None = None,
+        num_classes: int | None = None,
+        condition_width: int | None = None,
+        silu_condition: bool = True,
+        readd_time: bool = False,
+        xavier: bool = True,
+    ):
+        super().__init__()
+        if num_classes and condition_width:
+            raise ValueError(
+                "a DiT is conditioned on labels (num_classes) or on vectors (condition_width), not on both"
+            )
+        if readd_time and condition_width not in (None, width):
+            raise ValueError(
+                f"readd_time adds the time embedding ({condition_width}) to the tokens ({width})"
+            )
+        tokens, channels = latent_shape
+        self.depth, self.head = depth, head
+        self.silu_condition, self.readd_time = silu_condition, readd_time
+        z = condition_width or width
+        self.t_embedder = TimeEmbedding(z)
+        self.y_embedder = None
+        if num_classes:
+            self.y_embedder = LabelCondition(num_classes, z)
+        elif condition_width:
+            self.y_embedder = TokenCondition(z)
+        self.pos_embed = nn.Parameter(sincos_table(tokens, width)[None], requires_grad=False)
+        self.register_buffer("rope", rope_table(tokens, width // heads), persistent=False)
+        blocks = [Block(width, heads, swiglu_width(width), z) for _ in range(depth)]
+        out_width, out_condition = width, z
+        if head:  # `s_embedder` feeds the backbone and `x_embedder` the head: the names of RAE's checkpoints
+            out_width = out_condition = head[0]
+            self.s_embedder = nn.Linear(channels, width)
+            self.s_projector = nn.Identity() if head[0] == width else nn.Linear(width, head[0])
+            self.register_buffer("head_rope", rope_table(tokens, head[0] // head[2]), persistent=False)
+            blocks += [Block(head[0], head[2], swiglu_width(head[0]), head[0]) for _ in range(head[1])]
+        self.x_embedder = nn.Linear(channels, out_width)
+        self.blocks = nn.ModuleList(blocks)
+        self.final_layer = FinalLayer(out_width, channels, out_condition)
+        self.initialise(xavier)
+
+    def initialise(self, xavier: bool) -> None:
+        embedders = [self.x_embedder] + ([self.s_embedder] if self.head else [])
+        for layer in [m for m in self.modules() if isinstance(m, nn.Linear)] if xavier else embedders:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        if isinstance(self.y_embedder, LabelCondition):
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        # every block starts as the identity and the velocity as zero
+        modulations = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
+        for layer in (*modulations, self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def drop_condition(self, condition: Tensor | None, dropped: Tensor) -> Tensor:
+        """The null condition where `dropped` (B,) is true, `condition` elsewhere (None: null everywhere)."""
+        if self.y_embedder is None:
+            raise ValueError("this DiT is unconditional: it has no null condition")
+        return self.y_embedder.drop(condition, dropped)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Velocity (B, N, C) at x (B, N, C), t (B,) in [0, 1].
+
+        condition: labels (B,) or vectors (B, N, condition_width); None, or the label `num_classes`, is the
+        null condition. Raises IndexError for labels beyond it, ValueError for a condition where the model has
+        none.
+        """
+        time = self.t_embedder(t)[:, None]
+        c = (
+            time
+            if self.y_embedder is None and condition is None
+            else time + self.embed_condition(condition, t)
+        )
+        if self.silu_condition:
+            c = F.silu(c)
+        s = (self.s_embedder if self.head else self.x_embedder)(x) + self.pos_embed
+        for block in self.blocks[: self.depth]:
+            s = block(s, c, self.rope)
+        if self.head:
+            c = self.s_projector(F.silu(time + s if self.readd_time else s))
+            s = self.x_embedder(x)
+            for block in self.blocks[self.depth :]:
+                s = block(s, c, self.head_rope)
+        return self.final_layer(s, c)
+
+    def embed_condition(self, condition: Tensor | None, t: Tensor) -> Tensor:
+        if self.y_embedder is None:
+            raise ValueError("this DiT is unconditional, but a condition was given")
+        if condition is None:
+            condition = self.y_embedder.drop(None, torch.ones_like(t, dtype=torch.bool))
+        return self.y_embedder(condition)
+
+
+def swiglu_width(width: int) -> int:
+    """Hidden width of SwiGLU that keeps the parameters of a 4x MLP; the published rounding."""
+    return int(2 / 3 * int(4 * width))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 5. flow matching: x_t = (1 - t) data + t noise, velocity = noise - data
+
+
+def default_alpha(latent_shape: tuple[int, int]) -> float:
+    """The factor of the timestep shift, sqrt(N C / 4096) (RAE section 4.3)."""
+    return math.sqrt(latent_shape[0] * latent_shape[1] / 4096)
+
+
+def shift_time(t: Tensor, alpha: float) -> Tensor:
+    """alpha t / (1 + (alpha - 1) t): more noise for latents of more dimensions."""
+    return alpha * t / (1 + (alpha - 1) * t)
+
+
+def sample_time(u: Tensor, alpha: float, mean: float | None = 0.0, std: float = 1.0) -> Tensor:
+    """Training times from uniform draws `u` in (0, 1): logit-normal(mean, std) or, with mean None, uniform;
+    cut off at 0.999, then shifted."""
+    if mean is None:
+        return shift_time(0.999 * u, alpha)
+    limit = NormalDist(mean, std).cdf(math.log(0.999 / 0.001))
+    return shift_time((mean + std * torch.special.ndtri(u * limit)).sigmoid().clamp(0, 0.999), alpha)
+
+
+def flow_loss(
+    model: Callable[..., Tensor],
+    latents: Tensor,
+    condition: Tensor | None,
+    alpha: float,
+    noise: Tensor | None = None,
+    t: Tensor | None = None,
+) -> Tensor:
+    """Mean squared velocity error of each sample, (B,). A given `t` (B,) is already shifted."""
+    noise = torch.randn_like(latents) if noise is None else noise
+    t = sample_time(torch.rand(len(latents), device=latents.device), alpha) if t is None else t
+    x = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
+    return (model(x, t, condition) - (noise - latents)).square().mean(dim=(1, 2))
+
+
+def time_grid(steps: int, alpha: float, grid: str = "full") -> list[tuple[float, float]]:
+    """(t, dt) of every Euler step.
+
+    "full" goes from 1 to 0 in `steps` evaluations. "rae" has `steps` points from 1 to shift(0.001), which is
+    one evaluation less. "scale-rae" also has steps - 1: it starts below 1 and ends with a small step back up
+    to 1.
+    """
+    if steps < 1 + (grid != "full"):
+        raise ValueError(f"grid {grid!r} needs more than {steps} step(s)")
+    if grid == "full":
+        base = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    elif grid == "rae":
+        base = 1 - torch.linspace(0, 0.999, steps, dtype=torch.float64)
+    elif grid == "scale-rae":
+        base = (
+            torch.tensor([round(k * 999 / (steps - 1)) + 1 for k in range(steps)], dtype=torch.float64) / 1000
+        )
+        base = torch.cat([base[:-1].flip(0), base[-1:]])  # downwards from the last but one
+    else:
+        raise ValueError(f"unknown grid {grid!r}: full, rae or scale-rae")
+    points = shift_time(base, alpha).tolist()
+    pairs = [(t, after - t) for t, after in zip(points, points[1:], strict=False)]
+    if grid == "scale-rae":
+        pairs[-1] = (points[0], 1 - points[0])
+    return pairs
+
+
+@torch.no_grad()
+def sample(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    steps: int = 50,
+    alpha: float | None = None,
+    solver: str = "euler",
+    grid: str = "full",
+) -> Tensor:
+    """Integrates dx/dt = velocity(x, t (B,)) from noise (B, N, C) to latents; the state is fp32.
+
+    alpha: factor of the timestep shift, sqrt(N C / 4096) by default. solver: "euler", or "heun" (two
+    evaluations a step). grid: see `time_grid`.
+    """
+    if solver not in ("euler", "heun"):
+        raise ValueError(f"unknown solver {solver!r}: euler or heun")
+    alpha = default_alpha(noise.shape[1:]) if alpha is None else alpha
+    x = noise.float()
+    for t, dt in time_grid(steps, alpha, grid):
+        v = velocity(x, x.new_full((len(x),), t))
+        if solver == "heun":
+            v = (v + velocity(x + dt * v, x.new_full((len(x),), t + dt))) / 2
+        x = x + dt * v
+    return x
+
+
+def guided(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    weaker: Callable[[Tensor, Tensor], Tensor],
+    scale: float,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """weaker + scale (velocity - weaker) while t is inside the interval (ends included), else `velocity`
+    alone.
+
+    With the null condition as `weaker` this is classifier-free guidance, with a smaller model AutoGuidance.
+    The weaker one is only evaluated where its result is used.
+    """
+    if scale == 1:
+        return velocity
+
+    def guided_velocity(x: Tensor, t: Tensor) -> Tensor:
+        if interval != (0.0, 1.0) and not interval[0] <= t[0] <= interval[1]:
+            return velocity(x, t)
+        base = weaker(x, t)
+        return base + scale * (velocity(x, t) - base)
+
+    return guided_velocity
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 6. text to image
+
+IMAGE = -200  # stands for one patch of a picture in a sequence of token ids
+IGNORED = -100  # label of a token that is not learned
+SYSTEM = "You are a helpful assistant."
+REQUEST = "Generate an image of {}"  # how a bare prompt becomes a user's turn
+REPLY = "Here you go:\n<image>"  # the answer
+
+
+@dataclass
+class Chat:
+    """A batch of tokenised conversations. Positions index the flattened (B * L) sequence."""
+
+    ids: Tensor  # (B, L), IMAGE where a picture is
+    predict: Tensor  # (T,) positions whose next token is learned
+    targets: Tensor  # (T,) that token
+    answers: Tensor  # (A, N) positions of the pictures to generate
+    contexts: Tensor  # (C, N) positions of the pictures to read
+    answer_index: Tensor  # (A,) which of the batch's pictures, in order, are to generate
+    context_index: Tensor  # (C,) and which to read
+
+    def to(self, device: torch.device) -> "Chat":
+        return Chat(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+class TextToImage(nn.Module, PyTorchModelHubMixin, library_name="rae"):
+    """A language model that draws: learnable queries after the prompt collect one condition vector per latent
+    token for a DiT, and pictures are read back through a projector (Scale-RAE section 3).
+
+    language_model: hub id or local folder of a causal model of `transformers` with a ChatML tokenizer; or its
+    config as a dict, as written by `save_pretrained`. dit: arguments of `DiT`: width, depth, heads, ...;
+    condition_width is the width unless given. latent_shape: (N, C) of the autoencoder; N queries.
+    autoencoder: hub id of its folder, or a path, relative to this model's own folder once saved.
+    """
+
+    def __init__(
+        self,
+        language_model: str | dict,
+        dit: dict,
+        latent_shape: tuple[int, int],
+        autoencoder: str | None = None,
+    ):
+        super().__init__()
+        self.tokenizer = None  # `from_pretrained` sets it where language_model is a config
+        if isinstance(language_model, dict):
+            config = transformers.AutoConfig.for_model(**language_model)
+            self.language_model = transformers.AutoModelForCausalLM.from_config(config)
+        else:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(language_model)
+            self.language_model = transformers.AutoModelForCausalLM.from_pretrained(language_model).float()
+            self.add_image_tokens()
+        config = self.language_model.config
+        self._hub_mixin_config["language_model"] = config.to_diff_dict() | {"model_type": config.model_type}
+        self.latent_shape, self.alpha = tuple(latent_shape), default_alpha(latent_shape)
+        self.autoencoder_path, self._autoencoder = autoencoder, None
+        tokens, channels = latent_shape
+        width = config.hidden_size
+        dit = {"condition_width": dit["width"], **dit}
+        self.dit = DiT(latent_shape, **dit)
+        self.latent_queries = nn.Parameter(torch.randn(tokens, width) / math.sqrt(width))
+        self.mm_projector = nn.Sequential(nn.Linear(channels, width), nn.GELU(), nn.Linear(width, width))
+        self.diff_head_projector = nn.Linear(
+            width, dit["condition_width"]
+        )  # the connector; as in the released files
+        nn.init.normal_(self.diff_head_projector.weight, std=0.02)
+        nn.init.zeros_(self.diff_head_projector.bias)
+
+    # -- tokens
+
+    def add_image_tokens(self) -> None:
+        """Adds <im_start> and <im_end> (not Qwen's <|im_start|>); their rows start as the mean of all
+        others."""
+        self.tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
+        self.language_model.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)  # exactly
+        for embeddings in (
+            self.language_model.get_input_embeddings(),
+            self.language_model.get_output_embeddings(),
+        ):
+            with torch.no_grad():
+                embeddings.weight[-2:] = embeddings.weight[:-2].mean(dim=0)
+
+    def encode_chat(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a conversation of (role, text) turns, after the system turn.
+
+        ChatML: <|im_start|>role, a line feed, the text, <|im_end|>, a line feed. Each <image> in a text
+        becomes <im_start>, N times IMAGE, <im_end>. The assistant's turns are learned, header included, and
+        everywhere the line feeds, <|im_start|> and <|im_end|> (the reference's rule); pictures never are.
+        """
+        always = {
+            *self.tokenizer.encode("\n"),
+            *self.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]),
+        }
+        ids, labels = [], []
+        for role, text in [("system", SYSTEM), *turns]:
+            text = text.replace("<image>", "<im_start><image><im_end>")
+            first, *rest = f"<|im_start|>{role}\n{text}<|im_end|>\n".split("<image>")
+            turn = self.tokenizer.encode(first)
+            for piece in rest:
+                turn += [IMAGE] * self.latent_shape[0] + self.tokenizer.encode(piece)
+            ids += turn
+            learned = (i != IMAGE and (role == "assistant" or i in always) for i in turn)
+            labels += [i if yes else IGNORED for i, yes in zip(turn, learned, strict=True)]
+        return ids, labels
+
+    def chat(self, conversations: list[list[tuple[str, str]]]) -> Chat:
+        """Tokenises a batch of conversations, see `encode_chat`; padded on the right to the longest."""
+        return self.collate([self.encode_chat(turns) for turns in conversations])
+
+    def collate(self, encoded: list[tuple[list[int], list[int]]]) -> Chat:
+        """A batch from (ids, labels) pairs. A picture is an answer where the token before it, its <im_start>,
+        is learned; otherwise it is something to read."""
+        pad = self.tokenizer.pad_token_id or 0
+        longest = max(len(ids) for ids, _ in encoded)
+        ids = torch.tensor([i + [pad] * (longest - len(i)) for i, _ in encoded])
+        labels = torch.tensor([i + [IGNORED] * (longest - len(i)) for _, i in encoded])
+        next_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+        predict = (next_labels != IGNORED).nonzero().flatten()
+        pictures = (ids == IMAGE).flatten().nonzero().view(-1, self.latent_shape[0])
+        learned = labels.flatten()[pictures[:, 0] - 1] != IGNORED
+        answer_index, context_index = learned.nonzero().flatten(), (~learned).nonzero().flatten()
+        answers, contexts = pictures[answer_index], pictures[context_index]
+        return Chat(ids, predict, next_labels[predict], answers, contexts, answer_index, context_index)
+
+    # -- training
+
+    def embed(self, chat: Chat, context_latents: Tensor | None = None) -> Tensor:
+        """Input embeddings (B, L, width); pictures to generate are the queries, pictures to read are
+        projected."""
+        embeddings = self.language_model.get_input_embeddings()(chat.ids.clamp(min=0))
+        flat = embeddings.flatten(0, 1)
+        if len(chat.answers):
+            flat = flat.index_copy(
+                0, chat.answers.flatten(), self.latent_queries.repeat(len(chat.answers), 1)
+            )
+        if len(chat.contexts):
+            projected = self.mm_projector(context_latents).type_as(flat)
+            flat = flat.index_copy(0, chat.contexts.flatten(), projected.flatten(0, 1))
+        return flat.view_as(embeddings)
+
+    def hidden_states(self, embeddings: Tensor) -> Tensor:
+        """(B, L, width) -> last hidden states, flattened to (B * L, width). Causal; padding on the right is
+        harmless."""
+        return self.language_model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state.flatten(
+            0, 1
+        )
+
+    def forward(
+        self, chat: Chat, latents: Tensor, noise: Tensor, t: Tensor, dropped: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The two losses, unreduced over the batch: summed cross-entropy over len(chat.targets) tokens, and
+        the velocity error of each of the A pictures to generate, (A,).
+
+        latents, noise (P, N, C), shifted time t (P,) and the condition dropout (P,) belong to all P pictures
+        of the batch, in order. The papers' loss is the mean of the first + 2 x the mean of the second, each
+        over the global batch.
+        """
+        answer = chat.answer_index
+        hidden = self.hidden_states(self.embed(chat, latents[chat.context_index]))
+        logits = self.language_model.lm_head(hidden[chat.predict]).float()
+        cross_entropy = F.cross_entropy(logits, chat.targets, reduction="sum")
+        condition = self.dit.drop_condition(self.diff_head_projector(hidden[chat.answers]), dropped[answer])
+        return cross_entropy, flow_loss(
+            self.dit, latents[answer], condition, self.alpha, noise[answer], t[answer]
+        )
+
+    # -- inference
+
+    @property
+    def device(self) -> torch.device:
+        return self.latent_queries.device
+
+    @property
+    def autoencoder(self) -> RAE:
+        """The autoencoder whose latents this model makes, loaded at first use; not part of the weights."""
+        if self._autoencoder is None:
+            self._autoencoder = RAE.from_pretrained(self.autoencoder_path).eval()
+        return self._autoencoder.to(self.device)
+
+    def plain_text(self, texts: list[str], max_tokens: int = 256) -> None:
+        """Raises ValueError for user text that is empty, over-long, or contains a special token."""
+        special = [*self.tokenizer.get_added_vocab(), "<image>"]
+        for text in texts:
+            if not text.strip():
+                raise ValueError("empty prompt: describe a picture, for example 'a red circle'")
+            if found := next((token for token in special if token in text), None):
+                raise ValueError(f"the prompt contains the special token {found}: remove it")
+            if (length := len(self.tokenizer.encode(text))) > max_tokens:
+                raise ValueError(f"the prompt has {length} tokens, the limit is {max_tokens}: shorten it")
+
+    @torch.no_grad()
+    def condition(self, prompts: list[str]) -> Tensor:
+        """Condition vectors (B, N, Z) for descriptions of pictures: one pass of the language model over the
+        request, the beginning of the answer and the queries. Raises ValueError for an empty or over-long
+        prompt."""
+        self.plain_text(prompts)
+        chat = self.chat([[("user", REQUEST.format(p)), ("assistant", REPLY)] for p in prompts]).to(
+            self.device
+        )
+        return self.diff_head_projector(self.hidden_states(self.embed(chat))[chat.answers])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[str],
+        steps: int = 50,
+        guidance: float = 1.0,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        solver: str = "euler",
+        grid: str = "full",
+    ) -> Tensor:
+        """Latents (B, N, C) for the prompts. guidance: scale of classifier-free guidance, 1 is none. The
+        noise (B, N, C) is drawn with `generator`, on its device, unless it is given."""
+        condition = self.condition(prompts)
+        if noise is None:
+            device = generator.device if generator else self.device
+            noise = torch.randn(len(prompts), *self.latent_shape, generator=generator, device=device)
+        velocity = guided(lambda x, t: self.dit(x, t, condition), lambda x, t: self.dit(x, t, None), guidance)
+        return sample(velocity, noise.to(self.device), steps, self.alpha, solver, grid)
+
+    @torch.no_grad()
+    def answer(self, image_or_latents: Tensor, question: str, max_tokens: int = 64) -> str:
+        """Answers a question about one picture, (3, H, W) in [0, 1], or about its latents (N, C); greedy."""
+        self.plain_text([question])
+        picture = image_or_latents.to(self.device)
+        latents = picture[None] if picture.ndim == 2 else self.autoencoder.encode(picture[None])
+        ids, _ = self.encode_chat([("user", f"<image>\n{question}")])
+        ids += self.tokenizer.encode("<|im_start|>assistant\n")
+        chat = self.collate([(ids, [IGNORED] * len(ids))]).to(self.device)
+        out = self.language_model.generate(
+            inputs_embeds=self.embed(chat, latents),
+            attention_mask=torch.ones_like(chat.ids),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=self.tokenizer.convert_tokens_to_ids("<|im_end|>"),
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return self.tokenizer.decode(out[0], skip_special_tokens=True).strip()
+
+    # -- one folder: config.json, model.safetensors, tokenizer files
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        self.tokenizer.save_pretrained(save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **kwargs) -> "TextToImage":
+        model = super()._from_pretrained(model_id=model_id, **kwargs)
+        model.tokenizer = transformers.AutoTokenizer.from_pretrained(model_id)
+        beside = Path(model_id) / (model.autoencoder_path or "")
+        if model.autoencoder_path and beside.is_dir():
+            model.autoencoder_path = str(beside)
+        return model
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 7. presets
+
+ENCODERS = {  # hub ids
+    "siglip2-so400m": "google/siglip2-so400m-patch14-224",
+    "siglip2-b": "google/siglip2-base-patch16-256",
+    "dinov2-b": "facebook/dinov2-with-registers-base",
+    "webssl-l": "facebook/webssl-dino300m-full2b-224",
+    "mae-b": "facebook/vit-mae-base",
+}
+
+DECODERS = {  # RAE appendix; the XL's MLP is not 4 x its width
+    "ViT-B": {"width": 768, "depth": 12, "heads": 12, "mlp_width": 3072},
+    "ViT-L": {"width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096},
+    "ViT-XL": {"width": 1152, "depth": 28, "heads": 16, "mlp_width": 4096},
+    "nano": {"width": 160, "depth": 4, "heads": 5, "mlp_width": 640},
+}
+
+DITS = {  # Scale-RAE table 10, and the laptop's
+    "0.5B": {"width": 1280, "depth": 16, "heads": 32},
+    "2.4B": {"width": 2048, "depth": 32, "heads": 32},
+    "3.1B": {"width": 2304, "depth": 32, "heads": 32},
+    "5.5B": {"width": 3072, "depth": 32, "heads": 32},
+    "9.8B": {"width": 4096, "depth": 32, "heads": 32},
+    "nano": {"width": 256, "depth": 6, "heads": 4, "condition_width": 128},
+}

@@ -1,0 +1,60 @@
+"""Small folders made with the library classes that made the real ones: untrained, but of every part."""
+
+import pytest
+import torch
+import transformers
+
+import rae
+from nano import prepare
+
+SIZE = 32
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)  # tiny tensors; and sums in one order
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """Folder with encoder/, language-model/, rae/ and t2i/ for pictures of 32 px, 16 tokens of 24
+    channels."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=SIZE,
+        patch_size=8,
+    )
+    transformers.SiglipVisionModel(vision).save_pretrained(folder / "encoder")
+    half = [0.5, 0.5, 0.5]
+    processor = transformers.SiglipImageProcessor(
+        size={"height": SIZE, "width": SIZE}, image_mean=half, image_std=half
+    )
+    processor.save_pretrained(folder / "encoder")
+
+    tokenizer = prepare.make_tokenizer(documents=300)
+    language_model = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+        )
+    )
+    language_model.save_pretrained(folder / "language-model")
+    tokenizer.save_pretrained(folder / "language-model")
+
+    decoder = {"patch_size": 8, "width": 32, "depth": 2, "heads": 2, "mlp_width": 48}
+    autoencoder = rae.RAE(str(folder / "encoder"), decoder)
+    autoencoder.save_pretrained(folder / "rae")
+    dit = {"width": 32, "depth": 2, "heads": 2, "condition_width": 20}
+    model = rae.TextToImage(str(folder / "language-model"), dit, autoencoder.latent_shape, "../rae")
+    model.save_pretrained(folder / "t2i")
+    return folder

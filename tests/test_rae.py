@@ -1,0 +1,237 @@
+"""The models: published sizes, shapes, conditions, round trips through a folder, the flow and its grids."""
+
+import math
+
+import pytest
+import torch
+
+import rae
+
+LATENTS = (16, 24)
+
+
+def tiny_dit(**kwargs) -> rae.DiT:
+    torch.manual_seed(0)
+    model = rae.DiT(LATENTS, width=32, depth=2, heads=2, **kwargs)
+    for parameter in model.parameters():  # the zero initialisation would hide everything
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+# --- DiT
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("0.5B", 0.481), ("2.4B", 2.436), ("3.1B", 3.082), ("5.5B", 5.475), ("9.8B", 9.729)],
+)
+def test_scale_rae_sizes(name, count):
+    size = rae.DITS[name]
+    with torch.device("meta"):
+        model = rae.DiT((256, 1152), condition_width=size["width"], **size)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 3) == count
+
+
+def test_published_parameter_counts():
+    with torch.device("meta"):
+        dit = rae.DiT((256, 768), 1152, 28, 16, num_classes=1000)
+        wide = rae.DiT((256, 768), 1152, 28, 16, head=(2048, 2, 16), num_classes=1000, readd_time=True)
+        scale = rae.DiT((256, 1152), 1280, 16, 32, head=(2688, 2, 16), condition_width=1280)
+    counts = [sum(p.numel() for p in model.parameters()) for model in (dit, wide, scale)]
+    assert counts[:2] == [677_248_384, 838_675_796]
+    assert round(counts[2] / 1e9, 3) == 0.761
+
+
+def test_fourier_frequencies_are_the_published_ones():
+    frequencies = rae.TimeEmbedding(8).W
+    assert not frequencies.requires_grad
+    expected = torch.tensor([0.164998, -0.428739, -0.024267, 0.149424, -0.070685, 0.216612])
+    torch.testing.assert_close(frequencies[:6].data, expected, atol=1e-6, rtol=0)
+    assert frequencies.sum().item() == pytest.approx(-12.88859, abs=1e-4)
+
+
+def test_position_tables():
+    rope = rae.rope_table(256, 72)
+    assert rope[0, 17, [0, 2, 35, 37]].tolist() == pytest.approx(
+        [0.540302, 0.825627, 1.0, 0.540302], abs=1e-6
+    )
+    token = 3 * 16 + 5  # row 3, column 5
+    assert rope[1, token, [0, 2, 36, 38]].tolist() == pytest.approx(
+        [0.14112, 0.974198, -0.958924, 0.143673], abs=1e-6
+    )
+    table = rae.sincos_table(256, 1152)[token, [0, 1, 288, 576, 864]]
+    assert table.tolist() == pytest.approx([-0.958924, -0.991531, 0.283662, 0.14112, -0.989992], abs=1e-6)
+    with pytest.raises(ValueError, match="square"):
+        rae.rope_table(15, 8)
+
+
+@pytest.mark.parametrize("head", [None, (48, 1, 2)])
+@pytest.mark.parametrize("condition", ["class", "vectors", "none"])
+def test_dit_shapes_and_zero_start(head, condition):
+    given = {"class": {"num_classes": 5}, "vectors": {"condition_width": 20}, "none": {}}[condition]
+    value = {"class": torch.tensor([1, 5]), "vectors": torch.randn(2, 16, 20), "none": None}[condition]
+    x, t = torch.randn(2, *LATENTS), torch.tensor([0.2, 0.9])
+    fresh = rae.DiT(LATENTS, 32, 2, 2, head=head, **given)
+    assert fresh(x, t, value).abs().max() == 0  # adaLN-Zero: the velocity starts at zero
+    assert tiny_dit(head=head, **given)(x, t, value).shape == (2, *LATENTS)
+
+
+def test_null_conditions():
+    x, t = torch.randn(3, *LATENTS), torch.tensor([0.2, 0.5, 0.9])
+    labels = tiny_dit(num_classes=5)
+    assert torch.equal(labels(x, t), labels(x, t, torch.full((3,), 5)))
+    vectors, dropped = tiny_dit(condition_width=20), torch.tensor([True, False, True])
+    condition = torch.randn(3, 16, 20)
+    mixed = vectors(x, t, vectors.drop_condition(condition, dropped))
+    torch.testing.assert_close(mixed[dropped], vectors(x, t)[dropped])
+    torch.testing.assert_close(mixed[1], vectors(x, t, condition)[1])
+    assert not torch.allclose(mixed[1], vectors(x, t)[1])
+
+
+def test_wrong_conditions_raise():
+    x, t = torch.randn(2, *LATENTS), torch.rand(2)
+    with pytest.raises(ValueError, match="unconditional"):
+        tiny_dit()(x, t, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="unconditional"):
+        tiny_dit().drop_condition(None, torch.ones(2, dtype=torch.bool))
+    with pytest.raises(IndexError):
+        tiny_dit(num_classes=5)(x, t, torch.tensor([0, 6]))
+    with pytest.raises(ValueError, match="not on both"):
+        tiny_dit(num_classes=5, condition_width=20)
+
+
+# --- flow
+
+
+def test_shift_and_training_times():
+    t = torch.linspace(0, 1, 11)
+    assert torch.equal(rae.shift_time(t, 1.0), t)
+    assert rae.shift_time(torch.tensor(0.5), math.sqrt(48)).item() == pytest.approx(0.8739, abs=1e-4)
+    u = torch.linspace(1e-4, 1 - 1e-4, 4001)
+    times = rae.sample_time(u, math.sqrt(48))
+    assert times.mean().item() == pytest.approx(0.837, abs=2e-3)  # published for 256 px
+    assert times.median().item() == pytest.approx(0.874, abs=2e-3)
+    assert (times.diff() > 0).all() and times.max() < 1
+
+
+def test_grids_of_the_papers():
+    assert len(rae.time_grid(50, 2.0)) == 50
+    paper = rae.time_grid(50, math.sqrt(48), "rae")
+    assert len(paper) == 49 and paper[0][0] == 1
+    assert sum(paper[-1]) == pytest.approx(0.006887, abs=1e-6)
+    index = "0,20,41,61,82,102,122,143,163,183,204,224,245,265,285,306,326,347,367,387,408,428,449,469,489"
+    index += (
+        ",510,530,550,571,591,612,632,652,673,693,714,734,754,775,795,816,836,856,877,897,917,938,958,979,999"
+    )
+    base = [(int(i) + 1) / 1000 for i in index.split(",")]
+    scale = rae.time_grid(50, 1.0, "scale-rae")
+    assert [t for t, _ in scale] == pytest.approx([*base[48:0:-1], base[48]])
+    assert scale[-1][1] == pytest.approx(1 - base[48])
+    for wrong in ("rae", "scale-rae"):
+        with pytest.raises(ValueError, match="step"):
+            rae.time_grid(1, 1.0, wrong)
+    with pytest.raises(ValueError, match="unknown grid"):
+        rae.time_grid(5, 1.0, "other")
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_sampler_integrates_a_straight_flow_exactly(solver):
+    data, noise = torch.randn(3, *LATENTS), torch.randn(3, *LATENTS)
+    out = rae.sample(lambda x, t: noise - data, noise, steps=7, alpha=3.0, solver=solver)
+    torch.testing.assert_close(out, data, atol=1e-5, rtol=0)
+
+
+def test_heun_is_second_order():
+    exact = math.exp(-1)  # dx/dt = x from t = 1 to 0
+    errors = {
+        (solver, steps): abs(
+            rae.sample(lambda x, t: x, torch.ones(1, 1, 1), steps, 1.0, solver).item() - exact
+        )
+        for solver in ("euler", "heun")
+        for steps in (10, 20)
+    }
+    assert errors["euler", 10] / errors["euler", 20] == pytest.approx(2, rel=0.1)
+    assert errors["heun", 10] / errors["heun", 20] == pytest.approx(4, rel=0.1)
+
+
+def test_flow_loss_is_the_formula():
+    model = tiny_dit(num_classes=5)
+    x, noise, t = torch.randn(2, *LATENTS), torch.randn(2, *LATENTS), torch.tensor([0.3, 0.8])
+    labels = torch.tensor([0, 3])
+    at = (1 - t)[:, None, None] * x + t[:, None, None] * noise
+    expected = (model(at, t, labels) - (noise - x)).square().mean(dim=(1, 2))
+    torch.testing.assert_close(rae.flow_loss(model, x, labels, 2.0, noise, t), expected)
+
+
+def test_guidance_formula_interval_and_no_wasted_work():
+    calls = []
+
+    def weaker(x, t):
+        calls.append(t[0].item())
+        return torch.zeros_like(x)
+
+    strong = lambda x, t: torch.ones_like(x)  # noqa: E731
+    x = torch.zeros(1, *LATENTS)
+    velocity = rae.guided(strong, weaker, 3.0, (0.3, 0.7))
+    values = [velocity(x, torch.tensor([t])).mean().item() for t in (0.2, 0.3, 0.7, 0.8)]
+    assert values == [1, 3, 3, 1] and calls == pytest.approx([0.3, 0.7])
+    assert rae.guided(strong, weaker, 1.0) is strong
+
+
+# --- autoencoder
+
+
+VISION = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+ENCODERS = {
+    "siglip_vision_model": {"image_size": 32, "patch_size": 8},
+    "dinov2_with_registers": {"image_size": 42, "patch_size": 8, "num_register_tokens": 3, "mlp_ratio": 2},
+    "dinov2": {"image_size": 42, "patch_size": 8, "mlp_ratio": 2},
+    "vit_mae": {"image_size": 40, "patch_size": 8},
+}
+DECODER = {"patch_size": 4, "width": 32, "depth": 2, "heads": 2, "mlp_width": 48}
+
+
+def tiny_rae(family: str = "siglip_vision_model") -> rae.RAE:
+    torch.manual_seed(0)
+    config = {"model_type": family, **VISION, **ENCODERS[family]}
+    return rae.RAE(
+        config, DECODER, encoder_size=32, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]
+    ).eval()
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_every_encoder_family_gives_one_normalised_token_per_patch(family):
+    model = tiny_rae(family)
+    latents = model.encode(torch.rand(2, 3, 50, 40))
+    assert latents.shape == (2, *model.latent_shape) == (2, 16, 24)
+    assert model.decode(latents).shape == (2, 3, model.image_size, model.image_size) == (2, 3, 16, 16)
+    assert latents.mean(dim=-1).abs().max() < 1e-5
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+    assert not model.train().encoder.training
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_tokens_are_in_raster_order(family):
+    model, picture = tiny_rae(family), torch.rand(1, 3, 32, 32)
+    changed = picture.clone()
+    changed[:, :, 8:16, 16:24] = 0  # patch of row 1, column 2
+    difference = model.encode(changed) - model.encode(picture)
+    assert difference.square().sum(dim=-1).argmax().item() == 1 * 4 + 2
+
+
+def test_latent_statistics_are_inverted_by_decode_and_saved(tmp_path):
+    model, picture = tiny_rae(), torch.rand(2, 3, 32, 32)
+    raw, decoded = model.encode(picture), model.decode(model.encode(picture))
+    model.latent_mean.normal_()
+    model.latent_std.uniform_(0.5, 2)
+    torch.testing.assert_close(model.encode(picture), (raw - model.latent_mean) / model.latent_std)
+    torch.testing.assert_close(model.decode(model.encode(picture)), decoded, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path)
+    again = rae.RAE.from_pretrained(tmp_path)
+    assert torch.equal(again.encode(picture), model.encode(picture))
+    assert torch.equal(again.decode(raw), model.decode(raw))
+
+
+def test_an_encoder_that_is_none_of_ours():
+    with pytest.raises(ValueError, match="known: siglip"):
+        rae.Encoder({"model_type": "vit", **VISION})

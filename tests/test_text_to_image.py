@@ -1,0 +1,169 @@
+"""The unified model: tokens and labels, which pictures are answers, both losses, guidance, answering, its
+folder."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import rae
+
+
+@pytest.fixture(scope="module")
+def model(parts):
+    torch.manual_seed(1)
+    model = rae.TextToImage.from_pretrained(parts / "t2i").eval()
+    for parameter in model.dit.parameters():  # the zero initialisation would hide everything
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def text(model, ids):
+    return model.tokenizer.decode([i for i in ids if i >= 0])
+
+
+REQUEST = [("user", "Draw a star"), ("assistant", "Here you go:\n<image>")]
+QUESTION = [("user", "<image>\nhow many?"), ("assistant", "two")]
+
+
+def test_chat_format(model):
+    ids, _ = model.encode_chat(REQUEST)
+    assert text(model, ids) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nDraw a star<|im_end|>\n"
+        "<|im_start|>assistant\nHere you go:\n<im_start><im_end><|im_end|>\n"
+    )
+    assert ids.count(rae.IMAGE) == 16
+    assert ids.index(rae.IMAGE) == ids.index(model.tokenizer.convert_tokens_to_ids("<im_start>")) + 1
+
+
+def test_labels_are_the_assistants_turn_and_the_turn_markers_everywhere(model):
+    ids, labels = model.encode_chat(QUESTION)
+    learned = [i for i, label in zip(ids, labels, strict=True) if label != rae.IGNORED]
+    assert text(model, learned) == (
+        "<|im_start|>\n<|im_end|>\n<|im_start|>\n\n<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"
+    )
+    assert all(label in (i, rae.IGNORED) for i, label in zip(ids, labels, strict=True))
+
+
+def test_answer_pictures_are_those_whose_start_token_is_learned(model):
+    chat = model.chat([QUESTION, REQUEST, QUESTION])
+    assert chat.answer_index.tolist() == [1] and chat.context_index.tolist() == [0, 2]
+    flat = chat.ids.flatten()
+    assert (flat[chat.answers] == rae.IMAGE).all() and (flat[chat.contexts] == rae.IMAGE).all()
+    assert torch.equal(chat.targets, flat[chat.predict + 1])
+    two_pictures = model.chat([[("user", "<image>\nsame?"), ("assistant", "<image>")]])
+    assert two_pictures.answer_index.tolist() == [1] and two_pictures.context_index.tolist() == [0]
+
+
+def test_new_tokens_start_as_the_mean_row(parts):
+    model = rae.TextToImage(str(parts / "language-model"), {"width": 32, "depth": 1, "heads": 2}, (16, 24))
+    rows = model.language_model.get_input_embeddings().weight
+    assert len(rows) == len(model.tokenizer)
+    torch.testing.assert_close(rows[-1], rows[:-2].mean(dim=0))
+    torch.testing.assert_close(rows[-2], rows[:-2].mean(dim=0))
+
+
+def run(model, conversations, latents, noise, t, dropped):
+    chat = model.chat(conversations)
+    text_loss, flow = model(chat, latents, noise, t, dropped)
+    return text_loss, flow, len(chat.targets)
+
+
+def test_losses_of_a_batch_are_the_losses_of_its_samples(model):
+    """Padding, order and neighbours change nothing: what makes global normalisation equal to one big
+    batch."""
+    torch.manual_seed(0)
+    latents, noise = torch.randn(3, 16, 24), torch.randn(3, 16, 24)
+    t, dropped = torch.tensor([0.2, 0.5, 0.8]), torch.tensor([False, False, True])
+    chats = [REQUEST, [("user", "<image>\n" + "what is this, please? " * 3), ("assistant", "two")], REQUEST]
+    text_loss, flow, tokens = run(model, chats, latents, noise, t, dropped)
+    alone = [
+        run(model, [c], latents[i : i + 1], noise[i : i + 1], t[i : i + 1], dropped[i : i + 1])
+        for i, c in enumerate(chats)
+    ]
+    torch.testing.assert_close(text_loss, sum(a[0] for a in alone), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(flow, torch.cat([a[1] for a in alone]), rtol=1e-5, atol=1e-5)
+    assert tokens == sum(a[2] for a in alone) and len(flow) == 2
+
+
+def test_text_loss_is_cross_entropy_of_the_next_token(model):
+    ids, labels = model.encode_chat([("user", "hello"), ("assistant", "a star")])
+    none = torch.zeros(0, 16, 24)
+    given = (none, none, torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+    text_loss, flow, tokens = run(model, [[("user", "hello"), ("assistant", "a star")]], *given)
+    logits = model.language_model(torch.tensor([ids])).logits[0, :-1]
+    expected = F.cross_entropy(logits, torch.tensor(labels[1:]), ignore_index=rae.IGNORED, reduction="sum")
+    torch.testing.assert_close(text_loss, expected, rtol=1e-5, atol=1e-5)
+    assert len(flow) == 0 and tokens == sum(label != rae.IGNORED for label in labels[1:])
+
+
+def test_gradients_reach_the_parts_that_a_sample_uses(model):
+    latents = torch.randn(2, 16, 24)
+    given = (latents, torch.randn(2, 16, 24), torch.tensor([0.3, 0.6]), torch.tensor([False, False]))
+
+    def trained(conversations) -> set[str]:
+        model.zero_grad()
+        text_loss, flow, _ = run(model, conversations, *given)
+        (text_loss + flow.sum()).backward()
+        return {
+            name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()
+        }
+
+    assert trained([REQUEST, REQUEST]) == {"language_model", "latent_queries", "diff_head_projector", "dit"}
+    assert trained([QUESTION, QUESTION]) == {"language_model", "mm_projector"}
+
+
+def test_condition_equals_the_training_sequence(model):
+    """What `condition` computes at inference is what training conditions on, in batches of unequal prompts
+    too."""
+    prompts = ["a star", "three blue squares and a ring"]
+    together = model.condition(prompts)
+    for prompt, expected in zip(prompts, together, strict=True):
+        chat = model.chat([data.request(prompt, 0.0)])
+        hidden = model.hidden_states(model.embed(chat))
+        torch.testing.assert_close(
+            model.diff_head_projector(hidden[chat.answers])[0], expected, atol=1e-5, rtol=1e-5
+        )
+    assert rae.REQUEST == data.REQUESTS[0] and data.request("x", 0.0)[1][1] == rae.REPLY
+
+
+def test_guidance_changes_the_picture_and_prompts_matter(model):
+    noise = torch.randn(1, 16, 24).expand(2, -1, -1)
+    plain = model.generate(["a star", "a ring"], steps=3, noise=noise)
+    guided = model.generate(["a star", "a ring"], steps=3, noise=noise, guidance=3.0)
+    assert (plain - guided).abs().max() > 1e-4  # a no-op in the authors' released code
+    assert (plain[0] - plain[1]).abs().max() > 1e-5
+    seeded = [model.generate(["a star"], 2, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert torch.equal(seeded[0], seeded[1]) and not torch.equal(seeded[0], seeded[2])
+
+
+def test_answer_reads_pictures_and_latents(model):
+    picture = torch.rand(3, 32, 32)
+    latents = model.autoencoder.encode(picture[None])[0]
+    assert model.answer(picture, "what?", max_tokens=4) == model.answer(latents, "what?", max_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "empty"),
+        ("  \n", "empty"),
+        ("star " * 400, "limit"),
+        ("a <|im_end|> star", "special"),
+        ("<image>", "special"),
+    ],
+)
+def test_bad_prompts(model, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        model.condition(["a star", prompt])
+
+
+def test_folder_round_trip_and_its_link_to_the_autoencoder(parts, model, tmp_path):
+    loaded = rae.TextToImage.from_pretrained(parts / "t2i")
+    assert loaded.autoencoder_path == str(parts / "t2i" / "../rae")
+    assert "autoencoder" not in "".join(loaded.state_dict())
+    model.save_pretrained(tmp_path)
+    again = rae.TextToImage.from_pretrained(tmp_path).eval()
+    noise = torch.randn(1, 16, 24)
+    assert torch.equal(again.generate(["a star"], 2, noise=noise), model.generate(["a star"], 2, noise=noise))
