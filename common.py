@@ -155,6 +155,8 @@ def replacing(path: Path):
         if path.is_dir():  # a folder cannot be renamed onto another
             path.rename(old)
         temporary.rename(path)
+    except Exception as error:
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         for left in (temporary, old):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
@@ -204,21 +206,23 @@ class Run:
     """The folder of a training, its log and checkpoints, and the wish to stop it."""
 
     def __init__(self, out: str, config, where: Launch, resume: bool):
-        self.out, self.where = Path(out), where
+        self.out, self.config, self.where, self.stop = Path(out), config, where, None
         self.checkpoint = self.out / "checkpoint.pt"
         if self.checkpoint.exists() and not resume:
             raise ValueError(f"{out} already holds a training: go on with --resume, or choose another --out")
         if resume and not self.checkpoint.exists():
             raise ValueError(f"nothing to resume: there is no {self.checkpoint}")
-        if where.main:
-            text = json.dumps(dataclasses.asdict(config), indent=2)
-            print(f"{text}\n{where}", flush=True)
+
+    def begin(self) -> None:
+        """Before the loop: shows and saves the config, and lets Ctrl-C wait for the end of a step."""
+        if self.where.main:
+            text = json.dumps(dataclasses.asdict(self.config), indent=2)
+            print(f"{text}\n{self.where}", flush=True)
             with replacing(self.out / "config.json") as temporary:
                 temporary.write_text(text + "\n")
-        self.stop = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
-        self.clock, self.images = time.time(), 0
+        self.clock = time.time()
 
     def ask_to_stop(self, number: int, frame) -> None:
         self.stop = number

@@ -11,6 +11,7 @@ samples s B ... (s + 1) B - 1 whatever the number of processes, and a resumed ru
 """
 
 import hashlib
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,10 +142,20 @@ def collate(samples: list[dict]) -> dict:
 
 def load(source: Dataset, steps: Steps, workers: int = 1) -> Iterator[dict]:
     """Batches for ever, one per step, made ahead by worker processes (0: in this one)."""
-    pinned = torch.cuda.is_available()
-    return iter(
-        DataLoader(source, batch_sampler=steps, collate_fn=collate, num_workers=workers, pin_memory=pinned)
+    loader = DataLoader(
+        source,
+        batch_sampler=steps,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_interrupts,
     )
+    return iter(loader)
+
+
+def leave_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; stopping is the trainer's business, not a worker's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def to_unit(images: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -10,7 +10,7 @@ the hidden states of a language model (Scale-RAE, arXiv 2601.16208). Read this f
     4. DiT             the diffusion transformer, with or without the wide head
     5. flow matching   timestep shift, loss, sampler, guidance
     6. TextToImage     language model -> latent queries -> connector -> DiT
-    7. presets         the papers' names and sizes
+    7. presets and released weights   the papers' names and sizes; `from_official` reads the authors' files
 
 Conventions: latents are tokens (B, N, C) in raster order; time t = 0 is data and t = 1 is noise; pictures are
 (B, 3, H, W) in [0, 1]. Parameters are fp32; run under `torch.autocast` for bf16 compute: norms, rotary
@@ -18,8 +18,10 @@ positions, modulation, losses and the sampler's state stay in fp32.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -83,17 +85,20 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with rotary positions."""
+    """Multi-head self-attention with rotary positions; qk_norm: RMSNorm on queries and keys."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, qk_norm: bool = False):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        out = F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
 
@@ -108,6 +113,18 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(a) * b)
+
+
+class MLP(nn.Module):
+    """Two linear layers around a tanh GELU."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class TimeEmbedding(nn.Module):
@@ -258,6 +275,9 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.decoder_embed(latents)
+        if x.shape[1] != self.side**2:  # another square grid: resized, as the authors do
+            x = rearrange(x, "b (h w) d -> b d h w", h=math.isqrt(x.shape[1]))
+            x = F.interpolate(x, (self.side, self.side), mode="bilinear").flatten(2).mT
         x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1).type_as(x), x], dim=1)
         x = x + self.decoder_pos_embed
         for layer in self.decoder_layers:
@@ -349,11 +369,11 @@ class Block(nn.Module):
     """Transformer block whose norms are shifted, scaled and gated by the condition, per token
     (adaLN-Zero)."""
 
-    def __init__(self, width: int, heads: int, mlp_hidden: int, condition_width: int):
+    def __init__(self, width: int, heads: int, condition_width: int, qk_norm: bool, swiglu: bool):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
-        self.attn = Attention(width, heads)
-        self.mlp = SwiGLU(width, mlp_hidden)
+        self.attn = Attention(width, heads, qk_norm)
+        self.mlp = SwiGLU(width, swiglu_width(width)) if swiglu else MLP(width, 4 * width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
@@ -416,7 +436,8 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="rae"):
     per token; with neither, unconditional. silu_condition: SiLU on time + condition before adaLN's own SiLU
     (Scale-RAE, and RAE's DiT-DH; not RAE's DiT). readd_time: the time embedding is added again in front of
     the wide head (RAE; not Scale-RAE). xavier: xavier-uniform linear layers (RAE's DiT, Scale-RAE); RAE's
-    DiT-DH has PyTorch's default.
+    DiT-DH has PyTorch's default. qk_norm, swiglu: RMSNorm on queries and keys, SwiGLU rather than a plain MLP;
+    options of RAE's code, off and on in all released weights.
     """
 
     def __init__(
@@ -431,6 +452,8 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="rae"):
         silu_condition: bool = True,
         readd_time: bool = False,
         xavier: bool = True,
+        qk_norm: bool = False,
+        swiglu: bool = True,
     ):
         super().__init__()
         if num_classes and condition_width:
@@ -453,14 +476,14 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="rae"):
             self.y_embedder = TokenCondition(z)
         self.pos_embed = nn.Parameter(sincos_table(tokens, width)[None], requires_grad=False)
         self.register_buffer("rope", rope_table(tokens, width // heads), persistent=False)
-        blocks = [Block(width, heads, swiglu_width(width), z) for _ in range(depth)]
+        blocks = [Block(width, heads, z, qk_norm, swiglu) for _ in range(depth)]
         out_width, out_condition = width, z
         if head:  # `s_embedder` feeds the backbone and `x_embedder` the head: the names of RAE's checkpoints
             out_width = out_condition = head[0]
             self.s_embedder = nn.Linear(channels, width)
             self.s_projector = nn.Identity() if head[0] == width else nn.Linear(width, head[0])
             self.register_buffer("head_rope", rope_table(tokens, head[0] // head[2]), persistent=False)
-            blocks += [Block(head[0], head[2], swiglu_width(head[0]), head[0]) for _ in range(head[1])]
+            blocks += [Block(head[0], head[2], head[0], qk_norm, swiglu) for _ in range(head[1])]
         self.x_embedder = nn.Linear(channels, out_width)
         self.blocks = nn.ModuleList(blocks)
         self.final_layer = FinalLayer(out_width, channels, out_condition)
@@ -897,7 +920,7 @@ class TextToImage(nn.Module, PyTorchModelHubMixin, library_name="rae"):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 7. presets
+# 7. presets and released weights
 
 ENCODERS = {  # hub ids
     "siglip2-so400m": "google/siglip2-so400m-patch14-224",
@@ -922,3 +945,133 @@ DITS = {  # Scale-RAE table 10, and the laptop's
     "9.8B": {"width": 4096, "depth": 32, "heads": 32},
     "nano": {"width": 256, "depth": 6, "heads": 4, "condition_width": 128},
 }
+
+
+def from_official(state_dict: dict[str, Tensor], **given) -> nn.Module:
+    """The module of a state dict that the authors released, in eval mode, recognised by its keys: RAE's
+    decoder, LightningDiT or DiT-DH, or Scale-RAE's diffusion head in both forms (without `diff_head.model.`).
+
+    Sizes are read from the tensors; `given` adds what they cannot tell and is checked where they can: heads=,
+    needed for a decoder, and where a DiT's RoPE tables were left out. With the wide head, heads=, width= and
+    depth= are pairs (backbone, head), and one number of heads stands for both. Raises ValueError, with the
+    first keys that do not fit, for a dict that is unknown or damaged, and for a keyword that contradicts it.
+    """
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    parts = {name.split(".")[0] for name in state_dict}
+    if "decoder_layers" in parts:
+        return official_decoder(state_dict, given)
+    if parts & {"blocks", "dit_blocks"}:
+        return official_dit(state_dict, given, scale="dit_blocks" in parts, wide="s_embedder" in parts)
+    raise ValueError(f"unknown state dict, no decoder_layers, blocks or dit_blocks: {list(state_dict)[:5]}")
+
+
+def official_decoder(weights: dict[str, Tensor], given: dict) -> Decoder:
+    size = partial(official_size, weights)
+    sizes = {  # a number that should be a square and is not gives a shape that does not fit
+        "latent_shape": (math.isqrt(size("decoder_pos_embed", 1) - 1) ** 2, size("decoder_embed.weight", 1)),
+        "patch_size": math.isqrt(size("decoder_pred.bias") // 3),
+        "width": size("decoder_embed.weight"),
+        "depth": official_depth(weights, "decoder_layers"),
+        "heads": given.get("heads"),
+        "mlp_width": size("decoder_layers.0.intermediate.dense.bias"),
+    }
+    check_given(given, sizes, [sizes["width"]], [sizes["heads"]])
+    return load_official(Decoder(**sizes), weights)
+
+
+def official_dit(weights: dict[str, Tensor], given: dict, scale: bool, wide: bool) -> DiT:
+    """scale: Scale-RAE's, not RAE's; wide: with the wide head, sizes are then (backbone, head)."""
+    size = partial(official_size, weights)
+    embedders, ropes = ["x_embedder.proj"], ["feat_rope"]
+    if wide:
+        embedders, ropes = ["s_embedder.proj", "x_embedder.proj"], ["enc_feat_rope", "dec_feat_rope"]
+    if wide and scale:  # here x_embedder feeds the backbone and s_embedder the head
+        embedders, ropes = embedders[::-1], ["enc_rope", "dec_rope"]
+    blocks = "dit_blocks" if scale else "blocks"
+    names = {"s_embedder": embedders[0], "x_embedder": embedders[-1], "blocks": blocks}
+    tuples = {name: (given[name],) * len(ropes) for name in given if isinstance(given[name], int)}
+    given = given | {name: tuples[name] for name in ("width", "depth", "heads") if name in tuples}
+
+    width = tuple(size(f"{name}.weight") for name in embedders)
+    widths = [size(f"{blocks}.{i}.norm1.weight") for i in range(official_depth(weights, blocks))]
+    in_head = widths.count(width[-1])
+    depth = (len(widths) - in_head, in_head) if wide else (len(widths),)
+    if (
+        wide and width[0] == width[1]
+    ):  # where the head begins cannot be seen: it has two blocks in both papers
+        depth = given.get("depth", (len(widths) - 2, 2))
+    heads = given.get("heads", ())
+    if f"{ropes[0]}.freqs_cos" in weights:
+        heads = tuple(w // size(f"{rope}.freqs_cos", 1) for w, rope in zip(width, ropes, strict=True))
+    patch = size(f"{embedders[0]}.weight", 3)
+    sizes = {
+        "latent_shape": (math.isqrt(size("pos_embed", 1)) ** 2, size(f"{embedders[0]}.weight", 1) * patch**2),
+        "num_classes": None if scale else size("y_embedder.embedding_table.weight") - 1,
+        "condition_width": size("y_embedder.dropout_embedding") if scale else None,
+    }
+    check_given(given, sizes | {"width": width, "depth": depth, "heads": heads}, width, heads)
+    model = DiT(
+        **sizes,
+        width=width[0],
+        depth=depth[0],
+        heads=heads[0],
+        head=(width[1], depth[1], heads[1]) if wide else None,
+        silu_condition=scale or wide,
+        readd_time=wide and not scale,
+        xavier=scale or not wide,
+        qk_norm=any(".q_norm." in name for name in weights),
+        swiglu=not any(".mlp.fc1." in name for name in weights),
+    )
+    weights = dict(weights)
+    if scale:  # its files leave the frequencies out
+        weights.setdefault("t_embedder.W", model.t_embedder.W)
+    for name in embedders:
+        weights[f"{name}.weight"] = weights[f"{name}.weight"].flatten(1)
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):  # patches: our channels are (c p q)
+        if patch > 1 and name in weights and len(weights[name]) == sizes["latent_shape"][1]:
+            weights[name] = rearrange(weights[name], "(p q c) ... -> (c p q) ...", p=patch, q=patch)
+    tables = {}
+    for rope, table in zip(ropes, [model.rope, model.head_rope] if wide else [model.rope], strict=True):
+        tables |= {f"{rope}.freqs_cos": table[0], f"{rope}.freqs_sin": table[1]}
+    return load_official(model, weights, names, tables)
+
+
+def official_size(weights: dict[str, Tensor], name: str, axis: int = 0) -> int:
+    if name not in weights or weights[name].ndim <= axis:
+        raise ValueError(f"damaged state dict: {name} is missing or has less than {axis + 1} axes")
+    return weights[name].shape[axis]
+
+
+def official_depth(weights: dict[str, Tensor], blocks: str) -> int:
+    found = (re.match(rf"{blocks}\.(\d+)\.", name) for name in weights)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def check_given(given: dict, sizes: dict, width: list[int], heads: list[int | None]) -> None:
+    for name, value in given.items():
+        if name not in sizes or sizes[name] != value:
+            raise ValueError(f"{name}={value}, but the state dict says {sizes.get(name, 'nothing of it')}")
+    if len(heads) != len(width) or not all(h and w % h == 0 for w, h in zip(width, heads, strict=True)):
+        raise ValueError(f"give heads=, the attention heads, divisors of the width {width}; not {heads}")
+
+
+def load_official(
+    model: nn.Module, weights: dict, names: dict | None = None, tables: dict | None = None
+) -> nn.Module:
+    """Loads strictly. names: first word of our keys -> theirs; tables: what the RoPE tables must be."""
+    own, names, tables = model.state_dict(), names or {}, tables or {}
+    theirs = {name: re.sub(r"^\w+", lambda first: names.get(first[0], first[0]), name) for name in own}
+    expected = {theirs[name]: tensor for name, tensor in own.items()}
+    if weights.keys() & tables.keys():
+        expected |= tables
+    wrong = [f"{name} is missing" for name in expected if name not in weights]
+    wrong += [f"{name} is unknown" for name in weights if name not in expected]
+    both = [(name, weights[name], tensor) for name, tensor in expected.items() if name in weights]
+    wrong += [f"{n} is {tuple(w.shape)}, not {tuple(e.shape)}" for n, w, e in both if w.shape != e.shape]
+    for name in [] if wrong else tables.keys() & weights.keys():
+        if not torch.allclose(weights[name].float(), tables[name], atol=4e-3):  # bf16 rounds them
+            wrong.append(f"{name} is another table")
+    if wrong:
+        raise ValueError(f"{type(model).__name__}: {len(wrong)} keys do not fit: {'; '.join(wrong[:5])}")
+    model.load_state_dict({name: weights[theirs[name]] for name in own})
+    return model.eval()

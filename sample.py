@@ -2,7 +2,7 @@
 
     python sample.py "a red circle above a blue square"            # the shipped nano model, on a laptop
     python sample.py "three green stars" "a pink ring" --n 8 --guidance 4
-    python sample.py --reconstruct picture.png                     # original | what the autoencoder makes of it
+    python sample.py --reconstruct picture.png                     # original | what the decoder makes of it
     python sample.py --ask picture.png "how many stars are there?"
     python sample.py "a cat in the snow" --model runs/t2i/model    # a model of your own
 

@@ -136,6 +136,7 @@ def main() -> None:
     # -------------------------------------------------------------------------------------------------------
     # the loop
     step, stream = start, batches(start)
+    run.begin()
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not where.main)
     for step in bar:
         images = data.to_unit(next(stream)["image"], where.device)

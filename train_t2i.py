@@ -115,6 +115,7 @@ def main() -> None:
     # -------------------------------------------------------------------------------------------------------
     # the loop
     step = start
+    run.begin()
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not where.main)
     for step in bar:
         factor = common.cosine(step, config.steps, config.warmup, config.final_lr)

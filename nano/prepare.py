@@ -121,9 +121,12 @@ def train_encoder(out: Path, tokenizer_folder: Path, steps: int, batch: int, see
     text = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 32, **width}
     vision = {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": PATCH, **width}
     model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
-    with torch.no_grad():  # SigLIP's initial temperature and bias
-        model.logit_scale.fill_(2.3)
+    with torch.no_grad():
+        model.logit_scale.fill_(2.3)  # SigLIP's initial temperature and bias
         model.logit_bias.fill_(-10.0)
+        for layer in model.vision_model.encoder.layers:  # starts near the patches themselves, see the top
+            layer.self_attn.out_proj.weight.mul_(0.1)
+            layer.mlp.fc2.weight.mul_(0.1)
     model.patch_head = torch.nn.Linear(128, 3 * PATCH**2)
     batches = data.load(data.open_source("nano", SIZE, seed), data.Steps(batch))
 
@@ -134,7 +137,7 @@ def train_encoder(out: Path, tokenizer_folder: Path, steps: int, batch: int, see
         out = model(input_ids=torch.tensor(text.input_ids), pixel_values=pixels, return_loss=True)
         patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
         local = F.l1_loss(model.patch_head(out.vision_model_output.last_hidden_state), patches)
-        return out.loss + 20 * local
+        return out.loss + 50 * local
 
     train(model, loss, steps, lr=1e-3, out=out, save=model.vision_model)
     half = [0.5, 0.5, 0.5]

@@ -70,11 +70,12 @@ def test_training_writes_everything_and_resumes_exactly(script, parts, tmp_path)
     assert "already holds a training" in run(script, *flags, code=1)
 
     half = TRAINERS[script](parts, tmp_path / "half")
-    process = launch(script, *half, "--steps", 4, "--log-every", 1, "--save-every", 100)
+    endless = [*half, "--steps", 4, "--log-every", 1, "--save-every", 100, "--workers", 1]
+    process = launch(script, *endless, start_new_session=True)
     metrics = tmp_path / "half/metrics.jsonl"
     while not metrics.exists() and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C in a terminal does: workers get it too
     _, err = process.communicate(timeout=300)
     if process.returncode != 0:  # else it was faster than we
         assert process.returncode == 128 + signal.SIGINT and "--resume" in err and "Traceback" not in err
@@ -191,7 +192,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
 
     path = tmp_path / "picture.png"
     path.write_text("good")
-    with pytest.raises(OSError), common.replacing(path) as temporary:
+    with pytest.raises(OSError, match="cannot write"), common.replacing(path) as temporary:
         temporary.write_text("half")
         raise OSError("No space left on device")
     assert path.read_text() == "good" and [p.name for p in tmp_path.iterdir()] == ["picture.png"]

@@ -1,0 +1,545 @@
+"""The models against numbers of the authors' own code, with weights made by a formula.
+
+golden.json holds, for each case, the constructor's facts, the official names and shapes of the weights, the
+inputs, and statistics of the outputs. Error is max |difference| / (1 + max |value|). Cases F, G, H, J and K
+are RAE's; A to E, and W, Scale-RAE's. With the weak formula V attention hardly shows in the outputs: it takes
+the strong one, V2, to find most mistakes (cases F3, G4, H6 to H9, JK2 and S...).
+"""
+
+import json
+import math
+import re
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+import rae
+
+GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
+ALPHA = 6.928203230275509  # of RAE's latents at 256 px
+
+
+def ramp(shape, a=0.61, b=0.2, scale=1.0, offset=0.0):
+    j = torch.arange(math.prod(shape), dtype=torch.float64)
+    return (scale * torch.sin(a * j + b) + offset).float().view(shape)
+
+
+def inputs(case):
+    given = GOLDEN[case]["inputs"].items()
+    return SimpleNamespace(**{name: ramp(**x) if isinstance(x, dict) else x for name, x in given})
+
+
+def expand(key):
+    """One compact key, "blocks.0-2.norm1.weight 64", as names and shapes."""
+    name, shape = key.split()
+    shape = [int(n) for n in shape.split("x")]
+    layers = re.search(r"\.(\d+)-(\d+)\.", name)
+    if not layers:
+        return [(name, shape)]
+    first, last = int(layers[1]), int(layers[2])
+    return [(name.replace(layers[0], f".{i}."), shape) for i in range(first, last + 1)]
+
+
+def formula(keys, strong):
+    """Weights V, or V2 if strong: a sine whose phase is the rank of the name."""
+    shapes = dict(pair for key in keys for pair in expand(key))
+    weights = {}
+    for i, name in enumerate(sorted(shapes)):
+        j = torch.arange(math.prod(shapes[name]), dtype=torch.float64)
+        phase = 0.37 * j + 1.3 * i
+        w = 0.15 * torch.sin(phase + 0.011 * (j % 997) ** 2) if strong else 0.04 * torch.sin(phase)
+        plus_one = "norm" in name and name.endswith("weight") or name.endswith("lambda1")
+        weights[name] = (w + plus_one).float().view(shapes[name])
+    return weights
+
+
+def table(shape, kind):
+    if isinstance(kind, dict):
+        return ramp(shape, **kind)
+    tokens, width = shape[-2:]
+    if kind == "sincos2d_cls":
+        return F.pad(rae.sincos_table(tokens - 1, width), (0, 0, 1, 0)).view(shape)
+    if kind == "sincos2d":
+        return rae.sincos_table(tokens, width).view(shape)
+    return rae.rope_table(tokens, width)[("rope2d_cos", "rope2d_sin").index(kind)]
+
+
+@cache
+def official(case, part="weights", weak=False):
+    """The state dict of a case under the authors' names."""
+    spec = GOLDEN[case][part]
+    weights = formula(GOLDEN["keys"][spec["keys"]], strong=spec["formula"] == "V2" and not weak)
+    return weights | {name: table(*given) for name, given in spec.get("tables", {}).items()}
+
+
+def check(actual, expected, tolerance):
+    flat = torch.as_tensor(actual).detach().double().flatten()
+    assert "shape" not in expected or list(actual.shape) == expected["shape"]
+    found = {"first5": flat[:5], "last": flat[-1], "mean": flat.mean(), "sum_abs": flat.abs().sum()}
+    found["std"] = flat.std() if len(flat) > 1 else torch.tensor(0.0)
+    for name in expected.keys() & found.keys():
+        wanted = torch.tensor(expected[name], dtype=torch.float64)
+        error = (found[name] - wanted).abs().max() / (len(flat) if name == "sum_abs" else 1)
+        error = (error / (1 + flat.abs().max())).item()
+        assert error <= tolerance, f"{name}: {found[name].tolist()} instead of {wanted.tolist()}"
+
+
+def pack(image, patch=1):
+    return rearrange(image, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
+
+
+def unpack(tokens, patch=1):
+    h = math.isqrt(tokens.shape[1])
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=patch, q=patch)
+
+
+def trajectory(velocity, x, steps=50, **given):
+    """Every state of the sampler, and the times at which it asked for the velocity."""
+    states, times = [], []
+
+    def recorded(x, t):
+        states.append(x)
+        times.append(t[0].item())
+        return velocity(x, t)
+
+    states.append(rae.sample(recorded, x, steps, **given))
+    return states, times
+
+
+# -- RAE
+
+
+def class_model(case):
+    config = GOLDEN[case]["config"]
+    model = rae.from_official(official(case), heads=config["num_heads"])
+    patch = config["patch_size"]
+    assert model.pos_embed.shape[1] == (config["input_size"] // patch) ** 2
+    return model, patch
+
+
+@pytest.mark.parametrize("case", ["F1", "F2", "F3", "G1", "G2", "G3", "G4"])
+@torch.no_grad()
+def test_class_conditional_forward(case):
+    model, patch = class_model(case)
+    given, expected = inputs(case), GOLDEN[case]["outputs"]
+    x, t, y = pack(given.x, patch), torch.tensor(given.t), torch.tensor(given.y)
+    v, null = model(x, t, y), model(x, t)
+    assert torch.equal(null, model(x, t, torch.full_like(y, 10)))
+    check(unpack(v, patch), expected["forward"], 5e-6)
+    check(unpack(null, patch), expected["forward_null"], 5e-6)
+    if "cfg" in expected:
+        v = rae.guided(lambda x, t: model(x, t, y), model, given.cfg_scale)(x, t)
+        check(unpack(v, patch), expected["cfg"], 5e-6)
+
+
+def one_by_one(model, weaker, labels, scale, interval):
+    """`guided` looks at the first time only: here each sample has its own."""
+
+    def velocity(x, t):
+        parts = []
+        for i, y in enumerate(labels):
+            of = [
+                (lambda x, t, m=m, y=y: m(x, t, y and torch.tensor([y]))) for m, y in ((model, y), weaker(y))
+            ]
+            parts.append(rae.guided(*of, scale, interval)(x[i : i + 1], t[i : i + 1]))
+        return torch.cat(parts)
+
+    return velocity
+
+
+@pytest.mark.parametrize("case", ["G1", "G4"])
+@torch.no_grad()
+def test_guidance(case):
+    model, _ = class_model(case)
+    guide = rae.from_official(official(case, "guide_weights"), heads=(4, 4))
+    given, expected = inputs(case), GOLDEN[case]["outputs"]
+    x, t, y = pack(given.x), torch.tensor(given.t), torch.tensor(given.y)
+    check(unpack(guide(x, t, y)), expected["guide_forward"], 5e-6)
+    for name, weaker, scale, interval in (
+        ("cfg0", lambda y: (model, None), 1.42, (0.0, 1.0)),
+        ("cfg1", lambda y: (model, None), 3.0, (0.0, 0.5)),
+        ("ag0", lambda y: (guide, y), 1.42, (0.0, 1.0)),
+        ("ag1", lambda y: (guide, y), 3.0, (0.5, 1.0)),
+    ):
+        v = one_by_one(model, weaker, given.y, scale, interval)(x, t)
+        check(unpack(v), expected[name], 5e-6)
+
+
+@pytest.mark.parametrize("case", ["G1", "G4"])
+@torch.no_grad()
+def test_guided_sampling(case):
+    model, _ = class_model(case)
+    guide = rae.from_official(official(case, "guide_weights"), heads=4)
+    given, expected = inputs(case), GOLDEN[case]["outputs"]
+    x, y = pack(given.x), torch.tensor(given.y)
+
+    def of(m, y):
+        return lambda x, t: m(x, t, y)
+
+    for name, velocity in (
+        ("sample0_plain", of(model, y)),
+        ("sample1_cfg", rae.guided(of(model, y), of(model, None), 1.42)),
+        ("sample2_cfg", rae.guided(of(model, y), of(model, None), 3.0, (0.2, 0.9))),
+        ("sample3_autoguidance", rae.guided(of(model, y), of(guide, y), 1.42)),
+    ):
+        states, times = trajectory(velocity, x, alpha=ALPHA, grid="rae")
+        assert len(times) == 49
+        check(unpack(states[1]), expected[f"{name}_after_step1"], 2e-5)
+        check(unpack(states[25]), expected[f"{name}_after_step25"], 2e-5)
+        check(unpack(states[-1]), expected[f"{name}_final"], 2e-5)
+    last = rae.shift_time(torch.tensor([0.001]), ALPHA)
+    check(torch.cat([torch.tensor(times), last]), expected["sample0_plain_grid"], 2e-6)
+
+
+@pytest.mark.parametrize("case", ["H1", "H2", "H6", "SC", "SC2"])
+@torch.no_grad()
+def test_decoder(case):
+    config, given, expected = GOLDEN[case]["config"], inputs(case), GOLDEN[case]["outputs"]
+    vit = config["vit_mae"]
+    decoder = rae.from_official(official(case), heads=vit["decoder_num_attention_heads"])
+    assert (decoder.patch_size, len(decoder.decoder_layers)) == (vit["patch_size"], 2)
+    if case.startswith("S"):
+        return check(decoder(given.z[:, 1:]), expected["image"], 1e-6)  # the first is a class token's place
+    image = decoder(given.z)
+    check(image, expected["image_raw"], 1e-6)
+    check(rearrange(image, "b c (h p) (w q) -> b (h w) (p q c)", p=8, q=8), expected["logits"], 1e-6)
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("pix_mean", "pix_std"))
+    check(image * std + mean, expected["image"], 1e-6)
+    if "image_raw_other_grid" in expected:
+        check(decoder(given.z_other), expected["image_raw_other_grid"], 1e-6)
+
+
+ENCODERS = {  # model type, and how today's transformers renames the keys
+    "Dinov2withNorm": "dinov2_with_registers",
+    "SigLIP2wNorm": "siglip_vision_model",
+    "MAEwNorm": "vit_mae",
+}
+RENAMED = (
+    (r"attention\.attention\.(query|key|value)", lambda match: f"attention.{match[1][0]}_proj"),
+    (r"attention\.output\.dense", "attention.o_proj"),
+)
+RENAMED_MAE = (
+    (r"encoder\.layer\.", "layers."),
+    (r"intermediate\.dense", "mlp.fc1"),
+    (r"output\.dense", "mlp.fc2"),
+)
+
+
+def autoencoder(case):
+    config = GOLDEN[case]["config"]
+    vit = config["decoder_vit_mae"]
+    model = rae.RAE(
+        {"model_type": ENCODERS[config["encoder_cls"]], **config["hf_config"]},
+        {
+            "patch_size": config["decoder_patch_size"],
+            "width": vit["decoder_hidden_size"],
+            "depth": vit["decoder_num_hidden_layers"],
+            "heads": vit["decoder_num_attention_heads"],
+            "mlp_width": vit["decoder_intermediate_size"],
+        },
+        config["encoder_input_size"],
+        config["pix_mean"],
+        config["pix_std"],
+    ).eval()
+    rules = RENAMED + RENAMED_MAE * (config["encoder_cls"] == "MAEwNorm")
+    weights = {}
+    for name, tensor in official(case, "encoder").items():
+        for old, new in rules:
+            name = re.sub(old, new, name)
+        if not name.startswith("head."):  # the pooling head of SigLIP
+            weights[name] = tensor
+    model.encoder.model.load_state_dict(weights)
+    model.decoder.load_state_dict(official(case, "decoder"))
+    return model, config
+
+
+@pytest.mark.parametrize("case", ["H3", "H4", "H5", "H7", "H8", "H9"])
+@torch.no_grad()
+def test_autoencoder(case):
+    model, config = autoencoder(case)
+    given, expected = inputs(case), GOLDEN[case]["outputs"]
+    check(unpack(model.encode(given.image)), expected["latent_without_stats"], 1e-6)
+    for name, stat in config["stat"].items():
+        if stat:
+            stat = ramp(config["stat_shape"], *(stat[k] for k in ("a", "b", "scale", "offset"))).flatten(1).T
+            model.register_buffer(
+                *(("latent_mean", stat) if name == "mean" else ("latent_std", (stat + 1e-5).sqrt()))
+            )
+    latents = model.encode(given.image)
+    check(unpack(latents), expected["latent"], 1e-6)
+    check(model.decode(latents), expected["recon"], 1e-6)
+    check(model.decode(pack(given.z)), expected["decode_of_z"], 1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in GOLDEN["J1"] if name != "u"])
+def test_times(name):
+    u, kind = torch.tensor(GOLDEN["J1"]["u"]), name.rsplit("_alpha", 1)[0]
+    alpha = {"1": 1.0, "256px": 6.92820323, "512px": 13.8564065}[name.rsplit("_alpha", 1)[1]]
+    if kind == "shift":
+        t = rae.shift_time(u, alpha)
+    elif kind == "train_t_uniform":
+        t = rae.sample_time(u, alpha, mean=None)
+    else:
+        mean, std = (float(number) for number in kind.split("_")[-2:])
+        t = rae.sample_time(u, alpha, mean, std)
+    wanted = torch.tensor(GOLDEN["J1"][name])
+    assert ((t - wanted).abs().max() / (1 + wanted.max())).item() <= 2e-6
+
+
+def check_gradients(model, ours, case):
+    """Gradient norms by official names; ours: official name -> our name."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name, norm in GOLDEN[case]["grad_norm"].items():
+        assert gradients[ours(name)].norm().item() == pytest.approx(norm, rel=1e-3), name
+    total = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
+    assert total == pytest.approx(GOLDEN[case]["grad_norm_total"], rel=1e-3)
+
+
+@pytest.mark.parametrize("case", ["JK1", "JK2"])
+def test_flow_loss_and_gradients(case):
+    model, _ = class_model(case)
+    model.requires_grad_(True)  # the authors' trainer trains the position table and the frequencies, too
+    given, expected = inputs(case), GOLDEN[case]["outputs"]
+    latents, noise, t, y = pack(given.x1), pack(given.noise), torch.tensor(given.t), torch.tensor(given.y)
+    loss = rae.flow_loss(model, latents, y, ALPHA, noise, t)
+    check(loss, expected["loss_per_sample"], 5e-6)
+    check(loss.mean(), expected["loss"], 5e-6)
+    x = torch.lerp(latents, noise, t[:, None, None])
+    check(unpack(model(x, t, y)), expected["pred"], 5e-6)
+    loss.mean().backward()
+    check(model.t_embedder.W.grad, expected["grad_full:t_embedder.W"], 5e-6)
+    check_gradients(model, lambda name: name.replace("embedder.proj", "embedder"), case)
+
+
+# -- Scale-RAE
+
+
+def sampled(model, condition, noise):
+    return rae.sample(lambda x, t: model(x, t, condition), noise, grid="scale-rae")
+
+
+@pytest.mark.parametrize("case", ["SA", "SA2", "SB", "A", "B"])
+@torch.no_grad()
+def test_diffusion_head(case):
+    """A and B are SA and SB with weak weights."""
+    weak = "as" in GOLDEN[case]
+    expected = GOLDEN[case] if weak else GOLDEN[case]["outputs"]
+    case = GOLDEN[case].get("as", case)
+    config, given = GOLDEN[case]["config"], inputs(case)
+    model = rae.from_official(official(case, weak=weak), heads=config["model_heads"])
+    x, t = pack(given.x), torch.tensor(given.t)
+    assert rae.default_alpha(x.shape[1:]) == pytest.approx(config["alpha"])
+    check(unpack(model(x, t, given.z)), expected["forward"], 1e-5)
+    loss = rae.flow_loss(model, pack(given.x0), given.z, config["alpha"], x, t)
+    check(loss, expected["loss_per_image"], 1e-5)
+    if "true_cfg" in expected:
+        one = torch.full_like(t, expected["true_cfg"].get("t", given.t[1]))
+        v = rae.guided(lambda x, t: model(x, t, given.z), model, given.cfg_scale)(x, one)
+        check(unpack(v), expected["true_cfg"], 1e-5)
+    check(sampled(model, given.z, x), expected["reference_sampler"], 2e-5)
+
+
+@torch.no_grad()
+def test_weak_decoder():
+    decoder = rae.from_official(official("SC", weak=True), heads=4)
+    check(decoder(ramp((2, 17, 24), b=0.9)[:, 1:]), GOLDEN["C"]["image"], 1e-6)
+
+
+def test_frequencies():
+    wanted = torch.tensor(GOLDEN["W"])
+    assert torch.allclose(rae.TimeEmbedding(8).W, wanted, rtol=1e-8, atol=1e-8)
+
+
+def test_scale_rae_grid():
+    """The published indices of 1000 times, called downwards, but the last of them never: g_48 comes twice."""
+    points = [(i + 1) / 1000 for i in GOLDEN["scale_rae_grid"]]
+    t, dt = zip(*rae.time_grid(50, 1.0, "scale-rae"), strict=True)
+    assert t == pytest.approx([*points[48:0:-1], points[48]])
+    assert dt == pytest.approx(
+        [points[k - 1] - points[k] for k in range(48, 0, -1)] + [points[49] - points[48]]
+    )
+
+
+def text_to_image(case):
+    config, weights = GOLDEN[case]["config"], dict(official(case))
+    tokens, diffusion = config["num_image_tokens"], config["diffusion"]
+    dit = {
+        name: diffusion[key]
+        for name, key in (("width", "hidden_size"), ("depth", "depth"), ("heads", "heads"))
+    }
+    dit["condition_width"] = diffusion["z_channels"]
+    model = rae.TextToImage({"model_type": "qwen2", **config["qwen2"]}, dit, (tokens, 1152)).eval()
+    model.tokenizer = SimpleNamespace(pad_token_id=0)
+    head = {
+        name.removeprefix("diff_head.model."): w
+        for name, w in weights.items()
+        if name.startswith("diff_head.")
+    }
+    renamed = rae.from_official(head, heads=dit["heads"]).state_dict(prefix="dit.")
+    renamed |= {our_name(name): w for name, w in weights.items() if not name.startswith("diff_head.")}
+    renamed["language_model.lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(renamed)
+    return model
+
+
+def our_name(name):
+    name = re.sub(r"^diff_head\.model\.", "dit.", name).replace("dit_blocks", "blocks")
+    name = name.replace("embedder.proj", "embedder")
+    name = re.sub(r"^model\.(latent_queries|mm_projector)", r"\1", name)
+    return re.sub(r"^model\.", "language_model.model.", name)
+
+
+def chat(model, ids, learned=False):
+    """One sequence; its picture is an answer if `learned`."""
+    return model.collate([(ids, ids if learned else [rae.IGNORED] * len(ids))])
+
+
+@torch.no_grad()
+def logits_of(model, ids, latents=None, learned=False):
+    hidden = model.hidden_states(model.embed(chat(model, ids, learned), latents))
+    return hidden, model.language_model.lm_head(hidden)
+
+
+@pytest.fixture(scope="module")
+def full_model():
+    return text_to_image("SD")
+
+
+@torch.no_grad()
+def generated(model, ids, noise):
+    hidden, logits = logits_of(model, ids, learned=True)
+    condition = model.diff_head_projector(hidden[chat(model, ids, learned=True).answers])
+    return logits, condition, sampled(model.dit, condition, noise)
+
+
+def test_generation(full_model):
+    given, expected = inputs("SD"), GOLDEN["SD"]["outputs"]
+    picture = [rae.IMAGE] * 256
+    ids = [*given.ids, given.im_start, *picture]
+    logits, condition, latents = generated(full_model, ids, pack(given.noise))
+    check(condition, expected["cond"], 5e-6)
+    check(logits[-1], expected["logits_last"], 5e-6)
+    check(logits[len(given.ids)], expected["logits_im_start"], 5e-6)
+    check(logits[len(given.ids) - 1], expected["logits_prompt_last"], 5e-6)
+    check(latents, expected["latent"], 2e-5)
+    for name, picture_latents in (
+        ("und", ramp(**GOLDEN["SD"]["inputs"]["und_latent"])),
+        ("und_generated", latents),
+    ):
+        _, logits = logits_of(full_model, [*given.und_before, *picture, *given.und_after], picture_latents)
+        check(logits[-1], expected[f"{name}_logits_last_noround"], 1e-5)
+
+
+def test_greedy_text_then_picture(full_model):
+    given, expected, greedy = inputs("SD"), GOLDEN["SD"]["outputs"], GOLDEN["SD"]["greedy"]
+    ids = list(greedy["ids"])
+    while ids[-1] != greedy["im_start"]:
+        ids.append(logits_of(full_model, ids)[1][-1].argmax().item())
+    assert ids[len(greedy["ids"]) :] == greedy["answer"]
+    _, condition, latents = generated(full_model, ids + [rae.IMAGE] * 256, pack(given.noise))
+    check(condition, expected["greedy_cond"], 5e-6)
+    check(latents[0], expected["greedy_latent"], 2e-5)
+
+
+def test_question_about_latents(full_model):
+    given = inputs("SD")
+    ids = [*given.question_before, *[rae.IMAGE] * 256, *given.question_after]
+    found = [logits_of(full_model, ids, ramp(**x))[1][-1].max().item() for x in given.question_latents]
+    assert found == pytest.approx(GOLDEN["SD"]["first_answer_logit_noround"], rel=1e-5)
+
+
+def test_training_step():
+    model, given, expected = text_to_image("SE"), inputs("SE"), GOLDEN["SE"]["outputs"]
+    encoded = []
+    for ids, labels in zip(given.ids, given.labels, strict=True):
+        at = ids.index("IMG") if "IMG" in ids else len(ids)
+        ids = ids[:at] + [rae.IMAGE] * 16 * (at < len(ids)) + ids[at + 1 :]
+        encoded.append(
+            (
+                ids,
+                labels[:at]
+                + [rae.IGNORED] * (len(ids) - len(labels) + (at < len(labels)))
+                + labels[at + 1 :],
+            )
+        )
+    batch, pictures = model.collate(encoded), [0, 1, 3]  # the samples with one
+    assert batch.context_index.tolist() == [0] and batch.answer_index.tolist() == [1, 2]
+    latents = F.layer_norm(given.features, (1152,), eps=1e-6)[pictures]
+    noise, t = pack(given.noise)[pictures], torch.tensor(given.t)[pictures]
+    cross_entropy, flow = model(batch, latents, noise, t, torch.zeros(3, dtype=torch.bool))
+    check(flow, {"first5": GOLDEN["SE"]["per_image"]}, 2e-6)
+    cross_entropy, diffusion = cross_entropy / len(batch.targets), flow.mean()
+    loss = cross_entropy + 2 * diffusion
+    check(cross_entropy, expected["ce"], 2e-6)
+    check(diffusion, expected["diffusion"], 2e-6)
+    check(loss, expected["loss"], 2e-6)
+    loss.backward()
+    null = model.dit.y_embedder.dropout_embedding.grad
+    assert null is None or not null.any()
+    check(model.language_model.model.norm.weight.grad, expected["grad_full:model.norm.weight"], 1e-5)
+    check_gradients(model, our_name, "SE")
+
+
+# -- from_official
+
+KINDS = {"F2": 4, "F3": 4, "G4": (4, 4), "G3": (4, 2), "SA2": 2, "SB": (4, 4), "SC": 4}  # case: heads
+DIT_KINDS = [case for case in KINDS if case != "SC"]
+
+
+def without_tables(weights):
+    return {name: w for name, w in weights.items() if "freqs_" not in name}
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_from_official_is_strict(case):
+    """One key too few or too many, or of another shape, is an error; the first two name it."""
+    weights, heads = official(case), KINDS[case]
+    rae.from_official(weights, heads=heads)
+    for name in weights:
+        with pytest.raises(ValueError, match=re.escape(name)):
+            rae.from_official({k: w for k, w in weights.items() if k != name}, heads=heads)
+        if name != "y_embedder.embedding_table.weight":  # it would be a model of more classes
+            with pytest.raises(ValueError):
+                rae.from_official(weights | {name: torch.cat([weights[name]] * 2)}, heads=heads)
+    with pytest.raises(ValueError, match="extra"):
+        rae.from_official(weights | {"extra": torch.zeros(1)}, heads=heads)
+
+
+@pytest.mark.parametrize("case", DIT_KINDS)
+def test_from_official_heads(case):
+    weights, heads = official(case), KINDS[case]
+    bare = without_tables(weights)
+    wanted = rae.from_official(weights, heads=list(heads) if isinstance(heads, tuple) else heads).state_dict()
+    for model in (rae.from_official(weights), rae.from_official(bare, heads=heads)):
+        assert not model.training
+        assert all(torch.equal(w, wanted[name]) for name, w in model.state_dict().items())
+    wrong = tuple(2 * h for h in heads) if isinstance(heads, tuple) else 2 * heads
+    name = next(name for name in weights if name.endswith("freqs_sin"))
+    for given, change in (
+        ({"heads": wrong}, {}),
+        ({"heads": (1, 2, 3)}, {}),
+        ({"depth": 7}, {}),
+        ({"width": (48, 64)}, {}),
+        ({"num_classes": 11}, {}),
+        ({"colour": 1}, {}),
+        ({}, {name: weights[name].flip(0)}),
+    ):
+        with pytest.raises(ValueError):
+            rae.from_official(weights | change, **given)
+    for given in ({}, {"heads": 5}, {"heads": 0}):
+        with pytest.raises(ValueError, match="heads"):
+            rae.from_official(bare, **given)
+
+
+def test_from_official_unknown():
+    for weights in ({}, {"model.visual.weight": torch.zeros(2)}, {"decoder_embed.weight": torch.zeros(2, 2)}):
+        with pytest.raises(ValueError, match="unknown state dict"):
+            rae.from_official(weights)
+    for given in ({}, {"heads": 5}, {"heads": 4, "patch_size": 16}):
+        with pytest.raises(ValueError, match="heads|patch_size"):
+            rae.from_official(official("SC"), **given)
