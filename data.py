@@ -96,7 +96,7 @@ def square(image: Image.Image, size: int) -> np.ndarray:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def open_source(name: str, size: int, seed: int, understanding: float = 0.0) -> Dataset:

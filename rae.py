@@ -17,7 +17,9 @@ Conventions: latents are tokens (B, N, C) in raster order; time t = 0 is data an
 positions, modulation, losses and the sampler's state stay in fp32.
 """
 
+import contextlib
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -35,6 +37,16 @@ from torch import Tensor, nn
 
 # -----------------------------------------------------------------------------------------------------------
 # 1. layers
+
+
+class Hub(PyTorchModelHubMixin):
+    """`save_pretrained(folder)` writes config.json (the arguments of `__init__`) and model.safetensors;
+    `from_pretrained(folder or hub id)` reads them back; `push_to_hub(id)`."""
+
+    @classmethod
+    def _from_pretrained(cls, **kwargs):
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints a line
+            return super()._from_pretrained(**kwargs)
 
 
 class RMSNorm(nn.Module):
@@ -196,7 +208,7 @@ class Encoder(nn.Module):
             getattr(model, family.norm).weight = getattr(model, family.norm).bias = None
         if getattr(model, "use_head", False):  # SigLIP's pooling head: computed for nothing
             model.use_head, model.head = False, None
-        self.model = model.requires_grad_(False).eval()
+        self.model = model.float().requires_grad_(False).eval()  # files are often bf16
         self.prefix = family.prefix(config)
         self.is_mae = config.model_type == "vit_mae"
         if self.is_mae:
@@ -286,7 +298,7 @@ class Decoder(nn.Module):
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=self.patch_size, c=3)
 
 
-class RAE(nn.Module, PyTorchModelHubMixin, library_name="rae"):
+class RAE(nn.Module, Hub, library_name="rae"):
     """Representation autoencoder: frozen encoder, trained decoder, latent statistics (RAE section 3).
 
     encoder: hub id or local `transformers` folder; or its config as a dict, as written by `save_pretrained`.
@@ -428,16 +440,18 @@ class TokenCondition(nn.Module):
         return vectors
 
 
-class DiT(nn.Module, PyTorchModelHubMixin, library_name="rae"):
+class DiT(nn.Module, Hub, library_name="rae"):
     """Diffusion transformer on latent tokens, LightningDiT's blocks; the velocity of `flow_loss`.
 
-    latent_shape: (N, C), a square grid of tokens. head: (width, depth, heads) of the wide shallow head of
-    DiT-DH (RAE section 5), or None. num_classes or condition_width: class labels, or one vector of that width
-    per token; with neither, unconditional. silu_condition: SiLU on time + condition before adaLN's own SiLU
-    (Scale-RAE, and RAE's DiT-DH; not RAE's DiT). readd_time: the time embedding is added again in front of
-    the wide head (RAE; not Scale-RAE). xavier: xavier-uniform linear layers (RAE's DiT, Scale-RAE); RAE's
-    DiT-DH has PyTorch's default. qk_norm, swiglu: RMSNorm on queries and keys, SwiGLU rather than a plain MLP;
-    options of RAE's code, off and on in all released weights.
+    latent_shape: (N, C), a square grid of tokens.
+    head: (width, depth, heads) of the wide shallow head of DiT-DH (RAE section 5), or None.
+    num_classes or condition_width: class labels, or one vector of that width per token; with neither,
+        unconditional.
+    silu_condition: SiLU on time + condition before adaLN's own SiLU (Scale-RAE, RAE's DiT-DH; not RAE's DiT).
+    readd_time: the time embedding is added again in front of the wide head (RAE; not Scale-RAE).
+    xavier: xavier-uniform linear layers (RAE's DiT, Scale-RAE); RAE's DiT-DH has PyTorch's default.
+    qk_norm: RMSNorm on queries and keys. swiglu: else a plain MLP. Options of RAE's code; off and on in all
+        released weights.
     """
 
     def __init__(
@@ -624,8 +638,9 @@ def sample(
 ) -> Tensor:
     """Integrates dx/dt = velocity(x, t (B,)) from noise (B, N, C) to latents; the state is fp32.
 
-    alpha: factor of the timestep shift, sqrt(N C / 4096) by default. solver: "euler", or "heun" (two
-    evaluations a step). grid: see `time_grid`.
+    alpha: factor of the timestep shift, sqrt(N C / 4096) by default.
+    solver: "euler", or "heun" (two evaluations a step).
+    grid: see `time_grid`.
     """
     if solver not in ("euler", "heun"):
         raise ValueError(f"unknown solver {solver!r}: euler or heun")
@@ -689,13 +704,14 @@ class Chat:
         return Chat(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
-class TextToImage(nn.Module, PyTorchModelHubMixin, library_name="rae"):
+class TextToImage(nn.Module, Hub, library_name="rae"):
     """A language model that draws: learnable queries after the prompt collect one condition vector per latent
     token for a DiT, and pictures are read back through a projector (Scale-RAE section 3).
 
     language_model: hub id or local folder of a causal model of `transformers` with a ChatML tokenizer; or its
-    config as a dict, as written by `save_pretrained`. dit: arguments of `DiT`: width, depth, heads, ...;
-    condition_width is the width unless given. latent_shape: (N, C) of the autoencoder; N queries.
+        config as a dict, as written by `save_pretrained`.
+    dit: arguments of `DiT`: width, depth, heads, ...; condition_width is the width unless given.
+    latent_shape: (N, C) of the autoencoder; there are N queries.
     autoencoder: hub id of its folder, or a path, relative to this model's own folder once saved.
     """
 
@@ -713,8 +729,9 @@ class TextToImage(nn.Module, PyTorchModelHubMixin, library_name="rae"):
             self.language_model = transformers.AutoModelForCausalLM.from_config(config)
         else:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(language_model)
-            self.language_model = transformers.AutoModelForCausalLM.from_pretrained(language_model).float()
+            self.language_model = transformers.AutoModelForCausalLM.from_pretrained(language_model)
             self.add_image_tokens()
+        self.language_model.float()  # files are often bf16
         config = self.language_model.config
         self._hub_mixin_config["language_model"] = config.to_diff_dict() | {"model_type": config.model_type}
         self.latent_shape, self.alpha = tuple(latent_shape), default_alpha(latent_shape)
@@ -910,7 +927,7 @@ class TextToImage(nn.Module, PyTorchModelHubMixin, library_name="rae"):
         self.tokenizer.save_pretrained(save_directory)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **kwargs) -> "TextToImage":
+    def _from_pretrained(cls, *, model_id: str, **kwargs):
         model = super()._from_pretrained(model_id=model_id, **kwargs)
         model.tokenizer = transformers.AutoTokenizer.from_pretrained(model_id)
         beside = Path(model_id) / (model.autoencoder_path or "")
@@ -996,9 +1013,7 @@ def official_dit(weights: dict[str, Tensor], given: dict, scale: bool, wide: boo
     widths = [size(f"{blocks}.{i}.norm1.weight") for i in range(official_depth(weights, blocks))]
     in_head = widths.count(width[-1])
     depth = (len(widths) - in_head, in_head) if wide else (len(widths),)
-    if (
-        wide and width[0] == width[1]
-    ):  # where the head begins cannot be seen: it has two blocks in both papers
+    if wide and width[0] == width[1]:  # no telling where the head begins: it has two blocks in both papers
         depth = given.get("depth", (len(widths) - 2, 2))
     heads = given.get("heads", ())
     if f"{ropes[0]}.freqs_cos" in weights:

@@ -44,16 +44,18 @@ class Config:
     batch: int = flag(64, "pictures drawn at once")
 
 
-def open_picture(path: str, size: int) -> torch.Tensor:
-    """The centred square of a picture file, (1, 3, size, size) in [0, 1]."""
+def open_picture(path: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            pixels = data.square(image, size)
+        return Image.open(path).convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"no picture at {path}") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no picture that can be read: {error}") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+
+
+def to_pixels(picture: Image.Image, size: int) -> torch.Tensor:
+    """The centred square of a picture, (1, 3, size, size) in [0, 1]."""
+    return torch.from_numpy(data.square(picture, size)).permute(2, 0, 1)[None].float() / 255
 
 
 def file_name(prompt: str) -> str:
@@ -61,8 +63,9 @@ def file_name(prompt: str) -> str:
 
 
 def reconstruct(config: Config, where: common.Launch) -> None:
+    picture = open_picture(config.reconstruct)
     model = common.load_model(rae.RAE, config.autoencoder or common.WEIGHTS / "rae").to(where.device)
-    original = open_picture(config.reconstruct, model.image_size).to(where.device)
+    original = to_pixels(picture, model.image_size).to(where.device)
     with torch.no_grad(), where.autocast():
         decoded = model.decode(model.encode(original))
     error = (decoded.clamp(0, 1) - original).square().mean()
@@ -73,15 +76,24 @@ def reconstruct(config: Config, where: common.Launch) -> None:
     print(f"{path}  (left original, right reconstruction; PSNR {-10 * error.log10().item():.1f} dB)")
 
 
-def ask(config: Config, model: rae.TextToImage, where: common.Launch) -> None:
+def load_model(config: Config, where: common.Launch) -> rae.TextToImage:
+    model = common.load_model(rae.TextToImage, config.model).to(where.device)
+    if config.autoencoder:
+        model.autoencoder_path = config.autoencoder
+    return model
+
+
+def ask(config: Config, where: common.Launch) -> None:
     if len(config.prompts) != 1:
         raise ValueError('--ask needs one question: sample.py --ask picture.png "what is this?"')
-    picture = open_picture(config.ask, model.autoencoder.image_size)[0]
+    picture = open_picture(config.ask)
+    model = load_model(config, where)
     with where.autocast():
-        print(model.answer(picture, config.prompts[0]))
+        print(model.answer(to_pixels(picture, model.autoencoder.image_size)[0], config.prompts[0]))
 
 
-def draw(config: Config, model: rae.TextToImage, where: common.Launch) -> None:
+def draw(config: Config, where: common.Launch) -> None:
+    model = load_model(config, where)
     jobs = [(prompt, config.seed + k) for prompt in config.prompts for k in range(config.n)]
     pictures = []
     for start in range(0, len(jobs), config.batch):
@@ -123,13 +135,8 @@ def main() -> None:
         raise ValueError('give a prompt: sample.py "a red circle above a blue square"')
     if config.n < 1 or config.steps < 1 or config.batch < 1:
         raise ValueError("--n, --steps and --batch have to be at least 1")
-    where = common.launch(config.dtype)
-    if config.reconstruct:
-        return reconstruct(config, where)
-    model = common.load_model(rae.TextToImage, config.model).to(where.device)
-    if config.autoencoder:
-        model.autoencoder_path = config.autoencoder
-    ask(config, model, where) if config.ask else draw(config, model, where)
+    run = reconstruct if config.reconstruct else ask if config.ask else draw
+    run(config, common.launch(config.dtype))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """Small folders made with the library classes that made the real ones: untrained, but of every part."""
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
 import pytest
 import torch
 import transformers

@@ -96,7 +96,8 @@ def test_draws_depend_on_the_sample_and_not_on_its_batch():
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("nowhere", "no data source"), ("nano:birds", "no domain"), ("nano:text=x", "")]
+    ("name", "message"),
+    [("nowhere", "no data source"), ("nano:birds", "no domain"), ("nano:text=x", "could not convert")],
 )
 def test_bad_sources(name, message):
     with pytest.raises(ValueError, match=message):

@@ -64,6 +64,22 @@ def test_new_tokens_start_as_the_mean_row(parts):
     torch.testing.assert_close(rows[-2], rows[:-2].mean(dim=0))
 
 
+def test_parameters_are_fp32_whatever_the_files_are(parts, tmp_path):
+    model = rae.TextToImage.from_pretrained(parts / "t2i")
+    model.bfloat16().save_pretrained(tmp_path / "t2i")
+    model.language_model.save_pretrained(tmp_path / "language-model")
+    model.tokenizer.save_pretrained(tmp_path / "language-model")
+    sizes = {"width": 32, "depth": 1, "heads": 2}
+    for loaded in (
+        rae.TextToImage.from_pretrained(tmp_path / "t2i"),
+        rae.TextToImage(str(tmp_path / "language-model"), sizes, (16, 24)),
+    ):
+        assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    encoder = rae.Encoder(str(parts / "encoder")).model.bfloat16()
+    encoder.save_pretrained(tmp_path / "encoder")
+    assert {p.dtype for p in rae.Encoder(str(tmp_path / "encoder")).parameters()} == {torch.float32}
+
+
 def run(model, conversations, latents, noise, t, dropped):
     chat = model.chat(conversations)
     text_loss, flow = model(chat, latents, noise, t, dropped)
