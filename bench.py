@@ -31,8 +31,8 @@ class Config:
     autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE folder or hub id")
     model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id")
     data: str = flag("nano", "source of the pictures and captions")
-    batch: int = flag(64, "pictures at once")
-    seconds: float = flag(5.0, "to time each loop")
+    batch: int = flag(64, "pictures at once", at_least=4)
+    seconds: float = flag(5.0, "to time each loop", at_least=0.01)
     compile: bool = flag(False, "compile the blocks")
     dtype: str = flag("auto", "of the compute; weights are fp32", choices=["auto", "bf16", "fp32"])
     json: str = flag("", "file for the results")
@@ -59,8 +59,8 @@ def measure(run: Callable[[], object], images: int, seconds: float, where: commo
 
 def loops(config: Config, where: common.Launch) -> dict[str, tuple[Callable[[], object], int]]:
     """Every loop by name: what to call, and the images in one call."""
-    autoencoder = common.load_model(rae.RAE, config.autoencoder).to(where.device)
-    model = common.load_model(rae.TextToImage, config.model).to(where.device)
+    autoencoder = common.load_autoencoder(config.autoencoder, where)
+    model = common.load_text_to_image(config.model, config.autoencoder, where)
     if config.compile:
         for block in (
             *model.dit.blocks,
@@ -75,6 +75,7 @@ def loops(config: Config, where: common.Launch) -> dict[str, tuple[Callable[[], 
     latents = autoencoder.encode(images)
     chat = model.chat(batch["conversation"]).to(where.device)
     noise, u, v = data.flow_draws(model.latent_shape, 0, batch["index"], where.device)
+    t, dropped = rae.sample_time(u, model.alpha).to(where.device), (v < 0.1).to(where.device)
     optimizers = {
         part: torch.optim.AdamW([p for p in part.parameters() if p.requires_grad], lr=0.0, fused=True)
         for part in (autoencoder, model)
@@ -91,7 +92,7 @@ def loops(config: Config, where: common.Launch) -> dict[str, tuple[Callable[[], 
         return F.l1_loss(autoencoder.decode(autoencoder.encode(images)), images)
 
     def t2i_loss() -> torch.Tensor:
-        text, flow = model(chat, autoencoder.encode(images), noise, rae.sample_time(u, model.alpha), v < 0.1)
+        text, flow = model(chat, autoencoder.encode(images), noise, t, dropped)
         return text / len(chat.targets) + 2 * flow.mean()
 
     def infer(call: Callable, *args, **kwargs) -> torch.Tensor:

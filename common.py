@@ -1,9 +1,9 @@
-"""What the scripts share around their loops: flags, launch, checkpoints, log, picture grids. No algorithm
-lives here."""
+"""What the scripts share around their loops: flags, launch, files, checkpoints, log, learning rate, EMA."""
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,7 +19,10 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError
 from torch import Tensor, nn
+
+import rae
 
 WEIGHTS = Path(__file__).parent / "nano" / "weights"  # what the repository ships
 
@@ -28,14 +31,16 @@ WEIGHTS = Path(__file__).parent / "nano" / "weights"  # what the repository ship
 
 
 def flag(default, help: str, **kwargs):
-    """A field of a config dataclass with its line of help."""
+    """A field of a config dataclass with its line of help; `at_least` bounds a number, the rest is
+    argparse's."""
     return dataclasses.field(default=default, metadata={"help": help, **kwargs})
 
 
 def parse(config: type, manual: str, presets: dict[str, dict] | None = None, argv: list[str] | None = None):
-    """A config from the command line: the dataclass's defaults, then --preset's values, then the flags given.
+    """A config from the command line: the dataclass's defaults, then --preset's values (with --resume those
+    of OUT/config.json), then the flags given.
 
-    Fields without a default are positional. `manual` is the script's docstring and heads `-h`.
+    Fields with `nargs` are positional. `manual` is the script's docstring and heads `-h`.
     """
     parser = argparse.ArgumentParser(
         description=manual, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -43,7 +48,7 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None, arg
     if presets:
         parser.add_argument("--preset", choices=presets, default="nano", help="values for the flags below")
     for field in dataclasses.fields(config):
-        kind, kwargs = field.type, dict(field.metadata)
+        kind, kwargs = field.type, {k: v for k, v in field.metadata.items() if k != "at_least"}
         if isinstance(kind, types.UnionType):  # "int | None"
             kind = next(t for t in kind.__args__ if t is not type(None))
         shown = "" if field.default in (None, dataclasses.MISSING, "") else f" (default {field.default})"
@@ -57,7 +62,16 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None, arg
             kwargs["type"] = kind
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kwargs)
     given = vars(parser.parse_args(argv))
-    return config(**{**(presets or {}).get(given.pop("preset", ""), {}), **given})
+    base = (presets or {}).get(given.pop("preset", ""), {})
+    saved = Path(given.get("out", getattr(config, "out", ""))) / "config.json"
+    if given.get("resume") and saved.is_file():
+        base = json.loads(saved.read_text())
+    values = config(**{**base, **given})
+    for field in dataclasses.fields(config):
+        value, least = getattr(values, field.name), field.metadata.get("at_least")
+        if None not in (value, least) and value < least:
+            raise ValueError(f"--{field.name.replace('_', '-')} {value}: give at least {least}")
+    return values
 
 
 def main(run: Callable[[], None]) -> None:
@@ -70,11 +84,17 @@ def main(run: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {lines[0]}")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {one_line(error)}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return (
+        lines[-1] if "Original Traceback" in str(error) else lines[0]
+    )  # of a data loading process, or our own
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -115,7 +135,7 @@ def launch(dtype: str = "auto") -> Launch:
     else:
         device = torch.device("cpu")
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     name = ("bf16" if device.type == "cuda" else "fp32") if dtype == "auto" else dtype
     return Launch(device, rank, world, {"bf16": torch.bfloat16, "fp32": torch.float32}[name])
 
@@ -124,19 +144,18 @@ def global_sum(*values: float) -> list[float]:
     """Sums of numbers over all processes."""
     if not dist.is_initialized():
         return list(values)
-    total = torch.tensor(values, dtype=torch.float64)
-    if torch.cuda.is_available():
-        total = total.cuda()
+    total = torch.tensor(values, dtype=torch.float64)  # on the CPU, so that no GPU has to be waited for
     dist.all_reduce(total)
     return total.tolist()
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Adds up the gradients of all processes; a parameter that a process did not use counts as zero there."""
-    if dist.is_initialized():
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+    """Adds up the gradients of all processes; one that a process did not need is zero there, and in a process
+    on its own too, since the optimizer's momentum moves the parameter all the same."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if dist.is_initialized():
             dist.all_reduce(parameter.grad)
 
 
@@ -155,9 +174,11 @@ def replacing(path: Path):
         if path.is_dir():  # a folder cannot be renamed onto another
             path.rename(old)
         temporary.rename(path)
-    except Exception as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # all three mean a full disk
         raise OSError(f"cannot write {path}: {error}") from error
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
         for left in (temporary, old):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
@@ -182,20 +203,37 @@ def picture_grid(pictures: Tensor, columns: int, gap: int = 2, scale: int = 1) -
     return torch.cat(rows, dim=1)[:, :-gap, :-gap]
 
 
-def load_model(model_class: type, source: str | Path):
-    """`from_pretrained` for a hub id or a folder, with errors that a user understands (ValueError)."""
+@contextmanager
+def loading(source: str | Path):
+    """Around whatever reads a model: an error that a user understands (ValueError)."""
     folder = Path(source)
     if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(f"{source} is no {model_class.__name__} folder: it has no config.json")
+        raise ValueError(f"{source} is no model folder: it has no config.json")
     if not folder.exists() and (str(source).count("/") != 1 or str(source).startswith((".", "/"))):
         raise ValueError(
             f"no model at {source}: give a folder made by save_pretrained, or a hub id like org/name"
         )
     try:
-        return model_class.from_pretrained(str(source)).eval()
+        yield
     except Exception as error:  # from json, safetensors, torch, transformers or the hub
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot load {model_class.__name__} from {source}: {reason}") from error
+        raise ValueError(f"cannot load {source}: {one_line(error)}") from error
+
+
+def load_autoencoder(source: str | Path, where: Launch) -> rae.RAE:
+    with loading(source):
+        return rae.RAE.from_pretrained(str(source)).eval().to(where.device)
+
+
+def load_text_to_image(source: str, autoencoder: str, where: Launch) -> rae.TextToImage:
+    """The model with its autoencoder: the one that it names, or another of the same latents."""
+    with loading(source):
+        model = rae.TextToImage.from_pretrained(source).eval().to(where.device)
+    model.autoencoder_path = autoencoder or model.autoencoder_path
+    with loading(model.autoencoder_path):
+        shape = model.autoencoder.latent_shape
+    if shape != model.latent_shape:
+        raise ValueError(f"{source} makes latents {model.latent_shape}, {model.autoencoder_path} has {shape}")
+    return model
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -207,13 +245,13 @@ class Run:
 
     def __init__(self, out: str, config, where: Launch, resume: bool):
         self.out, self.config, self.where, self.stop = Path(out), config, where, None
-        self.checkpoint = self.out / "checkpoint.pt"
+        self.checkpoint, self.metrics = self.out / "checkpoint.pt", self.out / "metrics.jsonl"
         if self.checkpoint.exists() and not resume:
             raise ValueError(f"{out} already holds a training: go on with --resume, or choose another --out")
         if resume and not self.checkpoint.exists():
             raise ValueError(f"nothing to resume: there is no {self.checkpoint}")
 
-    def begin(self) -> None:
+    def begin(self, step: int) -> None:
         """Before the loop: shows and saves the config, and lets Ctrl-C wait for the end of a step."""
         if self.where.main:
             text = json.dumps(dataclasses.asdict(self.config), indent=2)
@@ -222,20 +260,29 @@ class Run:
                 temporary.write_text(text + "\n")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
-        self.clock = time.time()
+        self.time_from(step)
 
     def ask_to_stop(self, number: int, frame) -> None:
         self.stop = number
 
     def stopping(self) -> bool:
         """Whether any process was told to stop: all leave the loop after the same step."""
-        return bool(global_sum(self.stop is not None)[0])
+        if global_sum(self.stop is not None)[0] and self.stop is None:
+            self.stop = signal.SIGTERM
+        return self.stop is not None
 
     def load(self, **parts) -> int:
-        """Restores modules and optimizers; returns the next step."""
-        state = torch.load(self.checkpoint, map_location=self.where.device, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        """Restores modules and optimizers; returns the next step. Log lines beyond it are forgotten."""
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        except Exception as error:  # from zip, pickle or torch
+            raise ValueError(f"cannot resume from {self.checkpoint}: {one_line(error)}") from error
+        if self.where.main and self.metrics.exists():
+            rows = self.metrics.read_text().splitlines(keepends=True)
+            with replacing(self.metrics) as temporary:
+                temporary.write_text("".join(row for row in rows if json.loads(row)["step"] <= state["step"]))
         return state["step"]
 
     def save(self, step: int, export: nn.Module, **parts) -> None:
@@ -247,26 +294,32 @@ class Run:
             with replacing(self.out / "model") as temporary:
                 export.save_pretrained(temporary)
 
-    def log(self, step: int, images: int, write: Callable[[str], None], **values) -> None:
-        """One line on the screen and one in metrics.jsonl. `images`: read by all processes since the last
-        call."""
-        now = time.time()
+    def time_from(self, step: int) -> None:
+        """Images per second are counted from here: after set-up, a log line, or a checkpoint."""
+        self.since = (step, time.time())
+
+    def log(self, step: int, write: Callable[[str], None], **values) -> None:
+        """One line on the screen and one in metrics.jsonl."""
+        (since, clock), now = self.since, time.time()
         row = {"step": step, **{k: float(v) for k, v in values.items()}}
-        row |= {"images_per_second": images / (now - self.clock), "seconds": now - self.clock}
-        self.clock = now
+        row["images_per_second"] = (step - since) * self.config.batch / (now - clock)
+        row["time"] = round(now, 1)
         if self.where.main:
-            write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-            with (self.out / "metrics.jsonl").open("a") as file:
+            shown = (
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "time"
+            )
+            write("  ".join(shown))
+            with self.metrics.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+        self.time_from(step)
 
     def finish(self, step: int) -> None:
-        """After the loop: says what was saved where; exits with 128 + the signal's number if the run was
-        stopped."""
+        """After the loop: says where the model is; exits with 128 + the signal's number if it was stopped."""
         if self.where.main:
-            print(f"saved step {step}: {self.out / 'model'}", flush=True)
+            print(f"step {step}: {self.out / 'model'}", flush=True)
         if self.stop:
             if self.where.main:
-                print(f"stopped at step {step}; go on with --resume --out {self.out}", file=sys.stderr)
+                print(f"stopped after step {step}; go on with --resume --out {self.out}", file=sys.stderr)
             sys.exit(128 + self.stop)
 
 
@@ -275,7 +328,7 @@ def cosine(step: int, total: int, warmup: int, floor: float = 0.0) -> float:
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
+    return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @torch.no_grad()

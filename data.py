@@ -11,13 +11,14 @@ samples s B ... (s + 1) B - 1 whatever the number of processes, and a resumed ru
 """
 
 import hashlib
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 REQUESTS = ("Generate an image of {}", "Can you draw {}?", "Please make a picture of {}", "Show me {}")
@@ -64,9 +65,11 @@ class Folder(Dataset):
     order of its own. Pictures are cropped to a centred square and resized."""
 
     def __init__(self, path: str, size: int, seed: int):
+        from datasets import Image as Column
         from datasets import load_dataset
 
-        self.rows = load_dataset("imagefolder", data_dir=path, split="train")
+        self.rows = load_dataset("imagefolder", data_dir=path, split="train", drop_labels=True)
+        self.rows = self.rows.cast_column("image", Column(decode=False))
         self.size, self.seed, self.order = size, seed, (-1, None)
 
     def __getitem__(self, index: int) -> dict:
@@ -74,14 +77,20 @@ class Folder(Dataset):
         if self.order[0] != epoch:
             self.order = (epoch, np.random.default_rng(mix(self.seed, epoch)).permutation(len(self.rows)))
         row = self.rows[int(self.order[1][position])]
-        caption = row.get("text", "")
+        caption = clean(row.get("text") or "")
         uniform = np.random.default_rng(mix(self.seed, index)).random()
         return {
-            "image": square(row["image"], self.size),
+            "image": square(open_picture(row["image"]["path"]), self.size),
             "caption": caption,
             "conversation": request(caption, uniform),
             "index": index,
         }
+
+
+def clean(caption: str) -> str:
+    """Without anything that looks like a special token, such as <image> or <|im_end|>; at most 1,000
+    characters."""
+    return re.sub(r"<\|?\w+\|?>", " ", caption).strip()[:1000]
 
 
 def request(caption: str, uniform: float) -> list[tuple[str, str]]:
@@ -90,9 +99,19 @@ def request(caption: str, uniform: float) -> list[tuple[str, str]]:
     return [("user", template.format(caption)), ("assistant", "Here you go:\n<image>")]
 
 
+def open_picture(path: str) -> Image.Image:
+    """The picture of a file, in memory, RGB. Raises ValueError for what is none."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"no picture at {path}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no picture that can be read: {error}") from None
+
+
 def square(image: Image.Image, size: int) -> np.ndarray:
-    """The centred square of a picture, resized: (size, size, 3) uint8."""
-    image = image.convert("RGB")
+    """The centred square of an RGB picture, resized: (size, size, 3) uint8."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
@@ -111,7 +130,10 @@ def open_source(name: str, size: int, seed: int, understanding: float = 0.0) -> 
 def parse_mixture(text: str) -> dict[str, float]:
     """ "a=3,b=1" -> {"a": 3.0, "b": 1.0}; a name without a weight has 1."""
     parts = [part.partition("=") for part in text.split(",") if part]
-    return {name: float(weight or 1) for name, _, weight in parts}
+    mixture = {name: float(weight or 1) for name, _, weight in parts}
+    if not all(0 < weight < float("inf") for weight in mixture.values()):
+        raise ValueError(f"the weights of a mixture have to be above zero: {text}")
+    return mixture
 
 
 class Steps:
@@ -166,15 +188,11 @@ def to_unit(images: torch.Tensor, device: torch.device) -> torch.Tensor:
 def flow_draws(
     latent_shape: tuple[int, int], seed: int, indices: list[int], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noise (B, N, C), and two uniform numbers (B,) each for the time and for the condition dropout: every
-    row depends on (seed, sample number) alone, whoever draws it."""
-    noise, uniform = (
-        torch.empty(len(indices), *latent_shape, device=device),
-        torch.empty(2, len(indices), device=device),
-    )
-    generator = torch.Generator(device)
+    """Noise (B, N, C) on the device, and on the CPU two uniform numbers (B,) each, for the time and for the
+    condition dropout: every row depends on (seed, sample number) alone, not on the batch or the process."""
+    noise, uniform = torch.empty(len(indices), *latent_shape, device=device), torch.empty(2, len(indices))
+    noisy, chance = torch.Generator(device), torch.Generator()
     for row, index in enumerate(indices):
-        generator.manual_seed(mix(seed, index))
-        noise[row].normal_(generator=generator)
-        uniform[:, row].uniform_(generator=generator)
+        noise[row].normal_(generator=noisy.manual_seed(mix(seed, index)))
+        uniform[:, row].uniform_(generator=chance.manual_seed(mix(seed, index, 1)))
     return noise, uniform[0], uniform[1]

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 import common
 import data
-import rae
 from common import flag
 
 WHAT = ("recon", "shapes")
@@ -34,13 +33,15 @@ class Config:
     what: list[str] = flag((), "recon, shapes; everything if none is named", nargs="*", metavar="WHAT")
     model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id, for shapes")
     autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE folder or hub id, for recon")
-    limit: int | None = flag(None, "pictures a domain (recon, 256) and prompts a task (shapes, 20) at most")
-    pictures: int = flag(4, "for each prompt")
-    steps: int = flag(50, "steps of the sampler")
+    limit: int | None = flag(
+        None, "pictures a domain (recon, 256) and prompts a task (shapes, 20) at most", at_least=2
+    )
+    pictures: int = flag(4, "for each prompt", at_least=1)
+    steps: int = flag(50, "steps of the sampler", at_least=1)
     guidance: float = flag(3.0, "scale of classifier-free guidance")
     solver: str = flag("euler", "of the flow's differential equation", choices=["euler", "heun"])
     seed: int = flag(1000, "of the pictures, prompts and noise; training uses small ones")
-    batch: int = flag(64, "pictures at once")
+    batch: int = flag(64, "pictures at once", at_least=1)
     dtype: str = flag("auto", "of the compute; weights are fp32", choices=["auto", "bf16", "fp32"])
     out: str = flag("results.json", "file for the results")
 
@@ -68,7 +69,7 @@ def ssim(one: Tensor, other: Tensor) -> Tensor:
 
 def recon(config: Config, where: common.Launch) -> list[dict]:
     """PSNR and SSIM of unseen pictures of each domain, after rounding to 8 bits."""
-    model = common.load_model(rae.RAE, config.autoencoder).to(where.device)
+    model = common.load_autoencoder(config.autoencoder, where)
     n, results = config.limit or 256, []
     for domain in data.NANO_MIXTURE:
         source = data.open_source(f"nano:{domain}", model.image_size, config.seed)
@@ -91,7 +92,7 @@ def shapes(config: Config, where: common.Launch) -> list[dict]:
     pictures judged by another prompt of the task (the floor)."""
     from nano import scorer, shapes
 
-    model = common.load_model(rae.TextToImage, config.model).to(where.device)
+    model = common.load_text_to_image(config.model, "", where)
     n, right = config.limit or 20, defaultdict(lambda: defaultdict(list))
     wanted = {task: [shapes.prompt(task, config.seed, i) for i in range(n)] for task in shapes.TASKS}
     wanted["held-out colors"] = [shapes.prompt("colors", config.seed, i, held_out=True) for i in range(n)]
@@ -155,8 +156,6 @@ def main() -> None:
     config = common.parse(Config, __doc__)
     if unknown := set(config.what) - set(WHAT):
         raise ValueError(f"unknown evaluation {', '.join(unknown)}: choose from {', '.join(WHAT)}")
-    if config.limit is not None and config.limit < 2:
-        raise ValueError(f"--limit {config.limit} is too small: give at least 2")
     where = common.launch(config.dtype)
     print(where)
     results = []

@@ -46,7 +46,7 @@ class Hub(PyTorchModelHubMixin):
     @classmethod
     def _from_pretrained(cls, **kwargs):
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints a line
-            return super()._from_pretrained(**kwargs)
+            return super()._from_pretrained(**(kwargs | {"strict": True}))
 
 
 class RMSNorm(nn.Module):
@@ -712,7 +712,7 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
         config as a dict, as written by `save_pretrained`.
     dit: arguments of `DiT`: width, depth, heads, ...; condition_width is the width unless given.
     latent_shape: (N, C) of the autoencoder; there are N queries.
-    autoencoder: hub id of its folder, or a path, relative to this model's own folder once saved.
+    autoencoder: its folder or hub id. A folder is remembered relative to this model's own folder.
     """
 
     def __init__(
@@ -762,6 +762,9 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
             with torch.no_grad():
                 embeddings.weight[-2:] = embeddings.weight[:-2].mean(dim=0)
 
+    def tokens(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
     def encode_chat(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
         """Token ids and labels of a conversation of (role, text) turns, after the system turn.
 
@@ -770,16 +773,16 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
         everywhere the line feeds, <|im_start|> and <|im_end|> (the reference's rule); pictures never are.
         """
         always = {
-            *self.tokenizer.encode("\n"),
+            *self.tokens("\n"),
             *self.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]),
         }
         ids, labels = [], []
         for role, text in [("system", SYSTEM), *turns]:
             text = text.replace("<image>", "<im_start><image><im_end>")
             first, *rest = f"<|im_start|>{role}\n{text}<|im_end|>\n".split("<image>")
-            turn = self.tokenizer.encode(first)
+            turn = self.tokens(first)
             for piece in rest:
-                turn += [IMAGE] * self.latent_shape[0] + self.tokenizer.encode(piece)
+                turn += [IMAGE] * self.latent_shape[0] + self.tokens(piece)
             ids += turn
             learned = (i != IMAGE and (role == "assistant" or i in always) for i in turn)
             labels += [i if yes else IGNORED for i, yes in zip(turn, learned, strict=True)]
@@ -867,7 +870,7 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
                 raise ValueError("empty prompt: describe a picture, for example 'a red circle'")
             if found := next((token for token in special if token in text), None):
                 raise ValueError(f"the prompt contains the special token {found}: remove it")
-            if (length := len(self.tokenizer.encode(text))) > max_tokens:
+            if (length := len(self.tokens(text))) > max_tokens:
                 raise ValueError(f"the prompt has {length} tokens, the limit is {max_tokens}: shorten it")
 
     @torch.no_grad()
@@ -908,13 +911,14 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
         picture = image_or_latents.to(self.device)
         latents = picture[None] if picture.ndim == 2 else self.autoencoder.encode(picture[None])
         ids, _ = self.encode_chat([("user", f"<image>\n{question}")])
-        ids += self.tokenizer.encode("<|im_start|>assistant\n")
+        ids += self.tokens("<|im_start|>assistant\n")
         chat = self.collate([(ids, [IGNORED] * len(ids))]).to(self.device)
         out = self.language_model.generate(
             inputs_embeds=self.embed(chat, latents),
             attention_mask=torch.ones_like(chat.ids),
             max_new_tokens=max_tokens,
             do_sample=False,
+            repetition_penalty=1.0,  # Qwen's folders have another by default
             eos_token_id=self.tokenizer.convert_tokens_to_ids("<|im_end|>"),
             pad_token_id=self.tokenizer.pad_token_id,
         )
@@ -922,9 +926,17 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
 
     # -- one folder: config.json, model.safetensors, tokenizer files
 
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """As every model's, once the autoencoder is on the hub too and `autoencoder_path` is its id."""
+        if self.autoencoder_path and os.path.isdir(self.autoencoder_path):
+            raise ValueError(f"push {self.autoencoder_path} first, then set autoencoder_path to its hub id")
+        return super().push_to_hub(repo_id, **kwargs)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)
+        if self.autoencoder_path and os.path.isdir(self.autoencoder_path):
+            self._hub_mixin_config["autoencoder"] = os.path.relpath(self.autoencoder_path, save_directory)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **kwargs):

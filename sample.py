@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 import common
 import data
-import rae
 from common import flag
+
+PRESETS = {"nano": {}, "scale-rae": {"guidance": 1.0, "grid": "scale-rae"}}  # Scale-RAE's: its 49 evaluations
 
 
 @dataclass
@@ -31,8 +32,8 @@ class Config:
     autoencoder: str = flag("", "RAE folder or hub id, if not the one that the model names")
     reconstruct: str = flag("", "encode and decode this picture instead")
     ask: str = flag("", "answer the question about this picture instead")
-    n: int = flag(4, "pictures for each prompt")
-    steps: int = flag(50, "steps of the sampler")
+    n: int = flag(4, "pictures for each prompt", at_least=1)
+    steps: int = flag(50, "steps of the sampler", at_least=1)
     guidance: float = flag(3.0, "scale of classifier-free guidance; 1 is none")
     solver: str = flag("euler", "of the flow's differential equation", choices=["euler", "heun"])
     grid: str = flag(
@@ -41,16 +42,7 @@ class Config:
     seed: int = flag(0, "of the first picture of each prompt")
     out: str = flag("samples", "folder to write to")
     dtype: str = flag("auto", "of the compute; weights are fp32", choices=["auto", "bf16", "fp32"])
-    batch: int = flag(64, "pictures drawn at once")
-
-
-def open_picture(path: str) -> Image.Image:
-    try:
-        return Image.open(path).convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"no picture at {path}") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no picture that can be read: {error}") from None
+    batch: int = flag(64, "pictures drawn at once", at_least=1)
 
 
 def to_pixels(picture: Image.Image, size: int) -> torch.Tensor:
@@ -63,8 +55,8 @@ def file_name(prompt: str) -> str:
 
 
 def reconstruct(config: Config, where: common.Launch) -> None:
-    picture = open_picture(config.reconstruct)
-    model = common.load_model(rae.RAE, config.autoencoder or common.WEIGHTS / "rae").to(where.device)
+    picture = data.open_picture(config.reconstruct)
+    model = common.load_autoencoder(config.autoencoder or common.WEIGHTS / "rae", where)
     original = to_pixels(picture, model.image_size).to(where.device)
     with torch.no_grad(), where.autocast():
         decoded = model.decode(model.encode(original))
@@ -76,28 +68,29 @@ def reconstruct(config: Config, where: common.Launch) -> None:
     print(f"{path}  (left original, right reconstruction; PSNR {-10 * error.log10().item():.1f} dB)")
 
 
-def load_model(config: Config, where: common.Launch) -> rae.TextToImage:
-    model = common.load_model(rae.TextToImage, config.model).to(where.device)
-    if config.autoencoder:
-        model.autoencoder_path = config.autoencoder
-    return model
-
-
 def ask(config: Config, where: common.Launch) -> None:
     if len(config.prompts) != 1:
         raise ValueError('--ask needs one question: sample.py --ask picture.png "what is this?"')
-    picture = open_picture(config.ask)
-    model = load_model(config, where)
+    picture = data.open_picture(config.ask)
+    model = common.load_text_to_image(config.model, config.autoencoder, where)
     with where.autocast():
         print(model.answer(to_pixels(picture, model.autoencoder.image_size)[0], config.prompts[0]))
 
 
 def draw(config: Config, where: common.Launch) -> None:
-    model = load_model(config, where)
-    jobs = [(prompt, config.seed + k) for prompt in config.prompts for k in range(config.n)]
+    model = common.load_text_to_image(config.model, config.autoencoder, where)
+    model.plain_text(config.prompts)
+    names = [file_name(prompt) for prompt in config.prompts]
+    if len(set(names)) < len(names):
+        names = [f"{i:03d}-{name}" for i, name in enumerate(names)]
+    jobs = [
+        (prompt, name, config.seed + k)
+        for prompt, name in zip(config.prompts, names, strict=True)
+        for k in range(config.n)
+    ]
     pictures = []
     for start in range(0, len(jobs), config.batch):
-        prompts, seeds = zip(*jobs[start : start + config.batch], strict=True)
+        prompts, _, seeds = zip(*jobs[start : start + config.batch], strict=True)
         noise = torch.stack([draw_noise(seed, model.latent_shape) for seed in seeds])
         with torch.no_grad(), where.autocast():
             latents = model.generate(
@@ -113,8 +106,8 @@ def draw(config: Config, where: common.Launch) -> None:
     settings = {
         k: v for k, v in asdict(config).items() if k in ("model", "steps", "guidance", "solver", "grid")
     }
-    for (prompt, seed), picture in zip(jobs, pictures, strict=True):
-        path = Path(config.out) / f"{file_name(prompt)}-{seed}.png"
+    for (prompt, name, seed), picture in zip(jobs, pictures, strict=True):
+        path = Path(config.out) / f"{name}-{seed}.png"
         common.save_picture(path, picture, prompt=prompt, seed=seed, **settings)
         print(path)
     path = Path(config.out) / "grid.png"
@@ -130,11 +123,9 @@ def draw_noise(seed: int, latent_shape: tuple[int, int]) -> torch.Tensor:
 
 
 def main() -> None:
-    config = common.parse(Config, __doc__)
+    config = common.parse(Config, __doc__, PRESETS)
     if not (config.prompts or config.reconstruct):
         raise ValueError('give a prompt: sample.py "a red circle above a blue square"')
-    if config.n < 1 or config.steps < 1 or config.batch < 1:
-        raise ValueError("--n, --steps and --batch have to be at least 1")
     run = reconstruct if config.reconstruct else ask if config.ask else draw
     run(config, common.launch(config.dtype))
 

@@ -51,20 +51,25 @@ class Config:
     encoder: str = flag(
         str(common.WEIGHTS / "encoder"), "transformers folder or hub id of the frozen encoder"
     )
+    encoder_size: int | None = flag(None, "side of its input in pixels, if not the one of its config")
     decoder: str = flag("nano", "size of the decoder", choices=rae.DECODERS)
     patch_size: int = flag(8, "side in pixels of the square that each token becomes")
-    steps: int = flag(3000, "optimizer steps in all")
-    batch: int = flag(64, "pictures a step, over all processes")
+    steps: int = flag(3000, "optimizer steps in all", at_least=1)
+    batch: int = flag(64, "pictures a step, over all processes", at_least=1)
     lr: float = flag(1e-3, "peak learning rate")
-    warmup: int = flag(100, "steps of linear warm-up, before the cosine")
+    warmup: int = flag(100, "steps of linear warm-up, before the cosine", at_least=0)
     final_lr: float = flag(0.02, "fraction of the peak at the last step")
     ema: float = flag(0.998, "decay of the averaged weights, which are what is saved")
-    statistics: int = flag(8192, "pictures for the mean and standard deviation of the latents")
-    dtype: str = flag("auto", "of the compute; weights are fp32", choices=["auto", "bf16", "fp32"])
+    statistics: int = flag(8192, "pictures for the mean and standard deviation of the latents", at_least=1)
+    dtype: str = flag(
+        "auto",
+        "of the compute; weights are fp32 (on CUDA, fp32 multiplies as TF32)",
+        choices=["auto", "bf16", "fp32"],
+    )
     compile: bool = flag(False, "compile the decoder's layers")
-    workers: int = flag(1, "data loading processes for each training process")
-    log_every: int = flag(50, "steps between log lines")
-    save_every: int = flag(500, "steps between checkpoints, each with a grid of reconstructions")
+    workers: int = flag(1, "data loading processes for each training process", at_least=0)
+    log_every: int = flag(50, "steps between log lines", at_least=1)
+    save_every: int = flag(500, "steps between checkpoints, each with a grid of reconstructions", at_least=1)
 
 
 @torch.no_grad()
@@ -96,7 +101,8 @@ def main() -> None:
     # model, average, optimizer
     torch.manual_seed(config.seed)
     size = rae.DECODERS[config.decoder] | {"patch_size": config.patch_size}
-    model = rae.RAE(config.encoder, size).to(where.device)
+    with common.loading(config.encoder):
+        model = rae.RAE(config.encoder, size, config.encoder_size).to(where.device)
     source = data.open_source(config.data, model.image_size, config.seed)
 
     def batches(start: int) -> Iterator[dict]:
@@ -135,8 +141,8 @@ def main() -> None:
 
     # -------------------------------------------------------------------------------------------------------
     # the loop
-    step, stream = start, batches(start)
-    run.begin()
+    done, stream = start, batches(start)
+    run.begin(start)
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not where.main)
     for step in bar:
         images = data.to_unit(next(stream)["image"], where.device)
@@ -155,13 +161,14 @@ def main() -> None:
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             values = {"loss": common.global_sum(loss.item())[0], "lr": config.lr * factor, "grad_norm": norm}
-            run.log(done, config.log_every * config.batch, bar.write, **values)
+            run.log(done, bar.write, **values)
         stop = run.stopping()
         if done % config.save_every == 0 or done == config.steps or stop:
             checkpoint(done)
+            run.time_from(done)
         if stop:
             break
-    run.finish(step + 1)
+    run.finish(done)
 
 
 if __name__ == "__main__":

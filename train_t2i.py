@@ -13,7 +13,6 @@ scripts), OUT/checkpoint.pt, OUT/metrics.jsonl and OUT/samples/.
 """
 
 import copy
-import os
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +25,7 @@ from common import flag
 
 PRESETS = {
     "nano": {},
-    "scale-rae-0.5b": {
+    "scale-rae-0.5b": {  # Scale-RAE's stage 1
         "language_model": "Qwen/Qwen2.5-1.5B-Instruct",
         "dit": "0.5B",
         "batch": 2048,
@@ -37,7 +36,6 @@ PRESETS = {
         "understanding": 0.0,
     },
 }
-PRESETS["scale-rae-2.4b"] = PRESETS["scale-rae-0.5b"] | {"dit": "2.4B"}
 
 
 @dataclass
@@ -49,21 +47,25 @@ class Config:
     autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE folder or hub id")
     language_model: str = flag(str(common.WEIGHTS / "language-model"), "transformers folder or hub id")
     dit: str = flag("nano", "size of the DiT", choices=rae.DITS)
-    steps: int = flag(10_000, "optimizer steps in all")
-    batch: int = flag(64, "samples a step, over all processes")
+    steps: int = flag(10_000, "optimizer steps in all", at_least=1)
+    batch: int = flag(64, "samples a step, over all processes", at_least=1)
     lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector")
     dit_lr: float = flag(1e-3, "peak learning rate of the DiT and its connector")
-    warmup: int = flag(200, "steps of linear warm-up, before the cosine")
+    warmup: int = flag(200, "steps of linear warm-up, before the cosine", at_least=0)
     final_lr: float = flag(0.0, "fraction of the peak at the last step")
     understanding: float = flag(0.1, "share of the samples that ask about a picture (nano)")
     dropout: float = flag(0.1, "share of the pictures trained with the null condition")
     ema: float = flag(0.999, "decay of the averaged weights, which are what is saved")
     guidance: float = flag(3.0, "scale of classifier-free guidance in the sample grids")
-    dtype: str = flag("auto", "of the compute; weights are fp32", choices=["auto", "bf16", "fp32"])
+    dtype: str = flag(
+        "auto",
+        "of the compute; weights are fp32 (on CUDA, fp32 multiplies as TF32)",
+        choices=["auto", "bf16", "fp32"],
+    )
     compile: bool = flag(False, "compile the blocks of the DiT and of the language model")
-    workers: int = flag(1, "data loading processes for each training process")
-    log_every: int = flag(50, "steps between log lines")
-    save_every: int = flag(500, "steps between checkpoints, each with a grid of samples")
+    workers: int = flag(1, "data loading processes for each training process", at_least=0)
+    log_every: int = flag(50, "steps between log lines", at_least=1)
+    save_every: int = flag(500, "steps between checkpoints, each with a grid of samples", at_least=1)
 
 
 def main() -> None:
@@ -74,10 +76,10 @@ def main() -> None:
     # -------------------------------------------------------------------------------------------------------
     # models, average, optimizer
     torch.manual_seed(config.seed)
-    autoencoder = common.load_model(rae.RAE, config.autoencoder).to(where.device)
-    local = os.path.isdir(config.autoencoder)
-    link = os.path.relpath(config.autoencoder, run.out / "model") if local else config.autoencoder
-    model = rae.TextToImage(config.language_model, rae.DITS[config.dit], autoencoder.latent_shape, link)
+    autoencoder = common.load_autoencoder(config.autoencoder, where)
+    shape = autoencoder.latent_shape
+    with common.loading(config.language_model):
+        model = rae.TextToImage(config.language_model, rae.DITS[config.dit], shape, config.autoencoder)
     model.to(where.device)
     average = copy.deepcopy(model)
     if config.compile:
@@ -86,10 +88,11 @@ def main() -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     dit = [*model.dit.parameters(), *model.diff_head_projector.parameters()]
     dit_ids = {id(p) for p in dit}
-    groups = [  # peak learning rate and beta2 by module, as in Scale-RAE
-        {"params": [p for p in trained if id(p) not in dit_ids], "peak": config.lr, "betas": (0.9, 0.999)},
-        {"params": [p for p in dit if p.requires_grad], "peak": config.dit_lr, "betas": (0.9, 0.95)},
+    groups = [  # learning rate and beta2 by module, as in Scale-RAE
+        {"params": [p for p in trained if id(p) not in dit_ids], "betas": (0.9, 0.999)},
+        {"params": [p for p in dit if p.requires_grad], "betas": (0.9, 0.95)},
     ]
+    peaks = (config.lr, config.dit_lr)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     parts = {"model": model, "average": average, "optimizer": optimizer}
     start = run.load(**parts) if config.resume else 0
@@ -100,34 +103,37 @@ def main() -> None:
     source = data.open_source(config.data, size, config.seed, config.understanding)
     stream = data.load(source, data.Steps(config.batch, start, where.rank, where.world), config.workers)
     captions = [data.open_source(config.data, size, config.seed + 1)[i]["caption"] for i in range(16)]
-    noise, *_ = data.flow_draws(autoencoder.latent_shape, config.seed + 1, list(range(16)), where.device)
+    if not all(captions):
+        raise ValueError(f"{config.data} has pictures without captions: write them into its metadata.jsonl")
+    fixed_noise, *_ = data.flow_draws(shape, config.seed + 1, list(range(16)), where.device)
 
     @torch.no_grad()
     def checkpoint(step: int) -> None:
         run.save(step, average, **parts)
         if where.main:
             with where.autocast():
-                latents = average.generate(captions, guidance=config.guidance, noise=noise)
+                latents = average.generate(captions, guidance=config.guidance, noise=fixed_noise)
                 pictures = autoencoder.decode(latents)
             grid = common.picture_grid(pictures, 8, scale=2)
             common.save_picture(run.out / "samples" / f"{step:07d}.png", grid, prompts="\n".join(captions))
 
     # -------------------------------------------------------------------------------------------------------
     # the loop
-    step = start
-    run.begin()
+    done = start
+    run.begin(start)
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not where.main)
     for step in bar:
         factor = common.cosine(step, config.steps, config.warmup, config.final_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
         batch = next(stream)
         chat = model.chat(batch["conversation"]).to(where.device)
-        noise_, u, v = data.flow_draws(autoencoder.latent_shape, config.seed, batch["index"], where.device)
-        t, dropped = rae.sample_time(u, model.alpha), v < config.dropout
+        noise, for_time, for_dropout = data.flow_draws(shape, config.seed, batch["index"], where.device)
+        t = rae.sample_time(for_time, model.alpha).to(where.device)
+        dropped = (for_dropout < config.dropout).to(where.device)
         with where.autocast():
             latents = autoencoder.encode(data.to_unit(batch["image"], where.device))
-            cross_entropy, velocity_errors = model(chat, latents, noise_, t, dropped)
+            cross_entropy, velocity_errors = model(chat, latents, noise, t, dropped)
         tokens, pictures = common.global_sum(len(chat.targets), len(chat.answers))
         text_loss, flow_loss = cross_entropy / tokens, velocity_errors.sum() / max(pictures, 1)
         (text_loss + 2 * flow_loss).backward()
@@ -141,14 +147,14 @@ def main() -> None:
         if done % config.log_every == 0 or done == config.steps:
             text, flow = common.global_sum(text_loss.item(), flow_loss.item())
             losses = {"loss": text + 2 * flow, "text_loss": text, "flow_loss": flow}
-            lr = optimizer.param_groups[1]["lr"]
-            run.log(done, config.log_every * config.batch, bar.write, **losses, lr=lr, grad_norm=norm)
+            run.log(done, bar.write, **losses, lr=config.dit_lr * factor, grad_norm=norm)
         stop = run.stopping()
         if done % config.save_every == 0 or done == config.steps or stop:
             checkpoint(done)
+            run.time_from(done)
         if stop:
             break
-    run.finish(step + 1)
+    run.finish(done)
 
 
 if __name__ == "__main__":

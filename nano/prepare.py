@@ -3,6 +3,7 @@ folders.
 
     python -m nano.prepare language-model       # plays Qwen2.5: a ChatML tokenizer and a Qwen2 model
     python -m nano.prepare encoder              # plays SigLIP-2: its vision tower, trained against captions
+    python -m nano.prepare ship                 # runs/decoder and runs/t2i, as bf16
 
 The encoder learns with the sigmoid contrastive loss of SigLIP (arXiv 2303.15343) and needs the tokenizer for
 its text tower, which is thrown away. SigLIP-2 adds losses that keep its tokens local; here each token must
@@ -23,6 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 
 import data
+import rae
 from nano import shapes
 
 CHAT_TEMPLATE = (
@@ -48,7 +50,7 @@ def conversation(seed: int, index: int) -> list[dict]:
         question = data.REQUESTS[chance // 2 % len(data.REQUESTS)].format(sample.caption)
         answer = "Here you go:\n"
     return [
-        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "system", "content": rae.SYSTEM},
         {"role": "user", "content": question},
         {"role": "assistant", "content": answer},
     ]
@@ -146,6 +148,21 @@ def train_encoder(out: Path, tokenizer_folder: Path, steps: int, batch: int, see
     ).save_pretrained(out)
 
 
+def ship(out: Path, runs: Path) -> None:
+    """Copies the models of both trainings with one log line in ten; their matrices as bf16, while statistics,
+    frequencies and position tables stay as they were trained with."""
+    model = rae.TextToImage.from_pretrained(runs / "t2i" / "model")
+    model.autoencoder_path = str(out / "rae")
+    parts = {"decoder": (rae.RAE.from_pretrained(runs / "decoder" / "model"), "rae"), "t2i": (model, "t2i")}
+    for run, (part, name) in parts.items():
+        for key, parameter in part.named_parameters():
+            if key.startswith("encoder.") or (parameter.requires_grad and parameter.ndim > 1):
+                parameter.data = parameter.data.bfloat16()
+        part.save_pretrained(out / name)
+        rows = (runs / run / "metrics.jsonl").read_text().splitlines()
+        (out / name / "log.jsonl").write_text("\n".join([*rows[9:-1:10], rows[-1]]) + "\n")
+
+
 def train(model, loss, steps: int, lr: float, out: Path, save=None) -> None:
     """AdamW with warm-up and cosine, bf16 compute; writes the model (bf16) and its log into `out`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
@@ -177,14 +194,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["language-model", "encoder"])
+    parser.add_argument("part", choices=["language-model", "encoder", "ship"])
     parser.add_argument("--out", type=Path, default=Path("nano/weights"), help="writes OUT/<part>")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=128, help="samples a step")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="ship: the trainings' folders")
     args = parser.parse_args()
-    torch.set_num_threads(torch.get_num_threads())
-    if args.part == "encoder":
+    if args.part == "ship":
+        ship(args.out, args.runs)
+    elif args.part == "encoder":
         train_encoder(args.out / "encoder", args.out / "language-model", args.steps, args.batch, args.seed)
     else:
         train_language_model(args.out / "language-model", args.steps, args.batch, args.seed)

@@ -59,6 +59,8 @@ def parts(tmp_path_factory):
     autoencoder = rae.RAE(str(folder / "encoder"), decoder)
     autoencoder.save_pretrained(folder / "rae")
     dit = {"width": 32, "depth": 2, "heads": 2, "condition_width": 20}
-    model = rae.TextToImage(str(folder / "language-model"), dit, autoencoder.latent_shape, "../rae")
+    model = rae.TextToImage(
+        str(folder / "language-model"), dit, autoencoder.latent_shape, str(folder / "rae")
+    )
     model.save_pretrained(folder / "t2i")
     return folder

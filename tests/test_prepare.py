@@ -1,0 +1,70 @@
+"""The parts that nano/prepare.py makes: trained a few steps, they are folders which the real loading code
+reads."""
+
+import functools
+import json
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import data
+import rae
+from nano import prepare
+
+
+def test_parts_are_ordinary_folders(monkeypatch, tmp_path):
+    monkeypatch.setattr(prepare, "make_tokenizer", functools.partial(prepare.make_tokenizer, documents=300))
+    prepare.train_language_model(tmp_path / "language-model", steps=30, batch=4, seed=0)
+    prepare.train_encoder(tmp_path / "encoder", tmp_path / "language-model", steps=30, batch=4, seed=0)
+    for part in ("language-model", "encoder"):
+        rows = [json.loads(line) for line in (tmp_path / part / "log.jsonl").read_text().splitlines()]
+        assert rows[-1]["step"] == 29 and rows[-1]["loss"] < rows[0]["loss"]
+    decoder = {"patch_size": 8, "width": 32, "depth": 1, "heads": 2, "mlp_width": 48}
+    autoencoder = rae.RAE(str(tmp_path / "encoder"), decoder)
+    assert autoencoder.latent_shape == (36, 128) and autoencoder.image_size == 48
+    assert autoencoder.image_mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "language-model")
+    language_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "language-model")
+    assert language_model.config.vocab_size == len(tokenizer)
+
+
+def test_tokenizer_spells_capitals_and_loses_nothing(parts):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(parts / "language-model")
+    text = 'the word "CAT", drawn twice:\n\n<|im_end|> émigré 12'
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.tokenize("CAT") == ["C", "A", "T"]
+    chat = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_conversations_ask_for_pictures_or_about_captions():
+    chats = [prepare.conversation(0, i) for i in range(60)]
+    assert {len(chat) for chat in chats} == {3} and chats[0] == prepare.conversation(0, 0)
+    asked = [chat for chat in chats if chat[2]["content"] == "Here you go:\n"]
+    assert 15 < len(asked) < 45
+    heads = tuple(template.partition("{}")[0] for template in data.REQUESTS)
+    assert all(chat[1]["content"].startswith(heads) for chat in asked)
+
+
+def test_shipped_models_are_bf16_matrices_with_exact_statistics(parts, tmp_path):
+    for run, part in (("decoder", "rae"), ("t2i", "t2i")):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "model").symlink_to(parts / part)
+        (tmp_path / "runs" / run / "metrics.jsonl").write_text(
+            "".join(f'{{"step": {i}}}\n' for i in range(25))
+        )
+    (tmp_path / "runs/rae").symlink_to(parts / "rae")
+    prepare.ship(tmp_path / "weights", tmp_path / "runs")
+    tensors = load_file(tmp_path / "weights/t2i/model.safetensors")
+    assert tensors["dit.x_embedder.weight"].dtype == torch.bfloat16
+    assert tensors["dit.t_embedder.W"].dtype == tensors["dit.pos_embed"].dtype == torch.float32
+    tensors = load_file(tmp_path / "weights/rae/model.safetensors")
+    assert tensors["latent_std"].dtype == torch.float32
+    model = rae.TextToImage.from_pretrained(tmp_path / "weights/t2i")
+    assert model.autoencoder.latent_shape == model.latent_shape
+    assert json.loads((tmp_path / "weights/t2i/config.json").read_text())["autoencoder"] == "../rae"
+    log = (tmp_path / "weights/rae/log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [9, 19, 24]
