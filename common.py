@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 
 import rae
 
-WEIGHTS = Path(__file__).parent / "nano" / "weights"  # what the repository ships
+WEIGHTS = Path(os.path.relpath(Path(__file__).parent / "nano" / "weights"))  # what the repository ships
+
+transformers.logging.disable_progress_bar()  # one for each small folder that is read
 
 # -----------------------------------------------------------------------------------------------------------
 # flags
@@ -91,10 +94,10 @@ def main(run: Callable[[], None]) -> None:
 
 
 def one_line(error: Exception) -> str:
+    """The line of a message that says most: the last one of a data loading process's traceback, else the
+    first."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return (
-        lines[-1] if "Original Traceback" in str(error) else lines[0]
-    )  # of a data loading process, or our own
+    return lines[-1 if "Original Traceback" in str(error) else 0]
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -12,17 +12,20 @@ import json
 import platform
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import common
 import data
+import rae
 from common import flag
 
 WHAT = ("recon", "shapes")
@@ -86,53 +89,47 @@ def recon(config: Config, where: common.Launch) -> list[dict]:
     return results
 
 
+def draw(
+    model: rae.TextToImage, prompts: list[str], config: Config, where: common.Launch
+) -> Iterator[np.ndarray]:
+    """A picture (H, W, 3) uint8 for each prompt; number i has noise of its own, whatever the batch size."""
+    for start in tqdm(range(0, len(prompts), config.batch), desc="draw", leave=False):
+        batch = prompts[start : start + config.batch]
+        indices = [start + i for i in range(len(batch))]
+        noise, *_ = data.flow_draws(model.latent_shape, config.seed, indices, torch.device("cpu"))
+        with torch.no_grad(), where.autocast():
+            latents = model.generate(batch, config.steps, config.guidance, noise=noise, solver=config.solver)
+            pictures = model.autoencoder.decode(latents)
+        yield from to_uint8(pictures).permute(0, 2, 3, 1).numpy()
+
+
 def shapes(config: Config, where: common.Launch) -> list[dict]:
     """Accuracies of the six GenEval tasks in the nano world, and of objects in pairs of shape and colour that
     no training picture held; beside the model's pictures true renderings (the ceiling) and the model's
     pictures judged by another prompt of the task (the floor)."""
-    from nano import scorer, shapes
+    from nano import scorer
+    from nano.shapes import TASKS, prompt, render
 
     model = common.load_text_to_image(config.model, "", where)
-    n, right = config.limit or 20, defaultdict(lambda: defaultdict(list))
-    wanted = {task: [shapes.prompt(task, config.seed, i) for i in range(n)] for task in shapes.TASKS}
-    wanted["held-out colors"] = [shapes.prompt("colors", config.seed, i, held_out=True) for i in range(n)]
-    jobs = [
-        (task, prompt, i * config.pictures + k)
-        for task, prompts in wanted.items()
-        for i, prompt in enumerate(prompts)
-        for k in range(config.pictures)
-    ]
-    for start in tqdm(range(0, len(jobs), config.batch), desc="shapes", leave=False):
-        batch = jobs[start : start + config.batch]
-        indices = [start + i for i in range(len(batch))]
-        noise, *_ = data.flow_draws(model.latent_shape, config.seed, indices, torch.device("cpu"))
-        with torch.no_grad(), where.autocast():
-            latents = model.generate(
-                [prompt["prompt"] for _, prompt, _ in batch],
-                config.steps,
-                config.guidance,
-                noise=noise,
-                solver=config.solver,
-            )
-            pictures = to_uint8(model.autoencoder.decode(latents)).permute(0, 2, 3, 1).numpy()
-        for (task, prompt, number), picture in zip(batch, pictures, strict=True):
-            other = wanted[task][(number // config.pictures + 1) % n]
-            true = shapes.render(prompt, config.seed + number, picture.shape[0])
-            right["model"][task].append(scorer.score(picture, prompt)[0])
-            right["true"][task].append(scorer.score(true, prompt)[0])
-            right["shuffled"][task].append(scorer.score(picture, other)[0])
+    n, held_out = config.limit or 20, "held-out colors"
+    wanted = {task: [prompt(task, config.seed, i) for i in range(n)] for task in TASKS}
+    wanted[held_out] = [prompt("colors", config.seed, i, held_out=True) for i in range(n)]
+    jobs = [(task, i) for task in wanted for i in range(n) for _ in range(config.pictures)]
+    pictures = draw(model, [wanted[task][i]["prompt"] for task, i in jobs], config, where)
+
+    right = {column: defaultdict(list) for column in ("model", "true", "shuffled")}
+    for number, ((task, i), picture) in enumerate(zip(jobs, pictures, strict=True)):
+        true = render(wanted[task][i], config.seed + number, len(picture))
+        right["model"][task].append(scorer.score(picture, wanted[task][i])[0])
+        right["true"][task].append(scorer.score(true, wanted[task][i])[0])
+        right["shuffled"][task].append(scorer.score(picture, wanted[task][(i + 1) % n])[0])
+
     results = []
     for column, tasks in right.items():
-        held_out = tasks.pop("held-out colors")
-        values = scorer.overall(tasks) | {"held-out colors": sum(held_out) / len(held_out)}
-        results += [
-            {
-                "metric": f"shapes/{column}/{task}",
-                "value": value,
-                "n": len(held_out) * (6 if task == "overall" else 1),
-            }
-            for task, value in values.items()
-        ]
+        apart = tasks.pop(held_out)
+        values = scorer.overall(tasks) | {held_out: float(np.mean(apart))}
+        counts = {task: len(apart) for task in values} | {"overall": len(apart) * len(TASKS)}
+        results += [{"metric": f"shapes/{column}/{k}", "value": v, "n": counts[k]} for k, v in values.items()]
     return results
 
 

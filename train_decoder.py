@@ -108,7 +108,7 @@ def main() -> None:
     def batches(start: int) -> Iterator[dict]:
         return data.load(source, data.Steps(config.batch, start, where.rank, where.world), config.workers)
 
-    average = copy.deepcopy(model)
+    average = copy.deepcopy(model, {id(model.encoder): model.encoder})  # the frozen encoder is shared
     if config.compile:
         for layer in model.decoder.decoder_layers:
             layer.compile()

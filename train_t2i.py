@@ -85,12 +85,11 @@ def main() -> None:
     if config.compile:
         for block in (*model.dit.blocks, *model.language_model.model.layers):
             block.compile()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    dit = [*model.dit.parameters(), *model.diff_head_projector.parameters()]
-    dit_ids = {id(p) for p in dit}
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained, of_dit = list(named.values()), ("dit.", "diff_head_projector.")
     groups = [  # learning rate and beta2 by module, as in Scale-RAE
-        {"params": [p for p in trained if id(p) not in dit_ids], "betas": (0.9, 0.999)},
-        {"params": [p for p in dit if p.requires_grad], "betas": (0.9, 0.95)},
+        {"params": [p for name, p in named.items() if not name.startswith(of_dit)], "betas": (0.9, 0.999)},
+        {"params": [p for name, p in named.items() if name.startswith(of_dit)], "betas": (0.9, 0.95)},
     ]
     peaks = (config.lr, config.dit_lr)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)

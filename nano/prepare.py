@@ -23,6 +23,7 @@ from einops import rearrange
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+import common
 import data
 import rae
 from nano import shapes
@@ -118,6 +119,8 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int) -> None:
 
 def train_encoder(out: Path, tokenizer_folder: Path, steps: int, batch: int, seed: int) -> None:
     torch.manual_seed(seed)
+    if not tokenizer_folder.is_dir():
+        raise ValueError(f"no tokenizer at {tokenizer_folder}: make the language-model first")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     width = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
     text = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 32, **width}
@@ -151,6 +154,9 @@ def train_encoder(out: Path, tokenizer_folder: Path, steps: int, batch: int, see
 def ship(out: Path, runs: Path) -> None:
     """Copies the models of both trainings with one log line in ten; their matrices as bf16, while statistics,
     frequencies and position tables stay as they were trained with."""
+    for run in ("decoder", "t2i"):
+        if not (runs / run / "model").is_dir():
+            raise ValueError(f"no model at {runs / run / 'model'}: train it first")
     model = rae.TextToImage.from_pretrained(runs / "t2i" / "model")
     model.autoencoder_path = str(out / "rae")
     parts = {"decoder": (rae.RAE.from_pretrained(runs / "decoder" / "model"), "rae"), "t2i": (model, "t2i")}
@@ -190,7 +196,7 @@ def train(model, loss, steps: int, lr: float, out: Path, save=None) -> None:
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -207,3 +213,7 @@ if __name__ == "__main__":
         train_encoder(args.out / "encoder", args.out / "language-model", args.steps, args.batch, args.seed)
     else:
         train_language_model(args.out / "language-model", args.steps, args.batch, args.seed)
+
+
+if __name__ == "__main__":
+    common.main(main)

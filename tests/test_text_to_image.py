@@ -158,6 +158,9 @@ def test_answer_reads_pictures_and_latents(model):
     picture = torch.rand(3, 32, 32)
     latents = model.autoencoder.encode(picture[None])[0]
     assert model.answer(picture, "what?", max_tokens=4) == model.answer(latents, "what?", max_tokens=4)
+    chat = model.chat([QUESTION])
+    seen = [model.hidden_states(model.embed(chat, z[None]))[-1] for z in (latents, -latents)]
+    assert (seen[0] - seen[1]).abs().max() > 1e-3  # what it says depends on what it sees
 
 
 @pytest.mark.parametrize(
