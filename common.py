@@ -94,8 +94,7 @@ def main(run: Callable[[], None]) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The line of a message that says most: the last one of a data loading process's traceback, else the
-    first."""
+    """The line that says most: of the traceback of a data loading process the last, else the first."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if "Original Traceback" in str(error) else 0]
 

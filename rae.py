@@ -735,7 +735,8 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
         config = self.language_model.config
         self._hub_mixin_config["language_model"] = config.to_diff_dict() | {"model_type": config.model_type}
         self.latent_shape, self.alpha = tuple(latent_shape), default_alpha(latent_shape)
-        self.autoencoder_path, self._autoencoder = autoencoder, None
+        self.autoencoder_path = autoencoder
+        self._autoencoder = []  # in a list it is no submodule: its weights stay in its own folder
         tokens, channels = latent_shape
         width = config.hidden_size
         dit = {"condition_width": dit["width"], **dit}
@@ -858,9 +859,9 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
     @property
     def autoencoder(self) -> RAE:
         """The autoencoder whose latents this model makes, loaded at first use; not part of the weights."""
-        if self._autoencoder is None:
-            self._autoencoder = RAE.from_pretrained(self.autoencoder_path).eval()
-        return self._autoencoder.to(self.device)
+        if not self._autoencoder:
+            self._autoencoder.append(RAE.from_pretrained(self.autoencoder_path).eval())
+        return self._autoencoder[0].to(self.device)
 
     def plain_text(self, texts: list[str], max_tokens: int = 256) -> None:
         """Raises ValueError for user text that is empty, over-long, or contains a special token."""

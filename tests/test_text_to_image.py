@@ -181,6 +181,7 @@ def test_bad_prompts(model, prompt, message):
 def test_folder_round_trip_and_its_link_to_the_autoencoder(parts, model, tmp_path):
     loaded = rae.TextToImage.from_pretrained(parts / "t2i")
     assert loaded.autoencoder_path == str(parts / "t2i" / "../rae")
+    assert loaded.autoencoder.latent_shape == loaded.latent_shape
     assert "autoencoder" not in "".join(loaded.state_dict())
     model.save_pretrained(tmp_path)
     again = rae.TextToImage.from_pretrained(tmp_path).eval()
