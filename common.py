@@ -39,7 +39,7 @@ def flag(default, help: str, **kwargs):
     return dataclasses.field(default=default, metadata={"help": help, **kwargs})
 
 
-def parse(config: type, manual: str, presets: dict[str, dict] | None = None, argv: list[str] | None = None):
+def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
     """A config from the command line: the dataclass's defaults, then --preset's values (with --resume those
     of OUT/config.json), then the flags given.
 
@@ -54,7 +54,7 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None, arg
         kind, kwargs = field.type, {k: v for k, v in field.metadata.items() if k != "at_least"}
         if isinstance(kind, types.UnionType):  # "int | None"
             kind = next(t for t in kind.__args__ if t is not type(None))
-        shown = "" if field.default in (None, dataclasses.MISSING, "") else f" (default {field.default})"
+        shown = "" if field.default in (None, "", ()) else f" (default {field.default})"
         kwargs["help"] += shown
         if "nargs" in kwargs:
             parser.add_argument(field.name, type=str, **kwargs)
@@ -64,7 +64,7 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None, arg
         else:
             kwargs["type"] = kind
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kwargs)
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args())
     base = (presets or {}).get(given.pop("preset", ""), {})
     saved = Path(given.get("out", getattr(config, "out", ""))) / "config.json"
     if given.get("resume") and saved.is_file():
