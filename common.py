@@ -9,8 +9,10 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +45,7 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
     """A config from the command line: the dataclass's defaults, then --preset's values (with --resume those
     of OUT/config.json), then the flags given.
 
-    Fields with `nargs` are positional. `manual` is the script's docstring and heads `-h`.
+    A field of a list is positional. `manual` is the script's docstring and heads `-h`.
     """
     parser = argparse.ArgumentParser(
         description=manual, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -56,7 +58,7 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
             kind = next(t for t in kind.__args__ if t is not type(None))
         shown = "" if field.default in (None, "", ()) else f" (default {field.default})"
         kwargs["help"] += shown
-        if "nargs" in kwargs:
+        if isinstance(field.default, tuple):
             parser.add_argument(field.name, type=str, **kwargs)
             continue
         if kind is bool:
@@ -69,11 +71,16 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
     saved = Path(given.get("out", getattr(config, "out", ""))) / "config.json"
     if given.get("resume") and saved.is_file():
         base = json.loads(saved.read_text())
+        if unknown := set(base) - {field.name for field in dataclasses.fields(config)}:
+            raise ValueError(f"{saved} has values that this script does not know: {', '.join(unknown)}")
     values = config(**{**base, **given})
     for field in dataclasses.fields(config):
         value, least = getattr(values, field.name), field.metadata.get("at_least")
+        choices, name = field.metadata.get("choices"), "--" + field.name.replace("_", "-")
+        if choices is not None and value not in choices:  # of a config.json
+            raise ValueError(f"{name} {value}: choose from {', '.join(choices)}")
         if None not in (value, least) and value < least:
-            raise ValueError(f"--{field.name.replace('_', '-')} {value}: give at least {least}")
+            raise ValueError(f"{name} {value}: give at least {least}")
     return values
 
 
@@ -82,19 +89,28 @@ def main(run: Callable[[], None]) -> None:
     the environment variable TRACEBACK is set."""
     try:
         run()
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-    except (ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {one_line(error)}")
-    finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except Exception as error:
+        mistake = isinstance(error, (ValueError, OSError)) and not os.environ.get("TRACEBACK")
+        if not mistake and not dist.is_initialized():
+            raise
+        if mistake:
+            print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        if dist.is_initialized():  # at once: to tidy up would be to wait for the other processes
+            os._exit(1)
+        sys.exit(1)
 
 
-def one_line(error: Exception) -> str:
-    """The line that says most: of the traceback of a data loading process the last, else the first."""
+def one_line(error: BaseException) -> str:
+    """The line that says most: of the traceback of a data loading process the last, else the first; of a
+    failed checkpoint that of the first process."""
+    for failure, _ in getattr(error, "failures", {}).values():
+        return one_line(failure)
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if "Original Traceback" in str(error) else 0]
 
@@ -111,6 +127,7 @@ class Launch:
     rank: int
     world: int
     dtype: torch.dtype  # of the compute; parameters are fp32
+    mesh: "torch.distributed.DeviceMesh | None" = None  # (replicate, shard), of several processes
 
     @property
     def main(self) -> bool:
@@ -120,13 +137,21 @@ class Launch:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.mesh is None:
+            return f"{self.device.type}, 1 process, {dtype} compute, fp32 weights"
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        copies, parts = self.mesh.shape
         return (
-            f"{self.device.type}, {self.world} process(es), {str(self.dtype).removeprefix('torch.')} compute"
+            f"{self.device.type}, {self.world} processes ({backend}), {dtype} compute, fp32 weights in "
+            f"{copies} copies of {parts} parts"
         )
 
 
-def launch(dtype: str = "auto") -> Launch:
-    """Picks the device (CUDA, MPS, CPU), joins the process group of torchrun, picks the compute dtype."""
+def launch(dtype: str = "auto", shard: str = "none") -> Launch:
+    """Picks the device (CUDA, MPS, CPU), joins the process group of torchrun, picks the compute dtype and
+    who holds which part of the weights: none (each process all of them), full (each its share), hybrid (each
+    machine all of them, each of its processes a share)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -136,10 +161,40 @@ def launch(dtype: str = "auto") -> Launch:
         device = torch.device("mps")
     else:
         device = torch.device("cpu")
+    mesh = None
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        parts = {"none": 1, "full": world, "hybrid": int(os.environ["LOCAL_WORLD_SIZE"])}[shard]
+        names = ("replicate", "shard")
+        mesh = dist.init_device_mesh(device.type, (world // parts, parts), mesh_dim_names=names)
     name = ("bf16" if device.type == "cuda" else "fp32") if dtype == "auto" else dtype
-    return Launch(device, rank, world, {"bf16": torch.bfloat16, "fp32": torch.float32}[name])
+    return Launch(device, rank, world, {"bf16": torch.bfloat16, "fp32": torch.float32}[name], mesh)
+
+
+def distribute(module: nn.Module, blocks: Iterable[nn.Module], where: Launch, *methods: str) -> None:
+    """Spreads a module over the processes with FSDP2, which gathers the weights of one block at a time;
+    gradients are summed over the processes, not averaged. `methods` are its entrances beside `forward`.
+
+    Every process has to go through every block, in the same order.
+    """
+    if where.mesh is None:
+        return
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for part in (*blocks, module):
+        mesh = where.mesh if where.mesh.shape[0] > 1 else where.mesh["shard"]
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+    for method in methods:
+        register_fsdp_forward_method(module, method)
+
+
+def compile_blocks(blocks: Iterable[nn.Module], wanted: bool | None, where: Launch) -> None:
+    """Compiles what is inside of the blocks, not the gathering of their weights; by default on CUDA."""
+    if where.device.type == "cuda" if wanted is None else wanted:
+        for block in blocks:
+            block.forward = torch.compile(block.forward)
 
 
 def global_sum(*values: float) -> list[float]:
@@ -151,18 +206,64 @@ def global_sum(*values: float) -> list[float]:
     return total.tolist()
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Adds up the gradients of all processes; one that a process did not need is zero there, and in a process
-    on its own too, since the optimizer's momentum moves the parameter all the same."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        if dist.is_initialized():
-            dist.all_reduce(parameter.grad)
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be spread over processes."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be spread over processes, on every process."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def backward(loss: Tensor) -> None:
+    """Gradients of a loss; of one that is not finite they all are not, and every process leaves the step
+    out."""
+    loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))
+
+
+class Stepper:
+    """Optimizer steps with clipped gradients. A step whose gradients are not finite is left out, on the
+    device, so that nothing has to wait for the number."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, clip: float = 1.0):
+        self.optimizer, self.clip = optimizer, clip
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        device = local(self.parameters[0]).device
+        self.left_out, self.in_a_row, self.most_in_a_row = torch.zeros(3, device=device)
+
+    def step(self) -> Tensor:
+        """Returns the norm of the gradients before clipping."""
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        bad = (~norm.isfinite()).float()
+        self.optimizer.found_inf = bad  # the fused AdamW's own way out, made for GradScaler
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.left_out += bad
+        self.in_a_row.add_(1).mul_(bad)
+        torch.maximum(self.most_in_a_row, self.in_a_row, out=self.most_in_a_row)
+        return norm
+
+    def check(self) -> float:
+        """The number of steps left out; raises ValueError if ten in a row were."""
+        if self.most_in_a_row >= 10:
+            raise ValueError(
+                "ten steps in a row had a loss or gradient that is not finite: lower the learning rate"
+            )
+        return self.left_out.item()
 
 
 # -----------------------------------------------------------------------------------------------------------
 # files: written beside the old one, then renamed
+
+
+@contextmanager
+def writing(path: Path):
+    """Around whatever writes to `path`: an error that a user understands (OSError)."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # all mean a full disk
+        raise OSError(f"cannot write {path}: {one_line(error)}") from error
 
 
 @contextmanager
@@ -172,12 +273,11 @@ def replacing(path: Path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
-        yield temporary
-        if path.is_dir():  # a folder cannot be renamed onto another
-            path.rename(old)
-        temporary.rename(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # all three mean a full disk
-        raise OSError(f"cannot write {path}: {error}") from error
+        with writing(path):
+            yield temporary
+            if path.is_dir():  # a folder cannot be renamed onto another
+                path.rename(old)
+            temporary.rename(path)
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
@@ -239,33 +339,176 @@ def load_text_to_image(source: str, autoencoder: str, where: Launch) -> rae.Text
 
 
 # -----------------------------------------------------------------------------------------------------------
-# a training run: <out>/config.json, metrics.jsonl, checkpoint.pt, model/, samples/
+# a training run: <out>/config.json, metrics.jsonl, skipped.log, checkpoints/, model/, samples/
 
 
 class Run:
-    """The folder of a training, its log and checkpoints, and the wish to stop it."""
+    """The folder of a training, its log and checkpoints, and the wish to stop it.
 
-    def __init__(self, out: str, config, where: Launch, resume: bool):
-        self.out, self.config, self.where, self.stop = Path(out), config, where, None
-        self.checkpoint, self.metrics = self.out / "checkpoint.pt", self.out / "metrics.jsonl"
-        if self.checkpoint.exists() and not resume:
-            raise ValueError(f"{out} already holds a training: go on with --resume, or choose another --out")
-        if resume and not self.checkpoint.exists():
-            raise ValueError(f"nothing to resume: there is no {self.checkpoint}")
+    A checkpoint is a folder named by its step: safetensors files of every process's share, and state.json. It
+    can be read by any number of processes. It is written under another name, which it loses when complete.
+    """
+
+    def __init__(self, config, where: Launch):
+        self.out, self.config, self.where = Path(config.out), config, where
+        self.checkpoints, self.metrics = self.out / "checkpoints", self.out / "metrics.jsonl"
+        self.stop, self.pending, self.board, self.skipped = None, None, None, 0
+        self.group = dist.new_group(backend="gloo") if where.world > 1 else None
+        complete = sorted(p for p in self.checkpoints.glob("*") if p.name.isdigit())
+        if complete and not config.resume:
+            raise ValueError(
+                f"{self.out} already holds a training: go on with --resume, or choose another --out"
+            )
+        self.source = complete[-1] if complete else None
+        if where.world > 1:  # file systems may show a new folder to one machine earlier than to another
+            shared = [self.source]
+            dist.broadcast_object_list(shared)
+            self.source = shared[0]
+        if config.resume not in ("", "auto"):
+            self.source = Path(config.resume)
+            if not (self.source / "state.json").is_file():
+                raise ValueError(f"--resume {self.source}: give auto, or a folder of {self.checkpoints}")
+
+    # -- checkpoints
+
+    def load(self, model: nn.Module, average: nn.Module, stepper: Stepper) -> dict:
+        """Restores all three in place from the newest checkpoint, if there is one. Returns its state: step,
+        and positions of the data."""
+        if self.source is None:
+            return {"step": 0, "positions": {}}
+        import torch.distributed.checkpoint as dcp
+
+        optimizer = stepper.optimizer
+        try:
+            state = json.loads((self.source / "state.json").read_text())
+            self.skipped = state["skipped_samples"]
+            stepper.left_out.fill_(state["skipped_steps"])
+            rates = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+                for p in group["params"]:
+                    p.grad = torch.zeros_like(p)
+            optimizer.step()  # makes its state; what is in it is replaced
+            optimizer.zero_grad()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            tensors = training_state(model, average, optimizer)
+            reader = dcp.HuggingFaceStorageReader(self.source)
+            metadata = reader.read_metadata().state_dict_metadata
+            saved = {k: (v.size, sum(c.sizes.numel() for c in v.chunks)) for k, v in metadata.items()}
+            own = {k: (v.size(), v.numel()) for k, v in tensors.items()}  # the second: no piece is missing
+            if wrong := [k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k)]:
+                raise ValueError(f"{len(wrong)} tensors do not fit this model, such as {min(wrong)}")
+            dcp.load(tensors, storage_reader=reader, no_dist=self.group is None)
+        except (Exception, dcp.CheckpointException) as error:  # from json, safetensors or torch
+            raise ValueError(f"cannot resume from {self.source}: {one_line(error)}") from error
+        return state
+
+    def save(self, step: int, model, average, stepper, loader, export: nn.Module | None) -> None:
+        """Writes a checkpoint, in the background, and the averaged weights as a model folder for the other
+        scripts. `export` is the main process's copy of the model from before it was spread over all."""
+        import torch.distributed.checkpoint as dcp
+
+        self.settle()
+        path, temporary = self.checkpoints / f"{step:07d}", self.checkpoints / f".{step:07d}.tmp"
+        self.count_skipped(loader)
+        everyone = [loader.positions]
+        if self.group:
+            everyone = [None] * self.where.world
+            dist.all_gather_object(everyone, loader.positions, group=self.group)
+        exported = export.state_dict() if self.where.main else {}
+        for name, tensor in average.state_dict().items():  # one at a time, and kept by the main process only
+            full = whole(tensor)
+            if self.where.main:
+                exported[name].copy_(full)
+        if self.where.main:
+            positions = {key: value for each in everyone for key, value in each.items()}
+            state = {"step": step, "positions": positions}
+            state |= {"skipped_samples": self.skipped, "skipped_steps": stepper.left_out.item()}
+            with writing(path):
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                with (temporary / "state.json").open("w") as file:
+                    file.write(json.dumps(state) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            with replacing(self.out / "model") as folder:
+                export.save_pretrained(folder)
+        if self.group:
+            dist.barrier(self.group)  # the folder is there
+        future = dcp.async_save(  # copies all first
+            training_state(model, average, stepper.optimizer),
+            storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True),
+            process_group=self.group,
+            no_dist=self.group is None,
+        )
+        published = Future()
+
+        def publish(done: Future) -> None:  # when every process has written its share
+            try:
+                done.result()
+                if self.where.main:
+                    self.publish(temporary, path)
+                published.set_result(None)
+            except BaseException as error:
+                published.set_exception(error)
+
+        future.add_done_callback(publish)
+        self.pending = path, published
+
+    def publish(self, temporary: Path, path: Path) -> None:
+        """Gives a complete checkpoint its name, and removes those that are older than the newest --keep."""
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+        complete = sorted(p for p in self.checkpoints.glob("*") if p.name.isdigit())
+        for old in complete[: -self.config.keep]:
+            shutil.rmtree(old)
+
+    def settle(self) -> None:
+        """Waits for the checkpoint that is being written."""
+        if self.pending:
+            path, future = self.pending
+            self.pending = None
+            if error := future.exception():
+                raise OSError(f"cannot write {path}: {one_line(error)}") from error
+
+    # -- the loop
 
     def begin(self, step: int) -> None:
         """Before the loop: shows and saves the config, and lets Ctrl-C wait for the end of a step."""
         if self.where.main:
             text = json.dumps(dataclasses.asdict(self.config), indent=2)
             print(f"{text}\n{self.where}", flush=True)
+            if step:
+                print(f"goes on from {self.source}", flush=True)
             with replacing(self.out / "config.json") as temporary:
                 temporary.write_text(text + "\n")
+            self.forget_after(step)
+            if self.config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(self.out / "tensorboard", purge_step=step + 1)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
         self.time_from(step)
 
+    def forget_after(self, step: int) -> None:
+        """Removes log lines and checkpoints beyond the step, and what a killed run left half-written."""
+        for path in self.checkpoints.glob("*"):
+            if not path.name.isdigit() or int(path.name) > step:
+                shutil.rmtree(path)
+        for path in self.out.glob(".model.*"):
+            if path.suffix == ".old" and not (self.out / "model").exists():
+                path.rename(self.out / "model")
+            else:
+                shutil.rmtree(path)
+        if self.metrics.exists():
+            rows = [row for row in read_rows(self.metrics) if row["step"] <= step]
+            with replacing(self.metrics) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
     def ask_to_stop(self, number: int, frame) -> None:
-        self.stop = number
+        self.stop = number  # once more changes nothing: torchrun passes a Ctrl-C on that has arrived already
 
     def stopping(self) -> bool:
         """Whether any process was told to stop: all leave the loop after the same step."""
@@ -273,38 +516,21 @@ class Run:
             self.stop = signal.SIGTERM
         return self.stop is not None
 
-    def load(self, **parts) -> int:
-        """Restores modules and optimizers; returns the next step. Log lines beyond it are forgotten."""
-        try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        except Exception as error:  # from zip, pickle or torch
-            raise ValueError(f"cannot resume from {self.checkpoint}: {one_line(error)}") from error
-        if self.where.main and self.metrics.exists():
-            rows = self.metrics.read_text().splitlines(keepends=True)
-            with replacing(self.metrics) as temporary:
-                temporary.write_text("".join(row for row in rows if json.loads(row)["step"] <= state["step"]))
-        return state["step"]
-
-    def save(self, step: int, export: nn.Module, **parts) -> None:
-        """Writes the training state and `export` as a model folder for the other scripts."""
-        if self.where.main:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            with replacing(self.checkpoint) as temporary:
-                torch.save({"step": step, **state}, temporary)
-            with replacing(self.out / "model") as temporary:
-                export.save_pretrained(temporary)
-
     def time_from(self, step: int) -> None:
         """Images per second are counted from here: after set-up, a log line, or a checkpoint."""
         self.since = (step, time.time())
 
-    def log(self, step: int, write: Callable[[str], None], **values) -> None:
-        """One line on the screen and one in metrics.jsonl."""
+    def log(self, step: int, write: Callable[[str], None], loader, **values) -> None:
+        """One line on the screen and one in metrics.jsonl: the values, what the loader left out and how long
+        it was waited for since the last line."""
         (since, clock), now = self.since, time.time()
         row = {"step": step, **{k: float(v) for k, v in values.items()}}
         row["images_per_second"] = (step - since) * self.config.batch / (now - clock)
+        row["waiting"] = round(loader.waited / (now - clock), 4)  # share of the time, on the main process
+        loader.waited = 0.0
+        self.count_skipped(loader, write)
+        if self.skipped:
+            row["skipped_samples"] = self.skipped
         row["time"] = round(now, 1)
         if self.where.main:
             shown = (
@@ -313,16 +539,52 @@ class Run:
             write("  ".join(shown))
             with self.metrics.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+            for name in row.keys() - {"step", "time"} if self.board else ():
+                self.board.add_scalar(name, row[name], step)
         self.time_from(step)
 
+    def count_skipped(self, loader, write: Callable[[str], None] = print) -> None:
+        """Counts the samples that the loader left out since the last call, and names them in skipped.log."""
+        messages, loader.skipped = loader.skipped, []
+        if messages:
+            with (self.out / "skipped.log").open("a") as file:
+                file.writelines(f"{message[:500]}\n" for message in messages)
+            write(f"left out {len(messages)} samples, see {self.out / 'skipped.log'}: {messages[0][:200]}")
+        self.skipped += int(global_sum(len(messages))[0])
+
     def finish(self, step: int) -> None:
-        """After the loop: says where the model is; exits with 128 + the signal's number if it was stopped."""
+        """After the loop: waits for the last checkpoint, and says where the model is."""
+        self.settle()
+        if self.board:
+            self.board.close()
         if self.where.main:
             print(f"step {step}: {self.out / 'model'}", flush=True)
-        if self.stop:
-            if self.where.main:
+            if self.stop:
                 print(f"stopped after step {step}; go on with --resume --out {self.out}", file=sys.stderr)
-            sys.exit(128 + self.stop)
+
+
+def read_rows(metrics: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a line that was cut off by a crash is left out."""
+    rows = []
+    for line in metrics.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def training_state(model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Every tensor that a training changes, by name, as references: parameters, buffers, their averages, and
+    the optimizer's state after the name of its parameter. What is frozen comes from where it came from."""
+    state = {}
+    for prefix, module in (("model", model), ("average", average)):
+        frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+        state |= {f"{prefix}.{k}": v for k, v in module.state_dict().items() if k not in frozen}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"optimizer.{name}.{key}"] = value if value.ndim else value.view(1)
+    return state
 
 
 def cosine(step: int, total: int, warmup: int, floor: float = 0.0) -> float:
@@ -338,5 +600,5 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
     """EMA of the trained parameters; the decay grows from 0.1 to its value during the first steps."""
     decay = min(decay, (1 + step) / (10 + step))
     pairs = zip(average.parameters(), model.parameters(), strict=True)
-    old, new = zip(*((a, b) for a, b in pairs if b.requires_grad), strict=True)
+    old, new = zip(*((local(a), local(b)) for a, b in pairs if b.requires_grad), strict=True)
     torch._foreach_lerp_(old, new, 1 - decay)

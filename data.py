@@ -1,28 +1,61 @@
 """Pictures and captions in, batches out.
 
-A source is a map from a sample's number to the sample. Numbers never end (a folder starts over, reshuffled),
-and what number i holds depends on (seed, i) alone, so that step s of a training of global batch B reads the
-samples s B ... (s + 1) B - 1 whatever the number of processes, and a resumed run goes on where it stopped.
+A source is named by --data, several by a list with weights:
 
-    nano                       the synthetic world of nano/shapes.py: objects, scenes and text
-    nano:objects               one of its domains
-    nano:objects=3,text=1      a mixture with weights
-    path/to/folder             pictures, captions in its metadata.jsonl ({"file_name": ..., "text": ...})
+    nano                           the synthetic world of nano/shapes.py: objects, scenes and text
+    nano:objects                   one of its domains
+    path/to/folder                 pictures; captions in its metadata.jsonl ({"file_name": ..., "text": ...})
+    path/to/shards                 a folder of .tar (jpg, png or webp beside txt or json) or of .parquet files
+    org/name                       a data set of the Hugging Face hub, streamed
+    web=0.7,synthetic=0.2,nano=0.1 a mixture
+
+Every sample has a number, place j of step s of a training of global batch B the number s B + j, and what it
+is depends on the seed and its number alone, whatever the number of processes and workers. `nano` and folders
+of pictures are maps from numbers to samples. Shards are read in order instead: they are dealt out to lanes,
+each of which serves its own places of every batch, and a checkpoint holds how far every lane has come.
+
+Samples that cannot be used are left out, and named in the batch that follows.
 """
 
 import hashlib
+import io
+import itertools
+import json
+import os
 import re
-import signal
+import tarfile
+import time
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 REQUESTS = ("Generate an image of {}", "Can you draw {}?", "Please make a picture of {}", "Show me {}")
-NANO_MIXTURE = {"objects": 0.7, "scenes": 0.15, "text": 0.15}
+NANO_MIXTURE = {"nano:objects": 0.7, "nano:scenes": 0.15, "nano:text": 0.15}
+PIXELS = 2**26  # a picture of more is refused before it is decoded
+BYTES = 2**26  # and so is a file in a tar of more
+CHARACTERS = 1000  # of a caption; the rest is cut off
+BLOCK = 64  # rows of a shard that are shuffled together
+STALL = 300  # seconds without data after which a training gives up
+IMAGES = ("jpg", "jpeg", "png", "webp")
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+)  # and none that runs another program, as EPS does
+CAPTIONS = ("text", "caption", "txt", "prompt")
+
+
+class Unusable(ValueError):
+    """A sample that is left out: which one, and why."""
 
 
 def mix(*keys: int) -> int:
@@ -30,67 +63,8 @@ def mix(*keys: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), "little") >> 1
 
 
-class Nano(Dataset):
-    """The nano world. A share of the samples, `understanding`, is a question about the picture instead of a
-    request for it."""
-
-    def __init__(self, mixture: dict[str, float], size: int, seed: int, understanding: float = 0.0):
-        from nano import shapes
-
-        if unknown := set(mixture) - set(shapes.DOMAINS):
-            raise ValueError(f"nano has no domain {sorted(unknown)}: choose from {', '.join(shapes.DOMAINS)}")
-        self.draw, self.size, self.seed, self.understanding = shapes.draw, size, seed, understanding
-        self.domains = list(mixture)
-        self.edges = np.cumsum([mixture[name] for name in self.domains]) / sum(mixture.values())
-
-    def __getitem__(self, index: int) -> dict:
-        uniform = np.random.default_rng(mix(self.seed, index)).random(3)
-        domain = self.domains[int(np.searchsorted(self.edges, uniform[0], side="right"))]
-        sample = self.draw(domain, self.seed, index, self.size)
-        if uniform[1] < self.understanding:
-            question, answer = sample.questions[int(uniform[2] * len(sample.questions))]
-            conversation = [("user", f"<image>\n{question}"), ("assistant", answer)]
-        else:
-            conversation = request(sample.caption, uniform[2])
-        return {
-            "image": sample.image,
-            "caption": sample.caption,
-            "conversation": conversation,
-            "index": index,
-        }
-
-
-class Folder(Dataset):
-    """A folder of pictures with captions, through the `imagefolder` reader of `datasets`; every epoch has an
-    order of its own. Pictures are cropped to a centred square and resized."""
-
-    def __init__(self, path: str, size: int, seed: int):
-        from datasets import Image as Column
-        from datasets import load_dataset
-
-        self.rows = load_dataset("imagefolder", data_dir=path, split="train", drop_labels=True)
-        self.rows = self.rows.cast_column("image", Column(decode=False))
-        self.size, self.seed, self.order = size, seed, (-1, None)
-
-    def __getitem__(self, index: int) -> dict:
-        epoch, position = divmod(index, len(self.rows))
-        if self.order[0] != epoch:
-            self.order = (epoch, np.random.default_rng(mix(self.seed, epoch)).permutation(len(self.rows)))
-        row = self.rows[int(self.order[1][position])]
-        caption = clean(row.get("text") or "")
-        uniform = np.random.default_rng(mix(self.seed, index)).random()
-        return {
-            "image": square(open_picture(row["image"]["path"]), self.size),
-            "caption": caption,
-            "conversation": request(caption, uniform),
-            "index": index,
-        }
-
-
-def clean(caption: str) -> str:
-    """Without anything that looks like a special token, such as <image> or <|im_end|>; at most 1,000
-    characters."""
-    return re.sub(r"<\|?\w+\|?>", " ", caption).strip()[:1000]
+# -----------------------------------------------------------------------------------------------------------
+# one sample
 
 
 def request(caption: str, uniform: float) -> list[tuple[str, str]]:
@@ -99,15 +73,32 @@ def request(caption: str, uniform: float) -> list[tuple[str, str]]:
     return [("user", template.format(caption)), ("assistant", "Here you go:\n<image>")]
 
 
-def open_picture(path: str) -> Image.Image:
-    """The picture of a file, in memory, RGB. Raises ValueError for what is none."""
+def clean(caption: str) -> str:
+    """Its first 1,000 characters, without anything that looks like a special token, such as <image> or
+    <|im_end|>."""
+    return re.sub(r"<\|?\w+\|?>", " ", caption[:CHARACTERS]).strip()
+
+
+def open_picture(source: str | bytes, name: str = "") -> Image.Image:
+    """The RGB picture of a file, given by its path or as its bytes. Raises Unusable for what is none, and for
+    more than 67 megapixels."""
+    name = name or (source if isinstance(source, str) else "picture")
     try:
-        with Image.open(path) as image:
+        with Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS
+        ) as image:
+            if image.width * image.height > PIXELS:
+                raise Unusable(f"{name} has {image.width} x {image.height} pixels, the limit is {PIXELS:,}")
             return image.convert("RGB")
     except FileNotFoundError:
-        raise ValueError(f"no picture at {path}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no picture that can be read: {error}") from None
+        raise Unusable(f"no picture at {name}") from None
+    except Unusable:
+        raise
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+        raise Unusable(f"{name} is no picture that can be read{reason}") from None
+    except Exception as error:  # a damaged file can raise anything inside of a decoder
+        raise Unusable(f"{name} is damaged: {type(error).__name__} {error}") from None
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
@@ -118,66 +109,409 @@ def square(image: Image.Image, size: int) -> np.ndarray:
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def open_source(name: str, size: int, seed: int, understanding: float = 0.0) -> Dataset:
-    """The source of that name, see the top of this file. Raises ValueError for a name that is none."""
-    if name.partition(":")[0] == "nano":
-        return Nano(parse_mixture(name.partition(":")[2]) or NANO_MIXTURE, size, seed, understanding)
-    if not Path(name).is_dir():
-        raise ValueError(f"no data source {name!r}: give nano, nano:objects=3,text=1 or a folder of pictures")
-    return Folder(name, size, seed)
+def captioned(row: dict, size: int, uniform: float) -> dict:
+    """A sample from a row {"name", "image": path or bytes, perhaps a caption}; or Unusable."""
+    if "error" in row or not row.get("image"):
+        raise Unusable(f"{row['name']}: {row.get('error', 'no picture')}")
+    caption = next((row[key] for key in CAPTIONS if isinstance(row.get(key), str)), "")
+    picture = square(open_picture(row["image"], row["name"]), size)
+    return {"image": picture, "caption": clean(caption), "conversation": request(clean(caption), uniform)}
 
 
-def parse_mixture(text: str) -> dict[str, float]:
-    """ "a=3,b=1" -> {"a": 3.0, "b": 1.0}; a name without a weight has 1."""
-    parts = [part.partition("=") for part in text.split(",") if part]
-    mixture = {name: float(weight or 1) for name, _, weight in parts}
-    if not all(0 < weight < float("inf") for weight in mixture.values()):
-        raise ValueError(f"the weights of a mixture have to be above zero: {text}")
-    return mixture
+# -----------------------------------------------------------------------------------------------------------
+# sources
 
 
-class Steps:
-    """The sample numbers of each step, from `start` on, for process `rank` of `world`: a slice of the global
-    batch."""
+class Nano:
+    """One domain of the nano world: a map without an end. A share of the samples, `understanding`, is a
+    question about the picture instead of a request for it."""
 
-    def __init__(self, batch: int, start: int = 0, rank: int = 0, world: int = 1):
+    def __init__(self, domain: str, size: int, seed: int, understanding: float = 0.0):
+        from nano import shapes
+
+        if domain not in shapes.DOMAINS:
+            raise ValueError(f"nano has no domain {domain!r}: choose from {', '.join(shapes.DOMAINS)}")
+        self.draw, self.domain, self.size = shapes.draw, domain, size
+        self.seed, self.understanding = seed, understanding
+
+    def __getitem__(self, number: int) -> dict:
+        uniform = np.random.default_rng(mix(self.seed, number)).random(2)
+        sample = self.draw(self.domain, self.seed, number, self.size)
+        conversation = request(sample.caption, uniform[1])
+        if uniform[0] < self.understanding:
+            question, answer = sample.questions[int(uniform[1] * len(sample.questions))]
+            conversation = [("user", f"<image>\n{question}"), ("assistant", answer)]
+        return {"image": sample.image, "caption": sample.caption, "conversation": conversation}
+
+
+class Pictures:
+    """A folder of pictures, through the `imagefolder` reader of `datasets`: a map that starts over without
+    an end, in another order each time. For a picture that cannot be used another one is drawn."""
+
+    def __init__(self, path: str, size: int, seed: int):
+        from datasets import Image as Column
+        from datasets import load_dataset
+
+        rows = load_dataset("imagefolder", data_dir=path, split="train", drop_labels=True)
+        if not len(rows):
+            raise ValueError(f"{path} holds no pictures")
+        self.rows = rows.cast_column("image", Column(decode=False))
+        self.path, self.size, self.seed, self.order = path, size, seed, (-1, None)
+
+    def __getitem__(self, number: int) -> dict:
+        epoch, position = divmod(number, len(self.rows))
+        if self.order[0] != epoch:
+            self.order = (epoch, np.random.default_rng(mix(self.seed, epoch)).permutation(len(self.rows)))
+        skipped, chance = [], np.random.default_rng(mix(self.seed, number, 0))
+        row = int(self.order[1][position])
+        while len(skipped) < 100:
+            try:
+                path = self.rows[row]["image"]["path"]
+                fields = self.rows[row] | {"image": path, "name": path}
+                return captioned(fields, self.size, chance.random()) | {"skipped": skipped}
+            except Unusable as error:
+                skipped.append(str(error))
+                row = int(chance.integers(len(self.rows)))
+        raise ValueError(f"{self.path}: 100 pictures in a row cannot be used, the last: {skipped[-1]}")
+
+
+class Stream:
+    """Shards that are read in order: rows are shuffled within blocks, and shards before each pass over them.
+
+    shards: functions that yield rows, see `captioned`.
+    """
+
+    def __init__(self, name: str, shards: list, size: int, seed: int):
+        self.name, self.shards, self.size, self.seed = name, shards, size, seed
+
+    def lane(self, lane: int, lanes: int, epoch=0, turn=0, first=0, taken=0) -> Iterator[dict]:
+        """The samples of one of `lanes` without an end, from a position on: the pass, which shard of this
+        lane's in that pass, the first row of a block, and how many rows of the block are done. Each sample
+        comes with the position behind it."""
+        skipped, empty = [], 0
+        while empty <= 20:  # passes of this lane, over other shards each time
+            shards = np.random.default_rng(mix(self.seed, epoch)).permutation(len(self.shards))[lane::lanes]
+            while turn < len(shards):
+                for sample in self.rows(epoch, int(shards[turn]), first, taken, skipped):
+                    sample["position"] = (epoch, turn, *sample["position"])
+                    yield sample | {"skipped": list(skipped)}
+                    skipped.clear()
+                    empty = 0
+                turn, first, taken = turn + 1, 0, 0
+            epoch, turn, empty = epoch + 1, 0, empty + 1
+        reason = skipped[-1] if skipped else "its shards are empty"
+        raise ValueError(f"{self.name}: nothing in it can be used: {reason}")
+
+    def rows(self, epoch: int, shard: int, first: int, taken: int, skipped: list[str]) -> Iterator[dict]:
+        """The samples of one shard, block by block, each with the last two numbers of its position. A shard
+        that cannot be read further ends early."""
+        rows, block = itertools.islice(self.shards[shard](), first, None), [None]
+        while block:
+            block, ended = [], ""
+            try:
+                block.extend(itertools.islice(rows, BLOCK))  # keeps what came before an error
+            except Exception as error:  # from tarfile, pyarrow, the file system or the hub
+                ended = f"{self.name}: the rest of shard {shard}: {type(error).__name__} {error}"
+            chance = np.random.default_rng(mix(self.seed, epoch, shard, first))
+            order, uniform = chance.permutation(len(block)).tolist(), chance.random(len(block))
+            for done, row in enumerate(order[taken:], start=taken + 1):
+                try:
+                    yield captioned(block[row], self.size, uniform[row]) | {"position": (first, done)}
+                except Unusable as error:
+                    skipped.append(str(error))
+            if ended:
+                skipped.append(ended)
+                return
+            first, taken = first + len(block), 0
+
+
+def tar_rows(url: str) -> Iterator[dict]:
+    """Rows of a webdataset tar: files in a row that share a name up to its first dot are one sample. Nothing
+    is unpacked to the disk."""
+    import fsspec
+
+    with (
+        fsspec.open(url, "rb", compression="infer") as file,
+        tarfile.open(fileobj=(end := Tail(file)), mode="r|") as tar,
+    ):
+        row: dict = {}
+        for member in tar:
+            if not member.isfile():
+                continue
+            path = PurePosixPath(member.name)
+            stem, _, extension = path.name.partition(".")
+            key = str(path.with_name(stem)) if stem else member.name
+            name = f"{url}: {key}"
+            if row and row["name"] != name:
+                yield row
+                row = {}
+            row.setdefault("name", name)
+            if path.is_absolute() or ".." in path.parts:
+                row["error"] = "an unsafe name"
+            elif member.size > BYTES:
+                row["error"] = f"{path.name} has {member.size:,} bytes, the limit is {BYTES:,}"
+            elif extension.lower() in IMAGES:
+                row["image"] = tar.extractfile(member).read()
+            elif extension.lower() in (*CAPTIONS, "json"):
+                row |= caption_fields(tar.extractfile(member).read(), extension.lower())
+        if end.tail.strip(b"\0"):  # tarfile takes the end of the file for the end of the archive
+            raise EOFError("the file ends in the middle")
+        if row:
+            yield row
+
+
+class Tail:
+    """A file that remembers the last bytes read of it."""
+
+    def __init__(self, file):
+        self.file, self.tail = file, b""
+
+    def read(self, size: int) -> bytes:
+        content = self.file.read(size)
+        self.tail = (self.tail + content)[-512:]  # zeros where a tar is whole
+        return content
+
+
+def caption_fields(text: bytes, extension: str) -> dict:
+    """The captions among the fields of a json file, or the text of any other."""
+    if extension != "json":
+        return {"text": text.decode("utf-8", errors="replace")}
+    try:
+        fields = json.loads(text)
+        return {key: fields[key] for key in CAPTIONS if isinstance(fields.get(key), str)}
+    except (ValueError, AttributeError, RecursionError) as error:
+        return {"error": f"damaged json: {error}"}
+
+
+def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
+    """Rows of one shard of a streamed table of `datasets`, with its pictures as bytes."""
+    from datasets.utils.file_utils import xopen
+
+    number = 0
+    for rows in table.shard(table.num_shards, shard).iter(BLOCK):  # plain iteration deals rows to workers
+        for values in zip(*rows.values(), strict=True):
+            row = dict(zip(rows, values, strict=True))
+            picture = row[column]
+            if isinstance(picture, dict):
+                picture = picture["bytes"] or (picture["path"] and xopen(picture["path"], "rb").read())
+            yield row | {"name": f"{name}: shard {shard}, row {number}", "image": picture}
+            number += 1
+
+
+def open_table(name: str, **kwargs) -> list:
+    """The shards of a streamed data set with a column of pictures."""
+    from datasets import Image as Column
+    from datasets import Value, load_dataset
+
+    def holds_bytes(kind) -> bool:
+        return kind == Value("binary") or (isinstance(kind, dict) and kind.get("bytes") == Value("binary"))
+
+    table = load_dataset(split="train", streaming=True, **kwargs)
+    features = table.features or {}
+    columns = [key for key, kind in features.items() if isinstance(kind, Column)]
+    columns += [key for key in ("image", *IMAGES) if holds_bytes(features.get(key))]
+    if not columns:
+        raise ValueError(f"{name} has no column of pictures, only {', '.join(features) or 'none'}")
+    if isinstance(features[columns[0]], Column):
+        table = table.cast_column(columns[0], Column(decode=False))
+    return [partial(table_rows, name, table, shard, columns[0]) for shard in range(table.num_shards)]
+
+
+def open_one(name: str, size: int, seed: int, understanding: float) -> Nano | Pictures | Stream:
+    """The source of one name, see the top of this file."""
+    if name.startswith("nano:"):
+        return Nano(name.removeprefix("nano:"), size, seed, understanding)
+    path = Path(name)
+    if path.is_dir():
+        tars = sorted(
+            str(file) for file in path.rglob("*.tar*") if re.search(r"\.tar(\.\w?z2?)?$", file.name)
+        )
+        tables = sorted(map(str, path.rglob("*.parquet")))
+        if tars:
+            return Stream(name, [partial(tar_rows, url) for url in tars], size, seed)
+        if tables:
+            return Stream(name, open_table(name, path="parquet", data_files=tables), size, seed)
+        return Pictures(name, size, seed)
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise ValueError(
+            f"no data source {name!r}: give nano, a folder of pictures or shards, or a hub id like org/name"
+        )
+    from huggingface_hub import HfFileSystem
+
+    tars = HfFileSystem().glob(f"datasets/{name}/**/*.tar")
+    tars = [url for url in tars if "train" in url.removeprefix(f"datasets/{name}")] or tars  # the split
+    if tars:
+        return Stream(name, [partial(tar_rows, f"hf://{url}") for url in tars], size, seed)
+    return Stream(name, open_table(name, path=name), size, seed)
+
+
+class Mixture:
+    """Sources with weights. In every thousand samples each has exactly its share, in an order of the seed."""
+
+    def __init__(self, sources: list, weights: list[float], seed: int):
+        edges = np.round(1000 * np.cumsum([0.0, *weights]) / sum(weights)).astype(int)
+        owners = np.repeat(np.arange(len(sources)), np.diff(edges))
+        self.sources, self.counts = sources, np.diff(edges)
+        if not self.counts.all():
+            raise ValueError(
+                f"the weights {weights} differ too much: each share has to be 1 in 1000 at least"
+            )
+        self.owners = np.random.default_rng(mix(seed)).permutation(owners)
+        earlier = np.cumsum(self.owners[:, None] == np.arange(len(sources)), axis=0)
+        self.earlier = earlier[np.arange(1000), self.owners] - 1
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Which source the sample comes from, and its number there."""
+        thousand, rest = divmod(number, 1000)
+        owner = int(self.owners[rest])
+        return owner, int(thousand * self.counts[owner] + self.earlier[rest])
+
+    def __getitem__(self, number: int) -> dict:
+        owner, own_number = self.place(number)
+        return self.sources[owner][own_number] | {"index": number}
+
+
+def open_source(names: str, size: int, seed: int, understanding: float = 0.0) -> Mixture:
+    """The sources of a --data flag, see the top of this file. Raises ValueError for a name that is none."""
+    parts = []
+    for part in names.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            weight = float(weight or 1)
+        except ValueError:
+            weight = -1.0
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"--data {part}: the weight after = has to be a number above zero")
+        shares = NANO_MIXTURE if name == "nano" else {name: 1.0}
+        parts += [(name, weight * share) for name, share in shares.items()]
+    try:
+        sources = [open_one(name, size, seed, understanding) for name, _ in parts]
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # from pyarrow, datasets or the hub
+        raise ValueError(f"cannot read --data {names}: {error}") from error
+    return Mixture(sources, [weight for _, weight in parts], seed)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# batches
+
+
+class Batches(IterableDataset):
+    """This process's part of every global batch, in parts of the worker processes that make it."""
+
+    def __init__(self, source: Mixture, batch: int, start: int, rank: int, world: int, positions: dict):
         if batch % world:
             raise ValueError(
                 f"a global batch of {batch} cannot be split over {world} processes: choose a multiple"
             )
-        self.batch, self.start, self.rank, self.local = batch, start, rank, batch // world
+        shards = min((len(s.shards) for s in source.sources if isinstance(s, Stream)), default=batch)
+        self.lanes = max(n for n in range(1, max(shards, 1) + 1) if batch % n == 0)
+        if self.lanes % world:
+            raise ValueError(
+                f"a batch of {batch} reads {shards} shards in {self.lanes} lanes, which {world} processes "
+                f"cannot share: choose another --batch, or write more shards"
+            )
+        self.source, self.batch, self.start = source, batch, start
+        self.own = range(rank * self.lanes // world, (rank + 1) * self.lanes // world)
+        names = {s.name for s in source.sources if isinstance(s, Stream)}
+        known = {key: key.rsplit("|", 2) for key in positions if key.rsplit("|", 2)[0] in names}
+        if any(int(lanes) != self.lanes for _, _, lanes in known.values()):
+            raise ValueError(
+                "the checkpoint has read its data in other lanes: resume with the --batch it had"
+            )
+        self.positions = {key: positions[key] for key, (_, lane, _) in known.items() if int(lane) in self.own}
 
-    def __iter__(self) -> Iterator[range]:
-        step = self.start
-        while True:
-            first = step * self.batch + self.rank * self.local
-            yield range(first, first + self.local)
-            step += 1
+    def __iter__(self) -> Iterator[dict]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        first, last = (len(self.own) * w // workers for w in (worker, worker + 1))
+        width = self.batch // self.lanes  # places of a lane
+        places = range(self.own.start * width + first * width, self.own.start * width + last * width)
+        streams: dict[str, Iterator[dict]] = {}
+        for step in itertools.count(self.start):
+            samples = [self.sample(step * self.batch + place, place // width, streams) for place in places]
+            yield collate(samples)
+
+    def sample(self, number: int, lane: int, streams: dict[str, Iterator[dict]]) -> dict:
+        owner, _ = self.source.place(number)
+        source = self.source.sources[owner]
+        if not isinstance(source, Stream):
+            return self.source[number]
+        key = f"{source.name}|{lane}|{self.lanes}"
+        if key not in streams:
+            streams[key] = source.lane(lane, self.lanes, *self.positions.get(key, ()))
+        sample = next(streams[key])
+        return sample | {"index": number, "position": {key: sample["position"]}}
 
 
 def collate(samples: list[dict]) -> dict:
-    """images (B, 3, H, W) uint8, and lists of the rest."""
-    batch = {key: [sample[key] for sample in samples] for key in samples[0]}
-    batch["image"] = torch.from_numpy(np.stack(batch["image"])).permute(0, 3, 1, 2)
+    """images (B, 3, H, W) uint8; lists of captions, conversations and numbers; the positions of streams; and
+    what was skipped."""
+    batch = {key: [sample[key] for sample in samples] for key in ("caption", "conversation", "index")}
+    batch["image"] = torch.from_numpy(np.stack([s["image"] for s in samples])).permute(0, 3, 1, 2)
+    batch["positions"] = {k: v for s in samples for k, v in s.get("position", {}).items()}
+    batch["skipped"] = [message for s in samples for message in s.get("skipped", ())]
     return batch
 
 
-def load(source: Dataset, steps: Steps, workers: int = 1) -> Iterator[dict]:
-    """Batches for ever, one per step, made ahead by worker processes (0: in this one)."""
-    loader = DataLoader(
-        source,
-        batch_sampler=steps,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=leave_interrupts,
-    )
-    return iter(loader)
+class Loader:
+    """Batches without an end, one for each step, made ahead by worker processes (0: in this one).
+
+    positions: how far the lanes of streams have come with the batches that were handed out; goes into a
+        checkpoint, and back in as `positions`.
+    skipped, waited: which samples were left out, and the seconds that batches were waited for; the caller
+        sets them back.
+    """
+
+    def __init__(
+        self, source: Mixture, batch: int, workers=1, start=0, rank=0, world=1, positions: dict | None = None
+    ):
+        batches = Batches(source, batch, start, rank, world, positions or {})
+        self.positions, self.skipped, self.waited = batches.positions, [], 0.0
+        self.parts = min(workers, len(batches.own)) or 1
+        self.loader = iter(
+            DataLoader(
+                batches,
+                batch_size=None,
+                num_workers=self.parts if workers else 0,
+                prefetch_factor=4 if workers else None,
+                worker_init_fn=leave_signals,
+                timeout=STALL if workers else 0,
+            )
+        )
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> dict:
+        started = time.perf_counter()
+        try:
+            parts = [next(self.loader) for _ in range(self.parts)]
+        except RuntimeError as error:  # a worker that stalls, or was killed for memory
+            stalled = f"no data for {STALL} s, a read stalls" if "timed out" in str(error) else error
+            raise OSError(f"data loading failed: {stalled}") from error
+        batch = {k: [x for part in parts for x in part[k]] for k in ("caption", "conversation", "index")}
+        batch["image"] = torch.cat([part["image"] for part in parts])
+        if torch.cuda.is_available():
+            batch["image"] = batch["image"].pin_memory()
+        for part in parts:
+            self.positions |= part["positions"]
+            self.skipped += part["skipped"]
+        self.waited += time.perf_counter() - started
+        return batch
 
 
-def leave_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; stopping is the trainer's business, not a worker's."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def pieces(batch: dict, count: int) -> list[dict]:
+    """The batch cut into that many pieces, as equal as they can be, one at least of a sample each."""
+    edges = np.linspace(0, len(batch["index"]), count + 1).astype(int)
+    cuts = [slice(a, b) for a, b in itertools.pairwise(edges) if a < b]
+    return [{key: values[cut] for key, values in batch.items()} for cut in cuts]
+
+
+def leave_signals(worker: int) -> None:
+    """Ctrl-C and torchrun signal whole process groups; stopping is the trainer's business, not a worker's."""
+    os.setpgrp()
 
 
 def to_unit(images: torch.Tensor, device: torch.device) -> torch.Tensor:

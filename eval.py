@@ -74,8 +74,8 @@ def recon(config: Config, where: common.Launch) -> list[dict]:
     """PSNR and SSIM of unseen pictures of each domain, after rounding to 8 bits."""
     model = common.load_autoencoder(config.autoencoder, where)
     n, results = config.limit or 256, []
-    for domain in data.NANO_MIXTURE:
-        source = data.open_source(f"nano:{domain}", model.image_size, config.seed)
+    for name in data.NANO_MIXTURE:
+        source, domain = data.open_source(name, model.image_size, config.seed), name.removeprefix("nano:")
         values = defaultdict(list)
         for start in tqdm(range(0, n, config.batch), desc=f"recon {domain}", leave=False):
             samples = [source[i] for i in range(start, min(start + config.batch, n))]

@@ -44,7 +44,11 @@ class Hub(PyTorchModelHubMixin):
     `from_pretrained(folder or hub id)` reads them back; `push_to_hub(id)`."""
 
     @classmethod
-    def _from_pretrained(cls, **kwargs):
+    def _from_pretrained(cls, *, config: dict | None = None, **kwargs):
+        if unknown := set(config or ()) - set(cls._hub_mixin_init_parameters):
+            raise ValueError(
+                f"config.json has values that {cls.__name__} does not know: {', '.join(unknown)}"
+            )
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints a line
             return super()._from_pretrained(**(kwargs | {"strict": True}))
 
@@ -713,6 +717,7 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
     dit: arguments of `DiT`: width, depth, heads, ...; condition_width is the width unless given.
     latent_shape: (N, C) of the autoencoder; there are N queries.
     autoencoder: its folder or hub id. A folder is remembered relative to this model's own folder.
+    alpha: factor of the timestep shift, sqrt(N C / 4096) by default.
     """
 
     def __init__(
@@ -721,6 +726,7 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
         dit: dict,
         latent_shape: tuple[int, int],
         autoencoder: str | None = None,
+        alpha: float | None = None,
     ):
         super().__init__()
         self.tokenizer = None  # `from_pretrained` sets it where language_model is a config
@@ -734,7 +740,8 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
         self.language_model.float()  # files are often bf16
         config = self.language_model.config
         self._hub_mixin_config["language_model"] = config.to_diff_dict() | {"model_type": config.model_type}
-        self.latent_shape, self.alpha = tuple(latent_shape), default_alpha(latent_shape)
+        self.latent_shape = tuple(latent_shape)
+        self.alpha = default_alpha(latent_shape) if alpha is None else alpha
         self.autoencoder_path = autoencoder
         self._autoencoder = []  # in a list it is no submodule: its weights stay in its own folder
         tokens, channels = latent_shape
@@ -814,12 +821,10 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
         """Input embeddings (B, L, width); pictures to generate are the queries, pictures to read are
         projected."""
         embeddings = self.language_model.get_input_embeddings()(chat.ids.clamp(min=0))
-        flat = embeddings.flatten(0, 1)
-        if len(chat.answers):
-            flat = flat.index_copy(
-                0, chat.answers.flatten(), self.latent_queries.repeat(len(chat.answers), 1)
-            )
-        if len(chat.contexts):
+        # no branches: every process touches every weight, even where its part of the batch needs it not
+        flat, queries = embeddings.flatten(0, 1), self.latent_queries.repeat(len(chat.answers), 1)
+        flat = flat.index_copy(0, chat.answers.flatten(), queries.type_as(flat))
+        if context_latents is not None:
             projected = self.mm_projector(context_latents).type_as(flat)
             flat = flat.index_copy(0, chat.contexts.flatten(), projected.flatten(0, 1))
         return flat.view_as(embeddings)
@@ -940,8 +945,8 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
             self._hub_mixin_config["autoencoder"] = os.path.relpath(self.autoencoder_path, save_directory)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **kwargs):
-        model = super()._from_pretrained(model_id=model_id, **kwargs)
+    def _from_pretrained(cls, *, model_id: str, config: dict | None = None, **kwargs):
+        model = super()._from_pretrained(model_id=model_id, config=config, **kwargs)
         model.tokenizer = transformers.AutoTokenizer.from_pretrained(model_id)
         beside = Path(model_id) / (model.autoencoder_path or "")
         if model.autoencoder_path and beside.is_dir():

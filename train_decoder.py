@@ -6,7 +6,7 @@
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_decoder.py ...
 
 First the mean and standard deviation of the latents are measured, then the decoder learns to invert the
-encoder. Writes OUT/model (an RAE folder for the other scripts), OUT/checkpoint.pt, OUT/metrics.jsonl and
+encoder. Writes OUT/model (an RAE folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl and
 OUT/samples/.
 """
 
@@ -45,9 +45,14 @@ PRESETS = {
 @dataclass
 class Config:
     out: str = flag("runs/decoder", "folder of this training")
-    resume: bool = flag(False, "go on from OUT/checkpoint.pt")
+    resume: str = flag(
+        "",
+        "go on from the newest checkpoint of OUT, if there is one (auto), or from a folder",
+        nargs="?",
+        const="auto",
+    )
     seed: int = flag(0, "of weights, data order and pictures")
-    data: str = flag("nano", "nano, nano:objects=3,text=1, or a folder of pictures")
+    data: str = flag("nano", "a source of pictures, or several with weights, see data.py")
     encoder: str = flag(
         str(common.WEIGHTS / "encoder"), "transformers folder or hub id of the frozen encoder"
     )
@@ -66,10 +71,20 @@ class Config:
         "of the compute; weights are fp32 (on CUDA, fp32 multiplies as TF32)",
         choices=["auto", "bf16", "fp32"],
     )
-    compile: bool = flag(False, "compile the decoder's layers")
+    shard: str = flag(
+        "none",
+        "weights held by each process: all (none), a share (full), a share of its machine's (hybrid)",
+        choices=["none", "full", "hybrid"],
+    )
+    accumulate: int = flag(
+        1, "pieces that each process cuts its part of a step into, to save memory", at_least=1
+    )
+    compile: bool | None = flag(None, "compile the decoder's layers (default: on CUDA)")
     workers: int = flag(1, "data loading processes for each training process", at_least=0)
     log_every: int = flag(50, "steps between log lines", at_least=1)
     save_every: int = flag(500, "steps between checkpoints, each with a grid of reconstructions", at_least=1)
+    keep: int = flag(2, "checkpoints to keep, the newest", at_least=1)
+    tensorboard: bool = flag(False, "log to OUT/tensorboard too")
 
 
 @torch.no_grad()
@@ -86,7 +101,6 @@ def latent_statistics(
         total += torch.stack([latents.sum(dim=0), latents.square().sum(dim=0)])
         count += len(images) * where.world
     if where.world > 1:
-        total = total.to(where.device)
         dist.all_reduce(total)
     mean, square = (total / count).cpu()
     return mean.float(), (square - mean**2 + 1e-5).sqrt().float()
@@ -94,77 +108,81 @@ def latent_statistics(
 
 def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
-    where = common.launch(config.dtype)
-    run = common.Run(config.out, config, where, config.resume)
+    where = common.launch(config.dtype, config.shard)
+    run = common.Run(config, where)
 
     # -------------------------------------------------------------------------------------------------------
-    # model, average, optimizer
+    # model -> average -> shard -> compile -> optimizer
     torch.manual_seed(config.seed)
     size = rae.DECODERS[config.decoder] | {"patch_size": config.patch_size}
     with common.loading(config.encoder):
         model = rae.RAE(config.encoder, size, config.encoder_size).to(where.device)
     source = data.open_source(config.data, model.image_size, config.seed)
 
-    def batches(start: int) -> Iterator[dict]:
-        return data.load(source, data.Steps(config.batch, start, where.rank, where.world), config.workers)
+    def batches(start: int, positions: dict) -> data.Loader:
+        return data.Loader(source, config.batch, config.workers, start, where.rank, where.world, positions)
 
+    if run.source is None:
+        statistics = latent_statistics(model, batches(0, {}), config.statistics, where)
+        model.latent_mean.copy_(statistics[0])
+        model.latent_std.copy_(statistics[1])
     average = copy.deepcopy(model, {id(model.encoder): model.encoder})  # the frozen encoder is shared
-    if config.compile:
-        for layer in model.decoder.decoder_layers:
-            layer.compile()
+    export = copy.deepcopy(model).cpu() if where.main else None  # on its own, to save the average with
+    for each in (model, average):
+        layers = each.decoder.decoder_layers
+        common.distribute(each.decoder, layers, where)
+        common.compile_blocks(layers if each is model else (), config.compile, where)
     trained = [p for p in model.decoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    parts = {"model": model, "average": average, "optimizer": optimizer}
-    start = 0
-    if config.resume:
-        start = run.load(**parts)
-    else:
-        statistics = latent_statistics(model, batches(0), config.statistics, where)
-        for rae_model in (model, average):
-            rae_model.latent_mean.copy_(statistics[0])
-            rae_model.latent_std.copy_(statistics[1])
+    stepper = common.Stepper(optimizer)
+    state = run.load(model, average, stepper)
 
     # -------------------------------------------------------------------------------------------------------
-    # pictures that are not trained on, to look at
-    held_out = data.open_source(config.data, model.image_size, config.seed + 1)
-    shown = data.to_unit(data.collate([held_out[i] for i in range(16)])["image"], where.device)
+    # pictures of another seed, to look at
+    others = data.open_source(config.data, model.image_size, config.seed + 1)
+    shown = data.to_unit(next(data.Loader(others, 16, workers=0))["image"], where.device)
 
     @torch.no_grad()
-    def checkpoint(step: int) -> None:
-        run.save(step, average, **parts)
+    def checkpoint(step: int, with_samples: bool) -> None:
+        run.save(step, model, average, stepper, loader, export)
+        if not with_samples:
+            return
+        with where.autocast():
+            pairs = torch.stack([shown, average.decode(average.encode(shown))], dim=1).flatten(0, 1)
         if where.main:
-            with where.autocast():
-                pairs = torch.stack([shown, average.decode(average.encode(shown))], dim=1).flatten(0, 1)
-            common.save_picture(
-                run.out / "samples" / f"{step:07d}.png", common.picture_grid(pairs, 8, scale=2)
-            )
+            grid = common.picture_grid(pairs, 8, scale=2)
+            common.save_picture(run.out / "samples" / f"{step:07d}.png", grid)
 
     # -------------------------------------------------------------------------------------------------------
     # the loop
-    done, stream = start, batches(start)
+    done = start = state["step"]
+    loader = batches(start, state["positions"])
     run.begin(start)
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not where.main)
     for step in bar:
-        images = data.to_unit(next(stream)["image"], where.device)
         factor = common.cosine(step, config.steps, config.warmup, config.final_lr)
         optimizer.param_groups[0]["lr"] = config.lr * factor
-        with where.autocast():
-            reconstruction = model.decode(model.encode(images))
-        loss = F.l1_loss(reconstruction, images) / where.world
-        loss.backward()
-        common.sum_gradients(trained)
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = torch.zeros((), device=where.device)  # this process's share of it
+        for piece in data.pieces(next(loader), config.accumulate):
+            images = data.to_unit(piece["image"], where.device)
+            with where.autocast():
+                reconstruction = model.decode(model.encode(images))
+            share = F.l1_loss(reconstruction, images) * len(images) / config.batch
+            common.backward(share)
+            loss += share.detach()
+        norm = stepper.step()
         common.update_average(average, model, config.ema, step)
 
         done = step + 1
+        if done % 10 == 0:
+            stepper.check()
         if done % config.log_every == 0 or done == config.steps:
-            values = {"loss": common.global_sum(loss.item())[0], "lr": config.lr * factor, "grad_norm": norm}
-            run.log(done, bar.write, **values)
+            [total] = common.global_sum(loss.item())
+            values = {"loss": total, "lr": config.lr * factor, "grad_norm": norm}
+            run.log(done, bar.write, loader, **values, skipped_steps=stepper.check())
         stop = run.stopping()
         if done % config.save_every == 0 or done == config.steps or stop:
-            checkpoint(done)
+            checkpoint(done, with_samples=not stop)
             run.time_from(done)
         if stop:
             break

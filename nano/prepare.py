@@ -8,7 +8,9 @@ folders.
 The encoder learns with the sigmoid contrastive loss of SigLIP (arXiv 2303.15343) and needs the tokenizer for
 its text tower, which is thrown away. SigLIP-2 adds losses that keep its tokens local; here each token must
 also tell its own patch through one linear layer, without which details below a patch are lost to the decoder.
-The language model learns next tokens of requests, captions and questions with answers.
+The language model learns next tokens of requests, captions and questions with answers. It answers a request
+with the caption once more, so that what follows a request looks back at it: the latent queries, which take
+the caption's place later, could not learn that from the pictures alone.
 """
 
 import argparse
@@ -40,7 +42,8 @@ SIZE, PATCH = 48, 8  # pixels
 
 
 def conversation(seed: int, index: int) -> list[dict]:
-    """Chat messages about a picture that is not there: half ask for it, half ask about its caption."""
+    """Chat messages about a picture that is not there: half ask for it and get its caption, half ask about
+    its caption."""
     domain = shapes.DOMAINS[index % len(shapes.DOMAINS)]
     sample = shapes.draw(domain, seed, index, SIZE)
     chance = data.mix(seed, index)
@@ -49,7 +52,7 @@ def conversation(seed: int, index: int) -> list[dict]:
         question = f"{sample.caption}\n{question}"
     else:
         question = data.REQUESTS[chance // 2 % len(data.REQUESTS)].format(sample.caption)
-        answer = "Here you go:\n"
+        answer = f"Here you go:\n{sample.caption}"
     return [
         {"role": "system", "content": rae.SYSTEM},
         {"role": "user", "content": question},
@@ -133,7 +136,7 @@ def train_encoder(out: Path, tokenizer_folder: Path, steps: int, batch: int, see
             layer.self_attn.out_proj.weight.mul_(0.1)
             layer.mlp.fc2.weight.mul_(0.1)
     model.patch_head = torch.nn.Linear(128, 3 * PATCH**2)
-    batches = data.load(data.open_source("nano", SIZE, seed), data.Steps(batch))
+    batches = data.Loader(data.open_source("nano", SIZE, seed), batch)
 
     def loss(step: int) -> torch.Tensor:
         samples = next(batches)
@@ -170,14 +173,13 @@ def ship(out: Path, runs: Path) -> None:
 
 
 def train(model, loss, steps: int, lr: float, out: Path, save=None) -> None:
-    """AdamW with warm-up and cosine, bf16 compute; writes the model (bf16) and its log into `out`."""
+    """AdamW with warm-up and cosine; writes the model (bf16) and its log into `out`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     out.mkdir(parents=True, exist_ok=True)
     started, log = time.time(), []
     for step in (bar := tqdm(range(steps), dynamic_ncols=True)):
-        with torch.autocast("cpu", torch.bfloat16):
-            value = loss(step)
+        value = loss(step)
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
+import harness
 import pytest
 import torch
 import transformers
@@ -11,12 +12,15 @@ import transformers
 import rae
 from nano import prepare
 
+world = harness.world
+
 SIZE = 32
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)  # tiny tensors; and sums in one order
+    harness.start_server()
 
 
 @pytest.fixture(scope="session")

@@ -1,39 +1,154 @@
-"""Sources and batches: what sample i is depends on (seed, i) alone."""
+"""Sources and batches: what a sample is depends on the seed and its number alone; and what bad files do."""
 
+import io
+import itertools
 import json
+import os
+import random
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 
 import data
 from nano import shapes
 
-
-def take(steps: data.Steps, count: int) -> list[list[int]]:
-    return [list(indices) for indices, _ in zip(steps, range(count), strict=False)]
+SIZE = 32
 
 
-def test_steps_split_the_global_batch_and_resume():
-    whole = take(data.Steps(8), 4)
-    assert whole == [list(range(8 * s, 8 * s + 8)) for s in range(4)]
-    halves = [take(data.Steps(8, 0, rank, 2), 4) for rank in range(2)]
-    assert [a + b for a, b in zip(*halves, strict=True)] == whole
-    assert take(data.Steps(8, start=2), 2) == whole[2:]
-    with pytest.raises(ValueError, match="split over 3"):
-        data.Steps(8, world=3)
+def png(value: int, size: tuple[int, int] = (40, 60), format: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, (value, 0, 0)).save(file, format=format)
+    return file.getvalue()
 
 
-def test_nano_mixture_and_shares():
-    source = data.open_source("nano:objects=3,text=1", 48, seed=0, understanding=0.2)
-    samples = [source[i] for i in range(800)]
-    text = np.mean(['"' in s["caption"] or "letters" in s["caption"] for s in samples])
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def write_folder(path: Path, count: int) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "metadata.jsonl").open("w") as file:
+        for i in range(count):
+            (path / f"{i}.png").write_bytes(png(i))
+            file.write(json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) + "\n")
+
+
+def write_tars(path: Path, shards: int, rows: int) -> None:
+    """Pictures of the colour (i, 0, 0) with the caption "picture i", some in json, some in txt."""
+    for shard in range(shards):
+        files = {}
+        for i in range(shard * rows, (shard + 1) * rows):
+            caption = f"picture {i}"
+            files[f"a/{i:03d}.jpg" if i % 2 else f"a/{i:03d}.png"] = png(i, format="JPEG" if i % 2 else "PNG")
+            if i % 3:
+                files[f"a/{i:03d}.txt"] = caption.encode()
+            else:
+                files[f"a/{i:03d}.json"] = json.dumps({"caption": caption, "url": None}).encode()
+        write_tar(path / f"{shard:02d}.tar", files)
+
+
+def write_tables(path: Path, shards: int, rows: int) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        numbers = range(shard * rows, (shard + 1) * rows)
+        columns = {"image": [{"bytes": png(i), "path": None} for i in numbers],
+                   "text": [f"picture {i}" for i in numbers]}  # fmt: skip
+        Dataset.from_dict(columns).to_parquet(path / f"{shard:02d}.parquet")
+
+
+WRITERS = {"folder": lambda path: write_folder(path, 48), "tar": lambda path: write_tars(path, 8, 6),
+           "parquet": lambda path: write_tables(path, 8, 6)}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """One folder of each kind, with the same 48 pictures."""
+    root = tmp_path_factory.mktemp("sources")
+    for name, write in WRITERS.items():
+        write(root / name)
+    return root
+
+
+def take(loader: data.Loader, steps: int, *keys: str) -> list[list]:
+    batches = list(itertools.islice(loader, steps))
+    return [[sample for batch in batches for sample in batch[key]] for key in keys]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# order
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_picture_once_in_a_pass_with_its_caption(kind, sources):
+    loader = data.Loader(data.open_source(str(sources / kind), SIZE, seed=0), 8, workers=0)
+    images, captions, turns = take(loader, 6, "image", "caption", "conversation")
+    assert sorted(captions) == sorted(f"picture {i}" for i in range(48))
+    for image, caption, conversation in zip(images, captions, turns, strict=True):
+        assert image.shape == (3, SIZE, SIZE) and image.dtype == torch.uint8
+        assert abs(int(image[0, 0, 0]) - int(caption.split()[1])) <= 2  # JPEG
+        assert caption in conversation[0][1]
+    [again] = take(loader, 6, "caption")
+    assert sorted(again) == sorted(captions) and again != captions
+    assert loader.skipped == []
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "nano", "folder=2,tar=1,parquet=0.5,nano=1"])
+def test_the_order_is_the_same_for_any_number_of_processes_and_workers(name, sources):
+    names = ",".join(part if part.startswith("nano") else f"{sources}/{part}" for part in name.split(","))
+
+    def open_loader(rank=0, world=1, **kwargs) -> data.Loader:
+        source = data.open_source(names, SIZE, seed=3, understanding=0.2)
+        return data.Loader(source, 8, rank=rank, world=world, **kwargs)
+
+    whole = open_loader(workers=0)
+    first, second = take(whole, 5, "caption", "index"), take(whole, 6, "caption", "index")
+    assert first[1] + second[1] == list(range(8 * 11))
+    for world, workers in ((1, 1), (1, 3), (2, 0), (4, 2)):
+        parts = [
+            take(open_loader(rank, world, workers=workers), 5, "caption", "index") for rank in range(world)
+        ]
+        width = 8 // world
+        for row, merged in enumerate(first):
+            pieces = [parts[i // width % world][row][i // 8 * width + i % width] for i in range(len(merged))]
+            assert pieces == merged, (world, workers)
+
+    # stopped after five steps on two processes, resumed on one, on four and with workers
+    halves = [open_loader(rank, 2, workers=1) for rank in range(2)]
+    for half in halves:
+        take(half, 5, "caption")
+    positions = json.loads(json.dumps(halves[0].positions | halves[1].positions))
+    assert take(open_loader(start=5, positions=positions, workers=2), 6, "caption", "index") == second
+    parts = [open_loader(rank, 4, start=5, positions=positions, workers=0) for rank in range(4)]
+    ahead = [take(part, 6, "caption") for part in parts]
+    assert [ahead[i // 2 % 4][0][i // 8 * 2 + i % 2] for i in range(48)] == second[0]
+    positions = {key: value for part in parts for key, value in part.positions.items()}  # and once more
+    assert take(open_loader(start=11, positions=positions, workers=0), 3, "caption") == take(
+        whole, 3, "caption"
+    )
+
+
+def test_mixtures_keep_their_weights(sources):
+    source = data.open_source(f"nano:objects=3,nano:text=1,{sources}/folder=0.5", SIZE, 0, understanding=0.2)
+    samples = [source[i] for i in range(2000)]
+    text = sum('"' in s["caption"] or "letters" in s["caption"] for s in samples)
+    folder = Counter(s["caption"] for s in samples if s["caption"].startswith("picture "))
+    assert sum(folder.values()) == 2 * 111 and abs(text - 2 * 222) <= 2  # of 1000: 667, 222, 111
+    assert set(folder.values()) == {4, 5}  # passes over its 48 pictures
     asked = np.mean(["<image>" in s["conversation"][0][1] for s in samples])
-    assert abs(text - 0.25) < 0.05 and abs(asked - 0.2) < 0.05
+    assert abs(asked - 0.2 * 0.889) < 0.04
     assert all(sum("<image>" in t for _, t in s["conversation"]) == 1 for s in samples)
-    again = data.open_source("nano:objects=3,text=1", 48, seed=0, understanding=0.2)[17]
-    assert again["caption"] == samples[17]["caption"] and (again["image"] == samples[17]["image"]).all()
 
 
 def test_requests_use_every_wording_and_the_caption():
@@ -44,37 +159,18 @@ def test_requests_use_every_wording_and_the_caption():
         assert 20 < sum(turn.startswith(head) for turn in turns) < 90
 
 
-def test_loader_gives_the_same_batches_with_and_without_workers():
-    source = data.open_source("nano", 48, seed=3)
-    streams = [data.load(source, data.Steps(4, start=5), workers) for workers in (0, 1)]
-    for _ in range(3):
-        here, there = (next(stream) for stream in streams)
-        assert here["image"].shape == (4, 3, 48, 48) and here["image"].dtype == torch.uint8
-        assert torch.equal(here["image"], there["image"]) and here["index"] == there["index"]
-        assert here["caption"] == there["caption"]
-    assert here["index"][0] == 7 * 4
+def test_held_out_pairs_never_reach_the_training_stream():
+    source = data.open_source("nano", 48, seed=0)
+    names = [f"{color} {shape}" for shape, color in shapes.HELD_OUT]
+    assert not any(name in source[i]["caption"] for i in range(1500) for name in names)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    with (tmp_path / "metadata.jsonl").open("w") as file:
-        for i in range(5):
-            Image.new("RGB", (40 + i, 60), (50 * i, 0, 0)).save(tmp_path / f"{i}.png")
-            file.write(json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) + "\n")
-    return tmp_path
-
-
-def test_folder_of_captioned_pictures(folder):
-    source = data.open_source(str(folder), 32, seed=0)
-    epochs = [[source[5 * epoch + i] for i in range(5)] for epoch in range(3)]
-    for epoch in epochs:
-        assert sorted(s["caption"] for s in epoch) == [f"picture {i}" for i in range(5)]
-        for sample in epoch:
-            assert sample["image"].shape == (32, 32, 3)
-            assert sample["image"][0, 0, 0] == 50 * int(sample["caption"].split()[1])
-            assert sample["caption"] in sample["conversation"][0][1]
-    orders = [[s["caption"] for s in epoch] for epoch in epochs]
-    assert orders[0] != orders[1] or orders[1] != orders[2]
+def test_pieces_of_a_batch():
+    batch = {"index": list(range(7)), "image": torch.arange(7)}
+    parts = data.pieces(batch, 3)
+    assert [part["index"] for part in parts] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert torch.equal(torch.cat([part["image"] for part in parts]), batch["image"])
+    assert [part["index"] for part in data.pieces(batch, 20)] == [[i] for i in range(7)]
 
 
 def test_square_takes_the_centre():
@@ -95,16 +191,185 @@ def test_draws_depend_on_the_sample_and_not_on_its_batch():
     assert not torch.equal(many[0], data.flow_draws((16, 24), 1, [0], torch.device("cpu"))[0][0])
 
 
+# -----------------------------------------------------------------------------------------------------------
+# what is wrong with a source as a whole
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nowhere", "no data source"), ("nano:birds", "no domain"), ("nano:text=x", "could not convert")],
-)
-def test_bad_sources(name, message):
-    with pytest.raises(ValueError, match=message):
-        data.open_source(name, 48, 0)
+    [
+        ("nowhere", "no data source"), ("./no/where", "no data source"), ("nano:birds", "no domain"),
+        ("nano:text=x", "above zero"), ("nano:text=0", "above zero"), ("nano=nan", "above zero"),
+        ("nano,nowhere", "no data source"), ("EMPTY", "contain any data file"),
+        ("CAPTIONS", "no column of pictures"),
+        ("nano:text=5000,nano:scenes", "differ too much"),
+    ],
+)  # fmt: skip
+def test_bad_sources(name, message, tmp_path):
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "CAPTIONS").mkdir()
+    Dataset.from_dict({"text": ["no picture"]}).to_parquet(tmp_path / "CAPTIONS/0.parquet")
+    with pytest.raises((ValueError, OSError), match=message):
+        data.open_source(str(tmp_path / name) if name.isupper() else name, 48, 0)
 
 
-def test_held_out_pairs_never_reach_the_training_stream():
-    source = data.open_source("nano", 48, seed=0)
-    names = [f"{color} {shape}" for shape, color in shapes.HELD_OUT]
-    assert not any(name in source[i]["caption"] for i in range(1500) for name in names)
+def test_batches_and_shards_that_cannot_be_split(sources):
+    with pytest.raises(ValueError, match="split over 3"):
+        data.Loader(data.open_source("nano", SIZE, 0), 8, world=3)
+    with pytest.raises(ValueError, match="8 shards in 8 lanes, which 16 processes"):
+        data.Loader(data.open_source(str(sources / "tar"), SIZE, 0), 64, world=16)
+    loader = data.Loader(
+        data.open_source(str(sources / "tar"), SIZE, 0), 12, workers=0
+    )  # 6 lanes of 8 shards
+    assert len(set(take(loader, 6, "caption")[0])) == 48  # two lanes have read two of them, four one twice
+
+
+# -----------------------------------------------------------------------------------------------------------
+# what is wrong with some samples
+
+
+def test_five_per_cent_of_damaged_pictures_are_left_out_and_named(tmp_path):
+    write_folder(tmp_path / "folder", 40)
+    write_tars(tmp_path / "tar", 4, 10)
+    write_tables(tmp_path / "parquet", 4, 10)
+    for i, content in ((7, b""), (8, png(8)[:60])):
+        (tmp_path / f"folder/{i}.png").write_bytes(content)
+    (tmp_path / "folder/9.png").unlink()
+    write_tar(
+        tmp_path / "tar/01.tar", {"x.jpg": b"junk", "x.txt": b"bad", "y.jpg": png(10), "y.txt": b"picture 10"}
+    )
+    rows = {"image": [{"bytes": b"junk", "path": None}, {"bytes": png(10), "path": None}, None]}
+    Dataset.from_dict(rows | {"text": ["bad", "picture 10", "none"]}).to_parquet(
+        tmp_path / "parquet/01.parquet"
+    )
+    for kind, names in (
+        ("folder", {"7.png", "8.png", "9.png"}),
+        ("tar", {"01.tar: x"}),
+        ("parquet", {"row 0", "row 2"}),
+    ):
+        source = data.open_source(str(tmp_path / kind), SIZE, 0)
+        loader = data.Loader(source, 8, workers=1)
+        [captions] = take(loader, 12, "caption")
+        messages = loader.skipped
+        assert len(captions) == 96 and "bad" not in captions
+        assert all(any(name in message for message in messages) for name in names), messages
+        assert all(any(name in message for name in names) for message in messages), messages
+
+
+def test_nothing_usable_is_an_error(tmp_path):
+    write_folder(tmp_path / "folder", 3)
+    for i in range(3):
+        (tmp_path / f"folder/{i}.png").write_bytes(b"junk")
+    write_tar(tmp_path / "tar/0.tar", {"x.jpg": b"junk", "y.txt": b"no picture"})
+    write_tar(tmp_path / "empty/0.tar", {})
+    for kind, message in (("folder", "100 pictures"), ("tar", "y: no picture"), ("empty", "empty")):
+        loader = data.Loader(data.open_source(str(tmp_path / kind), SIZE, 0), 2, workers=0)
+        with pytest.raises(ValueError, match=message):
+            next(loader)
+
+
+def test_a_shard_that_vanishes_or_ends_in_the_middle(tmp_path):
+    write_tars(tmp_path, 4, 70)  # more rows than a block has
+    whole = (tmp_path / "02.tar").read_bytes()
+    (tmp_path / "02.tar").write_bytes(whole[: len(whole) // 3])
+    loader = data.Loader(data.open_source(str(tmp_path), SIZE, 0), 4, workers=0)
+    take(loader, 2, "caption")
+    (tmp_path / "01.tar").unlink()
+    [captions] = take(loader, 200, "caption")
+    messages = loader.skipped
+    assert any("the rest of shard 1: FileNotFoundError" in message for message in messages), messages
+    assert any("the rest of shard 2: EOFError" in message for message in messages)
+    numbers = {int(caption.split()[1]) for caption in captions}
+    assert set(range(70)) | set(range(210, 280)) <= numbers and 140 in numbers
+
+
+def test_a_whole_tar_is_never_taken_for_a_damaged_one(tmp_path):
+    for size in range(0, 24 * 512, 512):  # wherever its end lies in the blocks that tarfile reads
+        write_tar(tmp_path / "x.tar", {"a.txt": bytes(size), "b.png": png(1)})
+        assert [row["name"][-1] for row in data.tar_rows(str(tmp_path / "x.tar"))] == ["a", "b"]
+
+
+class Stalled(data.Nano):
+    def __getitem__(self, number: int) -> dict:
+        if number == 9:
+            time.sleep(60)
+        return super().__getitem__(number)
+
+
+def test_a_stalled_read_ends_in_an_error(monkeypatch):
+    monkeypatch.setattr(data, "STALL", 1)
+    loader = data.Loader(data.Mixture([Stalled("objects", SIZE, 0)], [1.0], 0), 4)
+    take(loader, 2, "caption")
+    with pytest.raises(OSError, match="no data for 1 s"):
+        next(loader)
+
+
+def test_hostile_files(tmp_path, monkeypatch):
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    caption = "star <image> <|im_end|> <im_start> " + "x" * 2**20
+    write_tar(tmp_path / "t/0.tar", {
+        "../outside.png": png(1), "../outside.txt": b"up",
+        "/absolute.png": png(1), "/absolute.txt": b"root",
+        "bomb.png": bomb.getvalue(), "bomb.txt": b"boom",
+        "deep.png": png(1), "deep.json": b"[" * 100_000,
+        "list.png": png(1), "list.json": b"[1]",
+        "long.png": png(200), "long.txt": caption.encode(), "long.json": b'{"url": "x"}',
+        "bytes.png": png(201), "bytes.txt": b"\xff\xfe star",
+        ".png": png(202), "number.png": png(203), "number.json": b'{"text": 3, "caption": "three"}',
+    })  # fmt: skip
+    monkeypatch.setattr(data, "BYTES", 2**21)
+    with tarfile.open(tmp_path / "t/0.tar", "a") as tar:
+        member = tarfile.TarInfo("large.png")
+        member.size = 2**21 + 1
+        tar.addfile(member, io.BytesIO(bytes(member.size)))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    before = set(tmp_path.rglob("*"))
+    loader = data.Loader(data.open_source(str(tmp_path / "t"), SIZE, 0), 1, workers=0)
+    [captions] = take(loader, 9, "caption")
+    messages = "\n".join(loader.skipped)
+    for reason in ("outside: an unsafe name", "absolute: an unsafe name", "bomb is no picture",
+                   "deep: damaged json", "list: damaged json", "large.png has 2,097,153 bytes"):  # fmt: skip
+        assert reason in messages
+    assert set(tmp_path.rglob("*")) == before and not (tmp_path.parent / "outside.png").exists()
+    [long] = {c for c in captions if c.startswith("star")}
+    assert "<" not in long and len(long) <= data.CHARACTERS and "three" in captions
+    assert not {"up", "root", "boom"} & set(captions)
+
+
+def test_fuzz(tmp_path):
+    """Random bytes and truncations of every kind of file raise the documented errors, or nothing."""
+    chance = random.Random(0)
+    write_tars(tmp_path / "tar", 1, 4)
+    write_tables(tmp_path / "parquet", 1, 4)
+    write_folder(tmp_path / "folder", 2)
+    files = [tmp_path / "tar/00.tar", tmp_path / "parquet/00.parquet", tmp_path / "folder/metadata.jsonl"]
+    pictures = [png(1), png(1, format="JPEG"), png(1, format="WEBP"), png(1, format="GIF")]
+    outcomes = Counter()
+    for trial in range(400):
+        content = bytearray(chance.choice(pictures))
+        for _ in range(chance.randint(0, 8)):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        content = bytes(content[: chance.randint(0, len(content))] if trial % 2 else content)
+        try:
+            outcomes[data.open_picture(content, "x").mode] += 1
+        except data.Unusable:
+            outcomes["unusable"] += 1
+    assert outcomes["RGB"] > 20 and outcomes["unusable"] > 100
+    for trial in range(60):
+        file = files[trial % 3]
+        good = file.read_bytes()
+        content = bytearray(good[: chance.randint(0, len(good))] if trial % 2 else good)
+        for _ in range(chance.randint(1, 20) if content else 0):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        file.write_bytes(bytes(content))
+        os.utime(file, (trial, trial))  # the readers of `datasets` keep what they read by its time
+        try:
+            take(data.Loader(data.open_source(str(file.parent), SIZE, 0), 1, workers=0), 3, "caption")
+            outcomes["read"] += 1
+        except (ValueError, OSError):
+            outcomes["refused"] += 1
+        file.write_bytes(good)
+    assert outcomes["read"] > 5 and outcomes["refused"] > 5
