@@ -511,10 +511,12 @@ class Run:
         self.stop = number  # once more changes nothing: torchrun passes a Ctrl-C on that has arrived already
 
     def stopping(self) -> bool:
-        """Whether any process was told to stop: all leave the loop after the same step."""
-        if global_sum(self.stop is not None)[0] and self.stop is None:
-            self.stop = signal.SIGTERM
-        return self.stop is not None
+        """Whether any process was told to stop before it came here: all leave the loop after the same
+        step."""
+        [told] = global_sum(self.stop is not None)
+        if told:
+            self.stop = self.stop or signal.SIGTERM
+        return bool(told)
 
     def time_from(self, step: int) -> None:
         """Images per second are counted from here: after set-up, a log line, or a checkpoint."""

@@ -188,6 +188,29 @@ def test_a_signal_to_the_whole_group_saves_and_ends_well(number, world, parts, t
     rae.TextToImage.from_pretrained(tmp_path / "out/model")
 
 
+def told_to_stop_while_asking() -> None:
+    """The first process hears of it when it has just told the others that it did not."""
+    global_sum, stopping = common.global_sum, common.Run.stopping
+
+    def late_signal(*values):
+        result = global_sum(*values)
+        signal.raise_signal(signal.SIGTERM)
+        return result
+
+    def patched(self) -> bool:
+        common.global_sum = late_signal if self.where.main else global_sum
+        stop = stopping(self)
+        common.global_sum = global_sum
+        return stop
+
+    common.Run.stopping = patched
+
+
+def test_all_processes_leave_after_the_same_step(world, parts, tmp_path):
+    flags = [*decoder_flags(parts, tmp_path), *EVERY, "--steps", 9]
+    assert "stopped after step 2" in world(2, "train_decoder.py", *flags, patch=told_to_stop_while_asking).wait()
+
+
 def test_shards_go_on_in_the_middle_of_a_pass(world, parts, tmp_path):
     """The positions of streams are in the checkpoint; the second half is read by two processes."""
     write_tars(tmp_path / "tars", 4, 9)
