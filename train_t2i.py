@@ -54,6 +54,7 @@ class Config:
     autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE folder or hub id")
     language_model: str = flag(str(common.WEIGHTS / "language-model"), "transformers folder or hub id")
     dit: str = flag("nano", "size of the DiT", choices=rae.DITS)
+    init: str = flag("", "TextToImage folder or hub id with weights to start from (default: a new DiT)")
     steps: int = flag(10_000, "optimizer steps in all", at_least=1)
     batch: int = flag(64, "samples a step, over all processes", at_least=1)
     lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector")
@@ -103,6 +104,9 @@ def main() -> None:
         model = rae.TextToImage(
             config.language_model, rae.DITS[config.dit], shape, config.autoencoder, config.alpha
         )
+    if config.init and run.source is None:
+        with common.loading(config.init):
+            model.load_state_dict(rae.TextToImage.from_pretrained(config.init).state_dict())
     export = copy.deepcopy(model).cpu() if where.main else None  # on its own, to save the average with
     model.to(where.device)
     average = copy.deepcopy(model)
