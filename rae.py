@@ -21,7 +21,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -181,7 +181,9 @@ FAMILIES = {  # by config.model_type
         "Dinov2WithRegistersModel", "layernorm", lambda config: 1 + config.num_register_tokens
     ),
     "dinov2": Family("Dinov2Model", None, lambda config: 1),  # WebSSL-DINO: Scale-RAE keeps its affine norm
+    "dinov3_vit": Family("DINOv3ViTModel", "norm", lambda config: 1 + config.num_register_tokens),
     "vit_mae": Family("ViTMAEModel", "layernorm", lambda config: 1),
+    "vit": Family("ViTModel", "layernorm", lambda config: 1),  # DINO, the discriminator's
 }
 
 
@@ -210,8 +212,10 @@ class Encoder(nn.Module):
         model = model_class.from_pretrained(source) if pretrained else model_class(config)
         if family.norm:
             getattr(model, family.norm).weight = getattr(model, family.norm).bias = None
-        if getattr(model, "use_head", False):  # SigLIP's pooling head: computed for nothing
+        if getattr(model, "use_head", False):  # pooling heads: computed for nothing
             model.use_head, model.head = False, None
+        if getattr(model, "pooler", None):
+            model.pooler = None
         self.model = model.float().requires_grad_(False).eval()  # files are often bf16
         self.prefix = family.prefix(config)
         self.is_mae = config.model_type == "vit_mae"
@@ -222,10 +226,32 @@ class Encoder(nn.Module):
     def config(self):
         return self.model.config
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return next(module for module in self.model.modules() if isinstance(module, nn.ModuleList))
+
+    def features(self, pixels: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Patch tokens (B, N, C) after each of those blocks, counted from 0, before any final norm."""
+        found = {}
+
+        def keep(layer: int, output) -> None:
+            found[layer] = (output[0] if isinstance(output, tuple) else output)[:, self.prefix :]
+
+        hooks = [
+            self.blocks[layer].register_forward_hook(lambda _, __, output, i=layer: keep(i, output))
+            for layer in set(layers)
+        ]
+        try:
+            self(pixels)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [found[layer] for layer in layers]
+
     def forward(self, pixels: Tensor) -> Tensor:
         given = {}
-        if self.config.model_type in ("siglip_vision_model", "vit_mae"):
-            given["interpolate_pos_encoding"] = True  # the DINO models always do
+        if self.config.model_type in ("siglip_vision_model", "vit_mae", "vit"):
+            given["interpolate_pos_encoding"] = True  # the newer DINO models always do
         if self.is_mae:  # it shuffles tokens by the order of this "noise": keep them in raster order
             patches = (pixels.shape[-1] // self.config.patch_size) ** 2
             given["noise"] = torch.arange(patches, device=pixels.device).expand(len(pixels), -1)
@@ -361,16 +387,42 @@ class RAE(nn.Module, Hub, library_name="rae"):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> latents (B, N, C), fp32. Pictures of another size are resized, not
-        cropped."""
-        if images.shape[-2:] != (self.encoder_size, self.encoder_size):
-            images = F.interpolate(images, (self.encoder_size, self.encoder_size), mode="bicubic")
-        tokens = self.encoder((images - self.image_mean) / self.image_std).float()
-        return (tokens - self.latent_mean) / self.latent_std
+        cropped (bicubic without antialias, RAE section 3). 128 at once, so that a larger batch takes no more
+        memory."""
+        parts = []
+        for part in images.split(128):
+            if part.shape[-2:] != (self.encoder_size, self.encoder_size):
+                part = F.interpolate(part, (self.encoder_size, self.encoder_size), mode="bicubic")
+            parts.append(self.encoder((part - self.image_mean) / self.image_std).float())
+        return (torch.cat(parts) - self.latent_mean) / self.latent_std
+
+    def add_noise(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Latents of tokens + sigma (B,) noise (B, N, C): the noise has the scale of the tokens before their
+        normalisation (RAE section 4.2, noise-augmented decoding)."""
+        return latents + sigma[:, None, None] * noise / self.latent_std
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, N, C) -> (B, 3, image_size, image_size), around [0, 1] but not clamped."""
         pixels = self.decoder(latents * self.latent_std + self.latent_mean)
         return pixels.float() * self.image_std + self.image_mean
+
+    def resized(self, encoder_size: int) -> "RAE":
+        """A copy for another input size in pixels, in which the decoder's positions and the statistics are
+        interpolated; the encoder interpolates its own."""
+        other = RAE(**self._hub_mixin_config | {"encoder_size": encoder_size})
+        side = math.isqrt(other.latent_shape[0])
+
+        def resize(table: Tensor, mode: str) -> Tensor:  # (N, C)
+            grid = rearrange(table, "(h w) c -> 1 c h w", h=math.isqrt(len(table)))
+            return F.interpolate(grid, (side, side), mode=mode).flatten(2)[0].T
+
+        weights = self.state_dict()
+        for name in ("latent_mean", "latent_std"):
+            weights[name] = resize(weights[name], "bilinear")
+        table = weights["decoder.decoder_pos_embed"][0]
+        weights["decoder.decoder_pos_embed"] = torch.cat([table[:1], resize(table[1:], "bicubic")])[None]
+        other.load_state_dict(weights)
+        return other.to(self.image_mean.device).train(self.training)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -960,12 +1012,20 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
 ENCODERS = {  # hub ids
     "siglip2-so400m": "google/siglip2-so400m-patch14-224",
     "siglip2-b": "google/siglip2-base-patch16-256",
+    "dinov2-s": "facebook/dinov2-with-registers-small",
     "dinov2-b": "facebook/dinov2-with-registers-base",
+    "dinov2-l": "facebook/dinov2-with-registers-large",
+    "dinov3-b": "facebook/dinov3-vitb16-pretrain-lvd1689m",
+    "dinov3-l": "facebook/dinov3-vitl16-pretrain-lvd1689m",
     "webssl-l": "facebook/webssl-dino300m-full2b-224",
     "mae-b": "facebook/vit-mae-base",
+    "mae-l": "facebook/vit-mae-large",
+    "dino-s8": "facebook/dino-vits8",  # the discriminators' backbones
+    "dino-s16": "facebook/dino-vits16",
 }
 
-DECODERS = {  # RAE appendix; the XL's MLP is not 4 x its width
+DECODERS = {  # RAE appendix; the XL's MLP is not 4 x its width; S is ours, for small GPUs
+    "ViT-S": {"width": 384, "depth": 12, "heads": 6, "mlp_width": 1536},
     "ViT-B": {"width": 768, "depth": 12, "heads": 12, "mlp_width": 3072},
     "ViT-L": {"width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096},
     "ViT-XL": {"width": 1152, "depth": 28, "heads": 16, "mlp_width": 4096},
