@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -197,6 +198,14 @@ def compile_blocks(blocks: Iterable[nn.Module], wanted: bool | None, where: Laun
             block.forward = torch.compile(block.forward)
 
 
+def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Keeps only the inputs of the blocks for the backward pass, which computes the rest again."""
+    from torch.utils.checkpoint import checkpoint
+
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
 def global_sum(*values: float) -> list[float]:
     """Sums of numbers over all processes."""
     if not dist.is_initialized():
@@ -216,21 +225,50 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def one_if_finite(loss: Tensor) -> Tensor:
+    """Factor of a loss's gradients: of one that is not finite they all are not, and every process leaves the
+    step out."""
+    return torch.where(loss.isfinite(), 1.0, math.nan)
+
+
 def backward(loss: Tensor) -> None:
-    """Gradients of a loss; of one that is not finite they all are not, and every process leaves the step
-    out."""
-    loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))
+    loss.backward(one_if_finite(loss))
+
+
+def sum_gradients(parameters: list[nn.Parameter]) -> None:
+    """Over all processes, of a module that every process holds whole."""
+    if dist.is_initialized():
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad.copy_(summed.view_as(p))
 
 
 class Stepper:
-    """Optimizer steps with clipped gradients. A step whose gradients are not finite is left out, on the
-    device, so that nothing has to wait for the number."""
+    """Optimizer steps with clipped gradients (0: not clipped). A step whose gradients are not finite is left
+    out, on the device, so that nothing has to wait for the number."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, clip: float = 1.0):
-        self.optimizer, self.clip = optimizer, clip
+        self.optimizer, self.clip = optimizer, clip or math.inf
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         device = local(self.parameters[0]).device
         self.left_out, self.in_a_row, self.most_in_a_row = torch.zeros(3, device=device)
+        self.make_state()
+
+    def make_state(self) -> None:
+        """The optimizer's state, zeros all: it is the same in a checkpoint from before the first step."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"].zero_()
 
     def step(self) -> Tensor:
         """Returns the norm of the gradients before clipping."""
@@ -371,28 +409,24 @@ class Run:
 
     # -- checkpoints
 
-    def load(self, model: nn.Module, average: nn.Module, stepper: Stepper) -> dict:
-        """Restores all three in place from the newest checkpoint, if there is one. Returns its state: step,
-        and positions of the data."""
+    def load(self, modules: dict[str, nn.Module], steppers: list[Stepper], export: nn.Module | None) -> dict:
+        """Takes what checkpoints are to hold, and restores it in place from the newest, if there is one.
+        Returns its state: step, and positions of the data.
+
+        The weights of modules["average"] are what `save` writes as a model folder, in the shape of `export`:
+        the main process's copy of the model from before it was spread over all.
+        """
+        self.modules, self.steppers, self.export = modules, steppers, export
         if self.source is None:
             return {"step": 0, "positions": {}}
         import torch.distributed.checkpoint as dcp
 
-        optimizer = stepper.optimizer
         try:
             state = json.loads((self.source / "state.json").read_text())
             self.skipped = state["skipped_samples"]
-            stepper.left_out.fill_(state["skipped_steps"])
-            rates = [group["lr"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0
-                for p in group["params"]:
-                    p.grad = torch.zeros_like(p)
-            optimizer.step()  # makes its state; what is in it is replaced
-            optimizer.zero_grad()
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            tensors = training_state(model, average, optimizer)
+            for stepper, left_out in zip(steppers, state["skipped_steps"], strict=True):
+                stepper.left_out.fill_(left_out)
+            tensors = training_state(modules, steppers)
             reader = dcp.HuggingFaceStorageReader(self.source)
             metadata = reader.read_metadata().state_dict_metadata
             saved = {k: (v.size, sum(c.sizes.numel() for c in v.chunks)) for k, v in metadata.items()}
@@ -404,9 +438,9 @@ class Run:
             raise ValueError(f"cannot resume from {self.source}: {one_line(error)}") from error
         return state
 
-    def save(self, step: int, model, average, stepper, loader, export: nn.Module | None) -> None:
+    def save(self, step: int, loader) -> None:
         """Writes a checkpoint, in the background, and the averaged weights as a model folder for the other
-        scripts. `export` is the main process's copy of the model from before it was spread over all."""
+        scripts."""
         import torch.distributed.checkpoint as dcp
 
         self.settle()
@@ -416,15 +450,18 @@ class Run:
         if self.group:
             everyone = [None] * self.where.world
             dist.all_gather_object(everyone, loader.positions, group=self.group)
-        exported = export.state_dict() if self.where.main else {}
-        for name, tensor in average.state_dict().items():  # one at a time, and kept by the main process only
+        exported = self.export.state_dict() if self.where.main else {}
+        for name, tensor in (
+            self.modules["average"].state_dict().items()
+        ):  # one at a time, kept by one process
             full = whole(tensor)
             if self.where.main:
                 exported[name].copy_(full)
         if self.where.main:
             positions = {key: value for each in everyone for key, value in each.items()}
             state = {"step": step, "positions": positions}
-            state |= {"skipped_samples": self.skipped, "skipped_steps": stepper.left_out.item()}
+            state |= {"skipped_samples": self.skipped}
+            state |= {"skipped_steps": [stepper.left_out.item() for stepper in self.steppers]}
             with writing(path):
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
@@ -433,11 +470,11 @@ class Run:
                     file.flush()
                     os.fsync(file.fileno())
             with replacing(self.out / "model") as folder:
-                export.save_pretrained(folder)
+                self.export.save_pretrained(folder)
         if self.group:
             dist.barrier(self.group)  # the folder is there
         future = dcp.async_save(  # copies all first
-            training_state(model, average, stepper.optimizer),
+            training_state(self.modules, self.steppers),
             storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True),
             process_group=self.group,
             no_dist=self.group is None,
@@ -576,16 +613,19 @@ def read_rows(metrics: Path) -> list[dict]:
     return rows
 
 
-def training_state(model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Every tensor that a training changes, by name, as references: parameters, buffers, their averages, and
-    the optimizer's state after the name of its parameter. What is frozen comes from where it came from."""
-    state = {}
-    for prefix, module in (("model", model), ("average", average)):
+def training_state(modules: dict[str, nn.Module], steppers: list[Stepper]) -> dict:
+    """Every tensor that a training changes, by name, as references: parameters and buffers of the modules,
+    and the optimizers' state after the name of its parameter. What is frozen comes from where it came from.
+    """
+    state, names = {}, {}
+    for prefix, module in modules.items():
         frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
         state |= {f"{prefix}.{k}": v for k, v in module.state_dict().items() if k not in frozen}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            state[f"optimizer.{name}.{key}"] = value if value.ndim else value.view(1)
+        names |= {p: f"{prefix}.{name}" for name, p in module.named_parameters()}
+    for stepper in steppers:
+        for parameter, values in stepper.optimizer.state.items():
+            for key, value in values.items():
+                state[f"optimizer.{names[parameter]}.{key}"] = value if value.ndim else value.view(1)
     return state
 
 

@@ -58,7 +58,7 @@ class Unusable(ValueError):
     """A sample that is left out: which one, and why."""
 
 
-def mix(*keys: int) -> int:
+def mix(*keys: int | str) -> int:
     """A 63-bit number from integers, the same everywhere: seeds that share nothing."""
     return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), "little") >> 1
 
@@ -530,3 +530,11 @@ def flow_draws(
         noise[row].normal_(generator=noisy.manual_seed(mix(seed, index)))
         uniform[:, row].uniform_(generator=chance.manual_seed(mix(seed, index, 1)))
     return noise, uniform[0], uniform[1]
+
+
+def uniform_draws(count: int, seed: int, indices: list[int], purpose: str) -> torch.Tensor:
+    """Uniform numbers (count, B) that depend on (seed, sample number) and on what they are for."""
+    draws, chance = torch.empty(count, len(indices)), torch.Generator()
+    for row, index in enumerate(indices):
+        draws[:, row].uniform_(generator=chance.manual_seed(mix(seed, index, purpose)))
+    return draws

@@ -193,10 +193,11 @@ class Encoder(nn.Module):
     `source` is a hub id or local `transformers` folder (pretrained weights), or the config of one as a dict
     (weights come later, from a state dict). Tokens are the last hidden state, after a final LayerNorm without
     scale and shift where the family has one, so that each has mean 0 and variance 1 over its channels (RAE
-    section 3; Scale-RAE appendix). Raises ValueError for a model type that is not in FAMILIES.
+    section 3; Scale-RAE appendix). `changes` of its config are for those who need another variant. Raises
+    ValueError for a model type that is not in FAMILIES.
     """
 
-    def __init__(self, source: str | dict):
+    def __init__(self, source: str | dict, changes: dict | None = None):
         super().__init__()
         pretrained = not isinstance(source, dict)
         config = (
@@ -209,7 +210,7 @@ class Encoder(nn.Module):
             raise ValueError(f"encoder {source!r} is a {config.model_type}; known: {', '.join(FAMILIES)}")
         family = FAMILIES[config.model_type]
         model_class = getattr(transformers, family.model)
-        model = model_class.from_pretrained(source) if pretrained else model_class(config)
+        model = model_class.from_pretrained(source, **changes or {}) if pretrained else model_class(config)
         if family.norm:
             getattr(model, family.norm).weight = getattr(model, family.norm).bias = None
         if getattr(model, "use_head", False):  # pooling heads: computed for nothing

@@ -123,7 +123,7 @@ def main() -> None:
     peaks = (config.lr, config.dit_lr)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     stepper = common.Stepper(optimizer)
-    state = run.load(model, average, stepper)
+    state = run.load({"model": model, "average": average}, [stepper], export)
     start = state["step"]
 
     # -------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def main() -> None:
 
     @torch.no_grad()
     def checkpoint(step: int, with_samples: bool) -> None:
-        run.save(step, model, average, stepper, loader, export)
+        run.save(step, loader)
         if not with_samples:
             return
         with where.autocast():

@@ -13,12 +13,14 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import lpips
 import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
 import rae
+import train_decoder
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 ALPHA = 6.928203230275509  # of RAE's latents at 256 px
@@ -53,7 +55,8 @@ def formula(keys, strong):
         j = torch.arange(math.prod(shapes[name]), dtype=torch.float64)
         phase = 0.37 * j + 1.3 * i
         w = 0.15 * torch.sin(phase + 0.011 * (j % 997) ** 2) if strong else 0.04 * torch.sin(phase)
-        plus_one = "norm" in name and name.endswith("weight") or name.endswith("lambda1")
+        of_norm = "norm" in name or re.search(r"heads\.\d\.(0|1\.fn)\.1\.", name)
+        plus_one = of_norm and name.endswith("weight") or name.endswith("lambda1")
         weights[name] = (w + plus_one).float().view(shapes[name])
     return weights
 
@@ -274,6 +277,91 @@ def test_autoencoder(case):
     check(unpack(latents), expected["latent"], 1e-6)
     check(model.decode(latents), expected["recon"], 1e-6)
     check(model.decode(pack(given.z)), expected["decode_of_z"], 1e-6)
+    sigma = train_decoder.noise_scale(torch.tensor(given.noise_u), config["noise_tau"], "uniform")
+    check(unpack(model.add_noise(latents, given.noise_eps, sigma)), expected["latent_noised"], 1e-6)
+
+
+def discriminator(case):
+    recipe = GOLDEN[case]["config"]["recipe"]
+    weights = dict(official(case, "heads"))
+    for name in [name for name in weights if name.endswith("weight_orig")]:
+        matrix = weights[name].flatten(1).double()
+        u = torch.ones(len(matrix), dtype=torch.float64) / len(matrix) ** 0.5
+        for _ in range(5):
+            v = F.normalize(matrix.T @ u, dim=0)
+            u = F.normalize(matrix @ v, dim=0)
+        weights[name.replace("weight_orig", "weight_u")] = u.float()
+        weights[name.replace("weight_orig", "weight_v")] = v.float()
+    return train_decoder.Discriminator.from_official(
+        weights, official(case, "backbone"), heads=recipe["num_heads"], layers=recipe["key_depths"]
+    )
+
+
+@pytest.mark.parametrize("case, tolerance", [("I1", 1e-5), ("I6", 1e-5), ("I2", 5e-4)])
+@torch.no_grad()
+def test_discriminator(case, tolerance):
+    model, given, expected = discriminator(case), inputs(case), GOLDEN[case]["outputs"]
+    real, fake = model(given.real), model(given.fake)
+    check(real, expected["logits_real"], tolerance)
+    check(fake, expected["logits_fake"], tolerance)
+    check(train_decoder.hinge_loss(real, fake), expected["hinge_d"], tolerance)
+    check(-fake.mean(), expected["generator"], tolerance)
+    check(model.train()(given.real), expected["logits_real_train_mode"], tolerance)
+    check(model.heads[0][1].fn[0].weight_u, expected["weight_u_after_train_forward"], tolerance)
+    unchanged = model.heads[0][1].fn[0].weight_u.clone()
+    model.eval()(given.real)
+    assert torch.equal(model.heads[0][1].fn[0].weight_u, unchanged)
+
+
+@pytest.mark.parametrize("case", ["I1", "I6"])
+def test_adaptive_weight(case):
+    """The gradients of the last layer come from those of the pictures, not from autograd."""
+    given, expected = inputs(case), GOLDEN[case]["adaptive"]
+    decoder = rae.from_official(official(case, "decoder"), heads=4)
+    mean, std = (torch.tensor(GOLDEN["H1"]["config"][name]) for name in ("pix_mean", "pix_std"))
+    model = SimpleNamespace(decoder=decoder, image_std=std.view(3, 1, 1))
+    last_layer = train_decoder.LastLayer(model)
+    decoded = decoder(given.z) * model.image_std + mean.view(3, 1, 1)
+    check(decoded, GOLDEN[case]["outputs"]["adaptive_image"], 1e-6)
+    pictures = decoded.detach().requires_grad_()
+    l1, gan = F.l1_loss(pictures, given.target), -discriminator(case)(2 * pictures - 1).mean()
+    gradients = [torch.autograd.grad(loss, pictures)[0] for loss in (l1, gan)]
+    of_l1, of_gan = (last_layer.gradient(gradient) for gradient in gradients)
+    weight = train_decoder.adaptive_weight(of_l1, of_gan)
+    decoded.backward(gradients[0] + 0.75 * weight * gradients[1])
+    found = {"l1": l1, "gan": gan, "grad_norm_l1": of_l1.norm(), "grad_norm_gan": of_gan.norm()}
+    found |= {"adaptive_weight": weight, "total": l1 + 0.75 * weight * gan}
+    for name in ("decoder_pred", "decoder_embed"):
+        found[f"grad_norm_total_{name}_weight"] = getattr(decoder, name).weight.grad.norm()
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert value.item() == pytest.approx(expected[name], rel=1e-3 if "norm" in name else 2e-5), name
+
+
+@pytest.mark.parametrize("case", ["I3", "I4"])
+def test_augmentation(case):
+    given, cutout = inputs(case), GOLDEN[case]["config"]["cutout"]
+    check(train_decoder.augment(given.x, torch.tensor(given.r), cutout), GOLDEN[case]["outputs"]["out"], 1e-6)
+
+
+def test_lpips(monkeypatch):
+    network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
+    layers = [m for m in network.net.modules() if isinstance(m, torch.nn.Conv2d)]
+    layers += [lin.model[1] for lin in network.lins]
+    for layer, (name, shape, phase) in zip(layers, GOLDEN["I5"]["weights"], strict=True):
+        learned = name.startswith("lin")
+        scale = (0.5, 0.5) if learned else (2 / math.sqrt(math.prod(shape[1:])),)
+        layer.weight.data = ramp(shape, 0.37, 1.3 * phase, *scale)
+        if not learned:
+            layer.bias.data = ramp(layer.bias.shape, 0.37, 1.3 * (100 + phase), 0.04)
+    monkeypatch.setattr(lpips, "LPIPS", lambda **_: network)
+    distance = train_decoder.Perceptual("lpips")
+    given, expected = inputs("I5"), GOLDEN["I5"]["outputs"]
+    perceptual, gram = distance(given.a, given.b)
+    check(perceptual.view(2, 1, 1, 1), expected["lpips_none"], 1e-6)
+    check(perceptual.mean(), expected["lpips"], 1e-6)
+    check(distance.features(given.a)[-1].view(2, 512, 4, 4), expected["relu5_3_a"], 1e-6)
+    assert (gram > 0).all() and torch.equal(distance(given.a, given.a)[1], torch.zeros(2))
 
 
 @pytest.mark.parametrize("name", [name for name in GOLDEN["J1"] if name != "u"])

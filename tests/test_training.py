@@ -208,7 +208,9 @@ def told_to_stop_while_asking() -> None:
 
 def test_all_processes_leave_after_the_same_step(world, parts, tmp_path):
     flags = [*decoder_flags(parts, tmp_path), *EVERY, "--steps", 9]
-    assert "stopped after step 2" in world(2, "train_decoder.py", *flags, patch=told_to_stop_while_asking).wait()
+    assert (
+        "stopped after step 2" in world(2, "train_decoder.py", *flags, patch=told_to_stop_while_asking).wait()
+    )
 
 
 def test_shards_go_on_in_the_middle_of_a_pass(world, parts, tmp_path):
