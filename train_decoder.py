@@ -231,7 +231,7 @@ class Backbone(nn.Module):
 class Perceptual(nn.Module):
     """Distances between the features of two batches of pictures (B, 3, H, W) in [-1, 1].
 
-    kind: "lpips", VGG16's with learned weights of the channels (arXiv 1801.03924); or "encoder", `backbone`'s.
+    kind: "lpips", VGG16's with learned weights of channels (arXiv 1801.03924), or "encoder", `backbone`'s.
     """
 
     def __init__(self, kind: str, backbone: Backbone | None = None):

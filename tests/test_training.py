@@ -6,6 +6,7 @@ import pickle
 import random
 import shutil
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ EVERY = ["--log-every", 1, "--lr", 0.01, "--warmup", 1]
 def logged(out: Path, *names: str) -> dict[int, list[float]]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all({"loss", "lr", "grad_norm", "images_per_second", "waiting"} <= set(row) for row in rows)
-    return {row["step"]: [row[name] for name in names] for row in rows}
+    return {row["step"]: [row[name] for name in names if name in row] for row in rows}
 
 
 def checkpoints(out: Path) -> list[str]:
@@ -50,9 +51,9 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "model/model.safetensors")
 
 
-def state(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint of one process."""
-    with safe_open(next(folder.glob("*.safetensors")), "pt") as file:
+def state(folder: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
+    """The tensors that one process wrote to a checkpoint."""
+    with safe_open(next(folder.glob(pattern)), "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}
 
 
@@ -107,6 +108,55 @@ def test_processes_shards_and_accumulation_change_nothing(script, world, parts, 
         for step, values in logged(tmp_path / name, "loss", "grad_norm").items():
             assert values == pytest.approx(expected[step], rel=1e-5), (name, step)
         assert_same(weights(tmp_path / name), weights(tmp_path / "one"), atol=1e-5)
+
+
+def every_loss(parts, out):
+    return [
+        *decoder_flags(parts, out), "--batch", 8, "--discriminator", parts / "encoder", "--tau", 0.5,
+        "--perceptual", "encoder", "--gram-weight", 100, "--gan-weight", 0.75, "--gan-start", 1,
+        "--disc-lr", 0.01, "--disc-warmup", 1, *EVERY,
+    ]  # fmt: skip
+
+
+def fixed_adaptive_weight() -> None:
+    plain_sgd()
+    parse = common.parse
+
+    def patched(*given):
+        globals_of_script = sys.modules["__main__"].__dict__
+        globals_of_script["adaptive_weight"] = lambda *_: torch.tensor(3.0)
+        return parse(*given)
+
+    common.parse = patched
+
+
+def test_nor_with_every_loss_and_a_discriminator(world, parts, tmp_path):
+    """Its gradients are summed over the processes, the adaptive weight comes from summed gradients, and its
+    power iterations are one a step."""
+    variants = {
+        "one": (1, [], plain_sgd),
+        "two": (2, [], plain_sgd),
+        "full": (2, ["--shard", "full", "--checkpoint-blocks"], plain_sgd),
+        "one-fixed": (1, [], fixed_adaptive_weight),
+        "pieces-fixed": (1, ["--accumulate", 2], fixed_adaptive_weight),
+        "both-fixed": (2, ["--accumulate", 2], fixed_adaptive_weight),
+    }
+    runs = {
+        name: world(
+            size, "train_decoder.py", *every_loss(parts, tmp_path / name), "--steps", 4, *more, patch=patch
+        )
+        for name, (size, more, patch) in variants.items()
+    }
+    [run.wait() for run in runs.values()]
+    names = "loss l1 perceptual gram disc_loss on_real on_fake grad_norm gan gan_weight".split()
+    for name in variants:
+        base = tmp_path / ("one-fixed" if "fixed" in name else "one")
+        expected = logged(base, *names)
+        assert [len(values) for values in expected.values()] == [8, 10, 10, 10]
+        for step, values in logged(tmp_path / name, *names).items():
+            assert values == pytest.approx(expected[step], rel=1e-5, abs=1e-5), (name, step)
+        assert_same(weights(tmp_path / name), weights(base), atol=1e-5)
+    assert logged(tmp_path / "one-fixed", "gan_weight")[2] == [0.75 * 3]
 
 
 @pytest.mark.parametrize("script", TRAINERS)
@@ -171,6 +221,27 @@ def test_training_writes_everything_and_resumes_bit_for_bit(script, world, parts
     assert_same(weights(half), weights(whole))
     assert checkpoints(half) == ["0000004", "0000005"]
     assert_same(state(half / "checkpoints/0000005"), state(whole / "checkpoints/0000005"))
+
+
+def test_a_discriminator_is_resumed_bit_for_bit_on_two_processes(world, parts, tmp_path):
+    """Stopped before it has begun to learn, so that the checkpoint holds an optimizer without a past."""
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    flags = ["--steps", 5, "--disc-start", 2, "--gan-start", 3, "--shard", "full"]
+    runs = [
+        world(2, "train_decoder.py", *every_loss(parts, whole), *flags),
+        world(2, "train_decoder.py", *every_loss(parts, half), *flags, patch=stop_after_two_steps),
+    ]
+    [run.wait() for run in runs]
+    world(2, "train_decoder.py", "--out", half, "--resume").wait()
+    names = ("loss", "grad_norm", "disc_loss", "gan", "gan_weight")
+    assert logged(half, *names) == logged(whole, *names)
+    assert_same(weights(half), weights(whole))
+    for rank in (1, 2):
+        one, other = (state(out / "checkpoints/0000005", f"shard-0000{rank}-*") for out in (half, whole))
+        assert_same(one, other)
+    assert {"discriminator.heads.0.0.0.weight_u", "optimizer.discriminator.heads.0.2.bias.step"} <= {
+        key for rank in (1, 2) for key in state(half / "checkpoints/0000005", f"shard-0000{rank}-*")
+    }
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

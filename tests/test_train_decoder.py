@@ -1,0 +1,257 @@
+"""Stage 1's losses, discriminator, statistics and recipes; the numbers of the authors' are in test_golden."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import data
+import rae
+import train_decoder
+from train_decoder import Backbone, Discriminator, Perceptual, augment, latent_statistics, noise_scale
+
+CPU = common.Launch(torch.device("cpu"), 0, 1, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def model(parts):
+    return rae.RAE.from_pretrained(parts / "rae").eval()
+
+
+@pytest.fixture(scope="module")
+def backbone(parts):
+    return Backbone.from_pretrained(str(parts / "encoder"))
+
+
+# -- latents
+
+
+@pytest.mark.parametrize("per", ["token", "channel"])
+def test_statistics_are_exact(model, per):
+    """Whatever the batches are: torch.var over everything at once."""
+    pictures = torch.randint(256, (23, 3, 32, 32), dtype=torch.uint8)
+    latents = model.encode(pictures / 255).double()
+    axes = (0,) if per == "token" else (0, 1)
+    for sizes in ([23], [5, 5, 5, 5, 3]):
+        batches = ({"image": part} for part in pictures.split(sizes))
+        mean, std = latent_statistics(model, batches, float("inf"), per, CPU)
+        expected = (latents.var(dim=axes, unbiased=False, keepdim=True) + 1e-5).sqrt().float()
+        torch.testing.assert_close(std, expected[0].expand_as(std), atol=1e-6, rtol=1e-6)
+        expected = latents.mean(dim=axes, keepdim=True).float()[0].expand_as(mean)
+        torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_statistics_stop_at_a_number_of_pictures(model):
+    batches = iter([{"image": torch.full((4, 3, 32, 32), n, dtype=torch.uint8)} for n in range(9)])
+    latent_statistics(model, batches, 10, "token", CPU)
+    assert next(batches)["image"].max() == 3  # three of them were enough
+
+
+def test_noise_scales():
+    u = (torch.arange(100_000) + 0.5) / 100_000
+    normal, uniform = (noise_scale(u, 0.8, name) for name in ("normal", "uniform"))
+    half_normal = torch.distributions.HalfNormal(0.8)
+    assert normal.mean().item() == pytest.approx(half_normal.mean.item(), rel=1e-3)
+    assert normal.var().item() == pytest.approx(half_normal.variance.item(), rel=1e-3)
+    assert uniform.mean().item() == pytest.approx(0.4) and uniform.max().item() == pytest.approx(
+        0.8, rel=1e-4
+    )
+
+
+def test_noise_has_the_scale_of_the_tokens(model):
+    tokens, noise = torch.randn(2, 16, 24), torch.randn(2, 16, 24)
+    sigma = torch.tensor([0.5, 0.0])
+    mean, std = torch.randn(16, 24), torch.rand(16, 24) + 0.5
+    other = rae.RAE(**model._hub_mixin_config)
+    other.latent_mean.copy_(mean), other.latent_std.copy_(std)
+    noisy = other.add_noise((tokens - mean) / std, noise, sigma) * std + mean
+    torch.testing.assert_close(noisy, tokens + sigma[:, None, None] * noise)
+
+
+# -- features
+
+
+@pytest.mark.parametrize("patch, family", [(8, "siglip_vision_model"), (14, "dinov2"),
+    (14, "dinov2_with_registers"), (16, "dinov3_vit"), (16, "vit_mae"), (16, "vit")])  # fmt: skip
+@torch.no_grad()
+def test_every_family_gives_its_inner_features(patch, family):
+    """And the last of them, normalised without scale and shift, is what the encoder returns."""
+    size, eps = 2 * patch, 1e-6
+    encoder = rae.Encoder(
+        {"model_type": family, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3,
+         "num_attention_heads": 2, "image_size": size, "patch_size": patch, "layer_norm_eps": eps}
+    )  # fmt: skip
+    assert len(encoder.blocks) == 3
+    for side in (size, 2 * size):  # beyond the grid of training, positions are interpolated
+        tokens, channels = (side // patch) ** 2, 24
+        pixels = torch.randn(2, 3, side, side)
+        features = encoder.features(pixels, (2, 0, 2))
+        assert [x.shape for x in features] == [(2, tokens, channels)] * 3
+        assert torch.equal(features[0], features[2]) and not torch.equal(features[0], features[1])
+        found = encoder(pixels)
+        torch.testing.assert_close(F.layer_norm(features[0], (24,), eps=eps), found, atol=1e-5, rtol=1e-4)
+
+
+def test_encoding_in_chunks_changes_nothing(model, monkeypatch):
+    images = torch.rand(130, 3, 40, 40)
+    encoded, sizes = model.encode(images), []
+    model.encoder.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    parts = [model.encode(part) for part in images.split(65)]
+    model.encode(images)
+    assert sizes == [65, 65, 128, 2]
+    torch.testing.assert_close(encoded, torch.cat(parts), atol=1e-5, rtol=1e-5)
+
+
+def test_a_larger_input_keeps_the_weights(model):
+    same, larger = model.resized(32), model.resized(48)
+    images = torch.rand(2, 3, 32, 32)
+    latents = model.encode(images)
+    assert torch.equal(same.encode(images), latents) and torch.equal(
+        same.decode(latents), model.decode(latents)
+    )
+    assert (larger.latent_shape, larger.image_size) == ((36, 24), 48)
+    assert larger.decode(larger.encode(torch.rand(1, 3, 48, 48))).shape == (1, 3, 48, 48)
+    old, new = (x.decoder.decoder_pos_embed[0, 1:].T.view(32, -1).mean(dim=1) for x in (model, larger))
+    torch.testing.assert_close(old, new, atol=0.1, rtol=0)
+
+
+def test_perceptual_distances(backbone):
+    distance = Perceptual("encoder", backbone)
+    one, other = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    perceptual, gram = distance(one, other)
+    assert perceptual.shape == gram.shape == (2,) and (perceptual > 0).all() and (gram > 0).all()
+    assert all(torch.equal(value, torch.zeros(2)) for value in distance(one, one))
+    shuffled = torch.randperm(16)
+    features = torch.randn(2, 24, 16)
+    gram = train_decoder.gram_matrix(features)
+    torch.testing.assert_close(train_decoder.gram_matrix(features[:, :, shuffled]), gram)  # no places
+    torch.testing.assert_close(gram[0, 3, 5], features[0, 3] @ features[0, 5] / (24 * 16))
+
+
+# -- discriminator
+
+
+def test_discriminator_learns_to_tell_and_leaves_its_backbone(backbone):
+    torch.manual_seed(0)
+    model = Discriminator(backbone)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    assert not any("backbone" in name for name in model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    real, fake = torch.rand(8, 3, 40, 40) * 2 - 1, F.interpolate(torch.rand(8, 3, 5, 5) * 2 - 1, 40)
+    for _ in range(40):
+        loss = train_decoder.hinge_loss(model(real), model(fake))
+        loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+    assert model(real).shape == (8, 5 * 16) and loss < 0.6
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+def test_spectral_norm_finds_the_largest_singular_value():
+    layer = train_decoder.SpectralConv1d(24, 24, 9)
+    for _ in range(200):
+        layer.iterate()
+    largest = torch.linalg.matrix_norm(layer.weight_orig.flatten(1), 2)
+    sigma = layer.weight_u @ layer.weight_orig.flatten(1) @ layer.weight_v
+    torch.testing.assert_close(sigma, largest, rtol=1e-4, atol=0)
+
+
+def test_damaged_discriminators(parts, backbone):
+    weights = Discriminator(backbone).state_dict()
+    folder = str(parts / "encoder")
+    assert isinstance(Discriminator.from_official(weights, folder), Discriminator)
+    without = {name: value for name, value in weights.items() if name != "heads.0.2.bias"}
+    with pytest.raises(ValueError, match="heads.0.2.bias is missing"):
+        Discriminator.from_official(without, folder)
+    with pytest.raises(ValueError, match="heads.9 is unknown"):
+        Discriminator.from_official(weights | {"heads.9": torch.zeros(1)}, folder)
+    with pytest.raises(ValueError, match="no state dict of a DINO"):
+        Discriminator.from_official(weights, {"blocks.0.norm1.weight": torch.zeros(1)})
+
+
+def test_augmentation_moves_and_recolours():
+    image = torch.rand(1, 3, 16, 16) * 2 - 1
+    middle = torch.full((7, 1), 0.5)  # no move, no change of brightness, saturation or contrast
+    torch.testing.assert_close(augment(image, middle), image)
+    for place, axis in ((0, 2), (1, 3)):
+        draws = middle.clone()
+        draws[place] = 0.999  # by the most, an eighth of the side
+        moved = augment(image, draws)
+        assert torch.equal(moved.narrow(axis, 14, 2), torch.zeros_like(moved.narrow(axis, 14, 2)))
+        torch.testing.assert_close(moved.narrow(axis, 0, 14), image.narrow(axis, 2, 14))
+    grey = middle.clone()
+    grey[3] = 0.0
+    grey = augment(image, grey)
+    torch.testing.assert_close(grey[:, 0], grey[:, 2])
+
+
+def test_rounding_to_256_levels():
+    levels = train_decoder.to_256_levels(torch.linspace(-1.5, 1.5, 10_001))
+    assert len(levels.unique()) == 256 and (levels.min(), levels.max()) == (-1, 1)
+
+
+def test_adaptive_weight_is_bounded():
+    weight = train_decoder.adaptive_weight(torch.ones(3, 4), torch.zeros(3, 4))
+    assert weight == 1e4
+    assert train_decoder.adaptive_weight(torch.ones(3, 4), 2 * torch.ones(3, 4)) == pytest.approx(0.5)
+
+
+# -- recipes
+
+
+@pytest.mark.parametrize("name", train_decoder.PRESETS)
+def test_presets_fit_together(name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_decoder.py", "--preset", name, "--decoder", "ViT-S"])
+    config = common.parse(train_decoder.Config, "", train_decoder.PRESETS)
+    assert config.decoder == "ViT-S" and config.warmup < config.disc_start or name == "nano"
+    assert config.disc_start <= config.gan_start < config.steps
+    grid = {"dinov2": 14, "siglip2-base": 16, "mae": 16, "so400m": 14, "webssl": 14}
+    patch = next((patch for part, patch in grid.items() if part in config.encoder), None)
+    if patch:  # 16 x 16 tokens, and the papers' picture sizes
+        assert (config.encoder_size or {14: 224, 16: 256}[patch]) == 16 * patch
+        assert config.patch_size * 16 == (224 if name.startswith("scale") else 256)
+
+
+def test_checkpointed_layers_have_the_same_gradients(model):
+    other = rae.RAE(**model._hub_mixin_config)
+    other.load_state_dict(model.state_dict())
+    common.checkpoint_blocks(other.decoder.decoder_layers)
+    latents = torch.randn(2, 16, 24)
+    for each in (model, other):
+        each.zero_grad()
+        each.decode(latents).square().mean().backward()
+    pairs = itertools.zip_longest(model.parameters(), other.parameters())
+    assert all(torch.equal(a.grad, b.grad) for a, b in pairs if a.requires_grad)
+    model.zero_grad()
+
+
+def test_upsampling_decoder(parts):
+    """A token becomes a square of any size, whatever the encoder's patches are (RAE section 3)."""
+    size = rae.DECODERS["nano"] | {"patch_size": 16}
+    model = rae.RAE(str(parts / "encoder"), size)
+    assert model.latent_shape == (16, 24) and model.image_size == 64
+    assert model.decode(model.encode(torch.rand(1, 3, 32, 32))).shape == (1, 3, 64, 64)
+
+
+def test_uniform_draws_depend_on_the_sample_alone():
+    all_at_once = data.uniform_draws(7, 3, [5, 6, 7], "real")
+    assert torch.equal(all_at_once[:, 1:2], data.uniform_draws(7, 3, [6], "real"))
+    assert not torch.equal(all_at_once, data.uniform_draws(7, 3, [5, 6, 7], "fake"))
+
+
+def test_lpips_without_its_weights_says_so(world, parts, tmp_path):
+    flags = ["--encoder", parts / "encoder", "--out", tmp_path, "--statistics", 4, "--batch", 4]
+    printed = world(1, "train_decoder.py", *flags, "--perceptual", "lpips", patch=no_downloads).wait(1)
+    assert "error: --perceptual lpips downloads VGG16, which failed" in printed and "Traceback" not in printed
+
+
+def no_downloads() -> None:
+    import urllib.error
+    import urllib.request
+
+    def refuse(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    urllib.request.urlopen = refuse
