@@ -434,7 +434,11 @@ class VAE(nn.Module):
         config, subfolder = read_config(source)
         if config.get("_class_name") != "AutoencoderKL":
             raise ValueError(f"{source} is no AutoencoderKL of diffusers but {config.get('_class_name')}")
-        self.vae, info = AutoencoderKL.from_pretrained(source, subfolder=subfolder, output_loading_info=True)
+        options = {"subfolder": subfolder, "output_loading_info": True, "low_cpu_mem_usage": False}
+        try:
+            self.vae, info = AutoencoderKL.from_pretrained(source, **options)
+        except RuntimeError as error:  # of another shape
+            raise ValueError(f"{source}: {error}") from error
         if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
             raise ValueError(f"{source}: {len(wrong)} keys are missing or unknown: {', '.join(wrong[:5])}")
         self.vae.float().requires_grad_(False).eval()
@@ -1164,11 +1168,10 @@ def decoder_sizes(weights: dict[str, Tensor], given: dict, prefix: str = "") -> 
 
 
 def official_rae(weights: dict[str, Tensor], given: dict) -> RAE:
-    encoder = given.pop("encoder", None)
-    encoder = getattr(encoder, "config", encoder)  # of a model
+    encoder = getattr(given.get("encoder"), "config", given.get("encoder"))  # of a model
     if isinstance(encoder, transformers.PretrainedConfig):
         encoder = encoder.to_diff_dict() | {"model_type": encoder.model_type}
-    model = decoder_to_rae(weights, encoder, given, "decoder.")
+    model = rae_of_decoder(weights, given | {"encoder": encoder}, "decoder.")
     dino = model.encoder.config.model_type.startswith("dinov2")
     return load_rae(model, weights, "encoder.encoder." if dino else "encoder.model.")
 
@@ -1186,22 +1189,20 @@ def load_rae(model: RAE, weights: dict[str, Tensor], prefix: str, rename: Callab
     return load_official(model, weights, theirs)
 
 
-def decoder_to_rae(
-    weights: dict[str, Tensor], encoder: str | dict | None, given: dict, prefix: str = ""
-) -> RAE:
+def rae_of_decoder(weights: dict[str, Tensor], given: dict, prefix: str = "") -> RAE:
     """An RAE of the sizes of this decoder, without its weights but with the latent statistics."""
+    names = ("encoder", "encoder_size", "image_mean", "image_std", "stats")
+    encoder, encoder_size, image_mean, image_std, stats = (given.get(name) for name in names)
+    given = {name: value for name, value in given.items() if name not in names}
     if encoder is None:
         raise ValueError("give encoder=, whose latents this decoder takes: a hub id or folder, or a config")
-    given = dict(given)
-    pixels = [given.pop(name, None) for name in ("image_mean", "image_std")]
-    stats, encoder_size = given.pop("stats", None), given.pop("encoder_size", None)
     sizes = decoder_sizes(weights, given, prefix)
     tokens, channels = sizes.pop("latent_shape")
     if encoder_size is None:
         read = transformers.AutoConfig
         config = read.for_model(**encoder) if isinstance(encoder, dict) else read.from_pretrained(encoder)
         encoder_size = math.isqrt(tokens) * getattr(config, "vision_config", config).patch_size
-    model = RAE(encoder, sizes, encoder_size, *(list(x) if x else None for x in pixels))
+    model = RAE(encoder, sizes, encoder_size, image_mean and list(image_mean), image_std and list(image_std))
     if model.latent_shape != (tokens, channels):
         raise ValueError(
             f"the decoder takes latents {(tokens, channels)}, this encoder gives {model.latent_shape} at "
@@ -1217,8 +1218,8 @@ def set_statistics(model: RAE, stats: dict[str, Tensor | None]) -> None:
     tokens, channels = model.latent_shape
     shape = (channels, math.isqrt(tokens), math.isqrt(tokens))
     for name, value in stats.items():
-        if name not in ("mean", "var") or value is not None and value.shape != shape:
-            found = getattr(value, "shape", type(value).__name__)
+        found = getattr(value, "shape", type(value).__name__)
+        if name not in ("mean", "var") or value is not None and found != shape:
             raise ValueError(f"statistics: {name} is {found}; give mean and var, each {shape} or None")
     if stats.get("mean") is not None:
         model.latent_mean.copy_(stats["mean"].flatten(1).mT)
@@ -1398,7 +1399,7 @@ def read_decoder(source: str, config: dict, revision: str | None, given: dict) -
     if "stats" in given:
         given = given | {"stats": read_pickle(given["stats"], revision)}
     weights = read_pickle(f"{source}/model.pt" if config else source, revision)
-    model = decoder_to_rae(weights, given.get("encoder"), given)
+    model = rae_of_decoder(weights, given)
     load_official(model.decoder, weights)
     return model.eval()
 
