@@ -402,18 +402,24 @@ class RAE(nn.Module, Hub, library_name="rae"):
             source, given = RELEASED[source]["decoder"], RELEASED[source] | given
             del given["decoder"]
         config = {} if source.endswith(".pt") else read_config(source, revision)[0]
-        if source.endswith(".pt") or "decoder_hidden_size" in config and "_class_name" not in config:
+        of_diffusers = config.get("_class_name")
+        if not of_diffusers and (source.endswith(".pt") or "decoder_hidden_size" in config):
             return read_decoder(source, config, revision, given)
         if given:
             raise ValueError(f"{source} is a whole autoencoder: it has its own {', '.join(given)}")
-        if config.get("_class_name") == "AutoencoderRAE":
+        if of_diffusers == "AutoencoderRAE":
             return read_diffusers(source, config, revision)
+        if of_diffusers:
+            raise ValueError(f"{source} is no RAE but diffusers' {of_diffusers}: see open_autoencoder")
         return super().from_pretrained(source, revision=revision)
 
     def save_diffusers(self, folder: str | Path) -> None:
         """Writes a folder that `diffusers.AutoencoderRAE.from_pretrained` opens, with the same latents and
-        pictures. Raises ValueError for what that class cannot hold: another encoder than those that it
-        builds, another position table of the decoder than the one that it makes (16 x 16 tokens)."""
+        pictures (SigLIP: with a `transformers` that has the names of 4.x, the only ones it knows by 0.42).
+
+        Raises ValueError for what that class cannot hold: another encoder than those that it builds, another
+        position table of the decoder than the one that it makes, the sin-cos one of 16 x 16 tokens.
+        """
         write_diffusers(self, Path(folder))
 
 
@@ -1404,7 +1410,7 @@ def read_decoder(source: str, config: dict, revision: str | None, given: dict) -
     return model.eval()
 
 
-DIFFUSERS_ENCODERS = {  # what AutoencoderRAE builds, by its encoder_type; the last is its table of positions
+DIFFUSERS_ENCODERS = {  # what AutoencoderRAE builds, by encoder_type; image_size: of the position table
     "dinov2": {"model_type": "dinov2_with_registers", "image_size": 518},
     "siglip2": {"model_type": "siglip_vision_model", "image_size": 256},
     "mae": {"model_type": "vit_mae", "image_size": 224},
@@ -1447,8 +1453,7 @@ def diffusers_name(name: str) -> str:
 def read_diffusers(source: str, config: dict, revision: str | None) -> RAE:
     """A folder of `diffusers.AutoencoderRAE`, whose latents are divided by std + 1e-5. It makes the
     decoder's position table anew; one that is in the file all the same is the trained one, and is used."""
-    path = fetch(f"{source}/diffusion_pytorch_model.safetensors", revision)
-    weights = load_file(path)
+    weights = load_file(fetch(f"{source}/diffusion_pytorch_model.safetensors", revision))
     buffers = ("encoder_mean", "encoder_std", "_latents_mean", "_latents_std")
     try:
         encoder, size = diffusers_encoder(config), config["encoder_input_size"]
@@ -1470,7 +1475,7 @@ def read_diffusers(source: str, config: dict, revision: str | None) -> RAE:
 def write_diffusers(model: RAE, folder: Path) -> None:
     side = model.decoder.side
     config = diffusers_config(model)
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.float().cpu() for name, tensor in model.state_dict().items()}
     mean, std, table = (weights.pop(k) for k in ("latent_mean", "latent_std", "decoder.decoder_pos_embed"))
     if not torch.allclose(table, diffusers_table(side**2, table.shape[-1]), atol=1e-5):
         raise ValueError(

@@ -163,8 +163,8 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
     model = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 3,  # 48 px -> 12 x 12, packed 6 x 6
         up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=[32, 48, 64],
-        norm_num_groups=16,
+        block_out_channels=[24, 32, 48],
+        norm_num_groups=8,
         latent_channels=8,
         sample_size=SIZE,
         use_quant_conv=False,  # as FLUX's
@@ -241,10 +241,11 @@ def main() -> None:
     parser.add_argument("part", choices=["language-model", "encoder", "vae", "ship"])
     parser.add_argument("--out", type=Path, default=Path("nano/weights"), help="writes OUT/<part>")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=128, help="samples a step")
+    parser.add_argument("--batch", type=int, help="samples a step (default 128; vae 32)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="ship: the trainings' folders")
     args = parser.parse_args()
+    args.batch = args.batch or (32 if args.part == "vae" else 128)
     if args.part == "ship":
         ship(args.out, args.runs)
     elif args.part == "encoder":

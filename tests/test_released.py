@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers.models.autoencoders import autoencoder_rae
 from safetensors.torch import load_file, save_file
 
@@ -15,14 +16,14 @@ import common
 import rae
 
 DECODER = {"patch_size": 4, "width": 32, "depth": 2, "heads": 2, "mlp_width": 48}
-RANDOM = {"mean": torch.linspace(-1, 1, 24 * 16).view(24, 4, 4), "var": torch.rand(24, 4, 4) + 0.5}
+RAMP = torch.linspace(-1, 1, 24 * 16).view(24, 4, 4)
+STATISTICS = {"mean": RAMP, "var": RAMP + 1.5}
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Everything that starts as a constant is something else."""
-    torch.manual_seed(1)
+    """What starts as a constant, biases and norms, is something else."""
     for parameter in model.parameters():
-        if parameter.ndim == 1 or "cls" in str(parameter.shape):
+        if parameter.ndim == 1:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
 
 
@@ -32,6 +33,7 @@ def decoder(parts) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     module = rae.Decoder((16, 24), **DECODER)
     randomise(module)
+    module.trainable_cls_token.data.normal_()
     module.decoder_pos_embed.data.add_(0.1 * torch.randn_like(module.decoder_pos_embed))
     return dict(module.state_dict())
 
@@ -71,7 +73,7 @@ def check_decoder(model: rae.RAE, parts, decoder: dict, stats: dict) -> None:
 # -- the authors' files
 
 
-@pytest.mark.parametrize("stats", [{}, {"mean": None, "var": RANDOM["var"]}, RANDOM])
+@pytest.mark.parametrize("stats", [{}, {"mean": None, "var": STATISTICS["var"]}, STATISTICS])
 def test_decoder_file(parts, decoder, stats, tmp_path):
     path = save(decoder, tmp_path / "decoders/model.pt")
     given = {"stats": save(stats, tmp_path / "stats/stat.pt")} if stats else {}
@@ -89,11 +91,11 @@ def test_published_name(parts, decoder, hub, monkeypatch):
         collection = name.startswith("rae-")
         save(decoder, hub / given["decoder"] / ("" if collection else "model.pt"))
         if collection:
-            save(RANDOM, hub / given["stats"])
+            save(STATISTICS, hub / given["stats"])
         else:
             (hub / given["decoder"] / "config.json").write_text(json.dumps({"decoder_hidden_size": 1}))
         monkeypatch.setitem(rae.RELEASED, name, given | {"encoder": str(parts / "encoder")})
-        check_decoder(rae.RAE.from_pretrained(name), parts, decoder, RANDOM if collection else {})
+        check_decoder(rae.RAE.from_pretrained(name), parts, decoder, STATISTICS if collection else {})
     where = common.Launch(torch.device("cpu"), 0, 1, torch.float32)
     check_decoder(common.load_autoencoder(name, where), parts, decoder, {})
 
@@ -111,6 +113,20 @@ def test_scale_rae_repository(parts, decoder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
     with pytest.raises(ValueError, match="hidden_act relu"):
         rae.RAE.from_pretrained(tmp_path, encoder=str(parts / "encoder"))
+
+
+def test_whole_rae_with_every_kind_of_encoder(parts):
+    """A config, a dict, a folder, or a model of it; SigLIP's whole config has it as its vision_config."""
+    model = rae.RAE.from_pretrained(parts / "rae")
+    randomise(model)
+    weights = {name: w for name, w in model.state_dict().items() if not name.startswith("latent_")}
+    vision = transformers.SiglipVisionModel.from_pretrained(parts / "encoder")
+    both = transformers.SiglipConfig(vision_config=vision.config.to_dict())
+    pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    for encoder in (vision, vision.config, vision.config.to_dict(), both, str(parts / "encoder")):
+        again = rae.from_official(weights, encoder=encoder, heads=2, **pixels)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_damaged_decoder_files(parts, decoder, tmp_path, hub):
@@ -134,9 +150,9 @@ def test_damaged_decoder_files(parts, decoder, tmp_path, hub):
     with pytest.raises(ValueError, match="encoder="):
         read(decoder, encoder=None)
     for stats in (
-        {"var": RANDOM["var"][:12]},
-        {"var": RANDOM["var"].flatten(1)},
-        {"std": RANDOM["var"]},
+        {"var": STATISTICS["var"][:12]},
+        {"var": STATISTICS["var"].flatten(1)},
+        {"std": STATISTICS["var"]},
         {"var": 1},
     ):
         with pytest.raises(ValueError, match="statistics"):
@@ -285,7 +301,7 @@ def test_a_trained_position_table(tmp_path):
     ],
 )
 def test_encoders_that_diffusers_does_not_build(kind, change, tmp_path):
-    with pytest.raises(ValueError, match=next(iter(change.values())) if kind == "other" else "diffusers"):
+    with pytest.raises(ValueError, match=f"diffusers builds .*{next(iter(change))[:5]}|no encoder dinov2,"):
         autoencoder(kind, **change).save_diffusers(tmp_path)
 
 
@@ -374,6 +390,8 @@ def test_vae_folders(vae_folder, parts, tmp_path):
     again = rae.open_autoencoder(tmp_path / "again").state_dict()
     assert all(torch.equal(w, again[name]) for name, w in model.state_dict().items())
     assert isinstance(rae.open_autoencoder(parts / "rae"), rae.RAE)
+    with pytest.raises(ValueError, match="no RAE but diffusers' AutoencoderKL"):
+        rae.RAE.from_pretrained(vae_folder)
     with pytest.raises(ValueError, match="no AutoencoderKL"):
         rae.VAE(parts / "rae")
     with pytest.raises(ValueError, match="multiple of 8"):
