@@ -1183,7 +1183,8 @@ def official_rae(weights: dict[str, Tensor], given: dict) -> RAE:
 
 
 def load_rae(model: RAE, weights: dict[str, Tensor], prefix: str, rename: Callable[[str], str] = str) -> RAE:
-    """Loads everything but the statistics. prefix: the encoder's keys'; rename: our other keys -> theirs."""
+    """Loads strictly, but statistics that are not in the file stay as they are. prefix: of the encoder's keys;
+    rename: our other keys -> theirs."""
 
     def theirs(name: str) -> str:
         return old_encoder_name(re.sub(r"^encoder\.model\.", prefix, rename(name)), prefix)
@@ -1191,7 +1192,7 @@ def load_rae(model: RAE, weights: dict[str, Tensor], prefix: str, rename: Callab
     weights = {old_encoder_name(name, prefix): tensor for name, tensor in weights.items()}
     if model.encoder.config.model_type == "siglip_vision_model":  # its pooling head is not used
         weights = {name: w for name, w in weights.items() if not name.startswith(f"{prefix}head.")}
-    weights |= {name: getattr(model, name) for name in ("latent_mean", "latent_std")}
+    weights = {name: getattr(model, name) for name in ("latent_mean", "latent_std")} | weights
     return load_official(model, weights, theirs)
 
 
