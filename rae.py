@@ -1183,7 +1183,7 @@ def official_rae(weights: dict[str, Tensor], given: dict) -> RAE:
 
 
 def load_rae(model: RAE, weights: dict[str, Tensor], prefix: str, rename: Callable[[str], str] = str) -> RAE:
-    """Loads strictly, but statistics that are not in the file stay as they are. prefix: of the encoder's keys;
+    """Loads strictly; statistics that are not in the file stay as they are. prefix: of the encoder's keys;
     rename: our other keys -> theirs."""
 
     def theirs(name: str) -> str:
