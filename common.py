@@ -349,7 +349,8 @@ def loading(source: str | Path):
     folder = Path(source)
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(f"{source} is no model folder: it has no config.json")
-    if not folder.exists() and (str(source).count("/") != 1 or str(source).startswith((".", "/"))):
+    on_hub = str(source).count("/") == 1 and not str(source).startswith((".", "/"))
+    if not folder.exists() and not on_hub and str(source) not in rae.RELEASED:
         raise ValueError(
             f"no model at {source}: give a folder made by save_pretrained, or a hub id like org/name"
         )
@@ -359,9 +360,9 @@ def loading(source: str | Path):
         raise ValueError(f"cannot load {source}: {one_line(error)}") from error
 
 
-def load_autoencoder(source: str | Path, where: Launch) -> rae.RAE:
+def load_autoencoder(source: str | Path, where: Launch) -> rae.RAE | rae.VAE:
     with loading(source):
-        return rae.RAE.from_pretrained(str(source)).eval().to(where.device)
+        return rae.open_autoencoder(source).to(where.device)
 
 
 def load_text_to_image(source: str, autoencoder: str, where: Launch) -> rae.TextToImage:

@@ -6,11 +6,11 @@ the hidden states of a language model (Scale-RAE, arXiv 2601.16208). Read this f
 
     1. layers          RMSNorm, rotary and sin-cos positions, attention, SwiGLU, time embedding
     2. encoders        one wrapper over the vision models of `transformers`
-    3. autoencoder     the ViT decoder, and RAE = encoder + decoder + latent statistics
+    3. autoencoders    the ViT decoder, and RAE = encoder + decoder + latent statistics; VAE, to compare with
     4. DiT             the diffusion transformer, with or without the wide head
     5. flow matching   timestep shift, loss, sampler, guidance
     6. TextToImage     language model -> latent queries -> connector -> DiT
-    7. presets and released weights   the papers' names and sizes; `from_official` reads the authors' files
+    7. presets and released weights   the papers' names and sizes; the authors' and diffusers' files
 
 Conventions: latents are tokens (B, N, C) in raster order; time t = 0 is data and t = 1 is noise; pictures are
 (B, 3, H, W) in [0, 1]. Parameters are fp32; run under `torch.autocast` for bf16 compute: norms, rotary
@@ -18,6 +18,7 @@ positions, modulation, losses and the sampler's state stay in fp32.
 """
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -32,7 +33,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 # -----------------------------------------------------------------------------------------------------------
@@ -74,11 +76,11 @@ def grid_positions(tokens: int) -> tuple[Tensor, Tensor]:
     return index.div(side, rounding_mode="floor"), index % side
 
 
-def sincos_table(tokens: int, width: int) -> Tensor:
+def sincos_table(tokens: int, width: int, spacing: float = 1.0) -> Tensor:
     """The fixed 2-D position table of MAE, (N, width): the first half of the channels is the column's
-    [sin, cos], the second half the row's."""
+    [sin, cos], the second half the row's. spacing: of neighbouring positions; not 1 in diffusers' files."""
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    row, column = (position[:, None] * frequency for position in grid_positions(tokens))
+    row, column = (position[:, None] * spacing * frequency for position in grid_positions(tokens))
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()
 
 
@@ -260,7 +262,7 @@ class Encoder(nn.Module):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 3. autoencoder
+# 3. autoencoders
 
 
 class DecoderLayer(nn.Module):
@@ -424,6 +426,126 @@ class RAE(nn.Module, Hub, library_name="rae"):
         weights["decoder.decoder_pos_embed"] = torch.cat([table[:1], resize(table[1:], "bicubic")])[None]
         other.load_state_dict(weights)
         return other.to(self.image_mean.device).train(self.training)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        encoder: str | None = None,
+        stats: str | None = None,
+        encoder_size: int | None = None,
+        heads: int | None = None,
+        revision: str | None = None,
+    ) -> "RAE":
+        """An autoencoder in eval mode. `source` is one of
+
+        - a folder of `save_pretrained` or `save_diffusers`, or of diffusers' `AutoencoderRAE`; or a hub id;
+        - a name in RELEASED, such as "rae-dinov2-b": what the authors published;
+        - a decoder of RAE (`model.pt`) or a decoder repository of Scale-RAE, with `encoder`, a hub id or
+          folder whose weights are read from there, and maybe with `stats`, the file of latent statistics.
+
+        Single files are given by their path, on the hub as org/repository/path. encoder_size and heads (of
+        the decoder) are known of what is published. Raises ValueError for a file that is missing, unknown or
+        does not fit, naming the first keys, and for arguments that `source` has itself.
+        """
+        given = {"encoder": encoder, "stats": stats, "encoder_size": encoder_size, "heads": heads}
+        given = {name: value for name, value in given.items() if value is not None}
+        source = str(source)
+        if source in RELEASED:
+            source, given = RELEASED[source]["decoder"], RELEASED[source] | given
+            del given["decoder"]
+        config = {} if source.endswith(".pt") else read_config(source, revision)[0]
+        of_diffusers = config.get("_class_name")
+        if not of_diffusers and (source.endswith(".pt") or "decoder_hidden_size" in config):
+            return read_decoder(source, config, revision, given)
+        if given:
+            raise ValueError(f"{source} is a whole autoencoder: it has its own {', '.join(given)}")
+        if of_diffusers == "AutoencoderRAE":
+            return read_diffusers(source, config, revision)
+        if of_diffusers:
+            raise ValueError(f"{source} is no RAE but diffusers' {of_diffusers}: see open_autoencoder")
+        return super().from_pretrained(source, revision=revision)
+
+    def save_diffusers(self, folder: str | Path) -> None:
+        """Writes a folder that `diffusers.AutoencoderRAE.from_pretrained` opens, with the same latents and
+        pictures (SigLIP: with a `transformers` that has the names of 4.x, the only ones it knows by 0.42).
+
+        Raises ValueError for what that class cannot hold: another encoder than those that it builds, another
+        position table of the decoder than the one that it makes, the sin-cos one of 16 x 16 tokens.
+        """
+        write_diffusers(self, Path(folder))
+
+
+class VAE(nn.Module):
+    """A convolutional VAE of `diffusers` (FLUX's, or another AutoencoderKL) with the interface of RAE: the
+    other latent space of Scale-RAE's comparison. Four neighbours of its latents are one token, in the order
+    (channel, row, column): (256, 64) for FLUX at 256 px.
+
+    name_or_path: folder or hub id of an AutoencoderKL, or of a pipeline that has one in its folder vae.
+    image_size: side of the pictures in pixels; by default 256, or the file's sample_size if that is smaller.
+    """
+
+    def __init__(self, name_or_path: str | Path, image_size: int | None = None):
+        super().__init__()
+        from diffusers import AutoencoderKL
+
+        source = str(name_or_path)
+        config, subfolder = read_config(source)
+        if config.get("_class_name") != "AutoencoderKL":
+            raise ValueError(f"{source} is no AutoencoderKL of diffusers but {config.get('_class_name')}")
+        options = {"subfolder": subfolder, "output_loading_info": True, "low_cpu_mem_usage": False}
+        try:
+            self.vae, info = AutoencoderKL.from_pretrained(source, **options)
+        except RuntimeError as error:  # of another shape
+            raise ValueError(f"{source}: {error}") from error
+        if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
+            raise ValueError(f"{source}: {len(wrong)} keys are missing or unknown: {', '.join(wrong[:5])}")
+        self.vae.float().requires_grad_(False).eval()
+        config = self.vae.config
+        self.image_size = image_size or min(256, config.sample_size)
+        side, rest = divmod(self.image_size, 2 ** len(config.block_out_channels))
+        if rest:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of {self.image_size // side}")
+        self.latent_shape = (side * side, 4 * config.latent_channels)
+        self.shift, self.scale = config.shift_factor or 0.0, config.scaling_factor
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> latents (B, N, C), fp32: the mean of the posterior, or with `noise`
+        (B, N, C), standard normal, a sample of it, as Scale-RAE trains on. Pictures of another size are
+        resized, not cropped."""
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", antialias=True)
+        posterior = self.vae.encode(2 * images - 1).latent_dist
+        mean, std = (
+            rearrange(part.float(), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+            for part in (posterior.mean, posterior.std)
+        )
+        z = mean if noise is None else mean + std * noise
+        return (z - self.shift) * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, N, C) -> (B, 3, image_size, image_size), around [0, 1] but not clamped."""
+        side = math.isqrt(latents.shape[1])
+        z = latents / self.scale + self.shift
+        z = rearrange(z, "b (h w) (c p q) -> b c (h p) (w q)", h=side, p=2, q=2)
+        return self.vae.decode(z).sample.float() / 2 + 0.5
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "VAE":
+        return cls(source)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the folder as diffusers does."""
+        self.vae.save_pretrained(folder)
+
+
+def open_autoencoder(source: str | Path) -> RAE | VAE:
+    """The autoencoder of a folder, of a hub id or of a name in RELEASED, in eval mode, whatever wrote it."""
+    source = str(source)
+    if source not in RELEASED and read_config(source)[0].get("_class_name") == "AutoencoderKL":
+        return VAE(source)
+    return RAE.from_pretrained(source)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -915,10 +1037,10 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
         return self.latent_queries.device
 
     @property
-    def autoencoder(self) -> RAE:
+    def autoencoder(self) -> RAE | VAE:
         """The autoencoder whose latents this model makes, loaded at first use; not part of the weights."""
         if not self._autoencoder:
-            self._autoencoder.append(RAE.from_pretrained(self.autoencoder_path).eval())
+            self._autoencoder.append(open_autoencoder(self.autoencoder_path))
         return self._autoencoder[0].to(self.device)
 
     def plain_text(self, texts: list[str], max_tokens: int = 256) -> None:
@@ -1043,17 +1165,46 @@ DITS = {  # Scale-RAE table 10, and the laptop's
 }
 
 
+def collection(decoder: str, stats: str, encoder: str) -> dict[str, str]:
+    parts = {"decoder": f"decoders/{decoder}/model.pt", "stats": f"stats/{stats}/stat.pt"}
+    parts = {name: f"nyu-visionx/RAE-collections/{path}" for name, path in parts.items()}
+    return parts | {"encoder": ENCODERS[encoder]}
+
+
+RELEASED = {  # arguments of `RAE.from_pretrained`; the number of tokens tells the size of the encoder's input
+    "rae-dinov2-b": collection("dinov2/wReg_base/ViTXL_n08", "dinov2/wReg_base/imagenet1k", "dinov2-b"),
+    "rae-dinov2-b-512": collection(
+        "dinov2/wReg_base/ViTXL_n08_i512", "dinov2/wReg_base/imagenet1k_512", "dinov2-b"
+    ),
+    "rae-mae-b": collection("mae/base_p16/ViTXL_n08", "mae/base_p16/ImageNet1k", "mae-b"),
+    "rae-siglip2-b": collection(
+        "siglip2/base_p16_i256/ViTXL_n08", "siglip2/base_p16_i256/ImageNet1k", "siglip2-b"
+    ),
+    "scale-rae-siglip2-so400m": {
+        "decoder": "nyu-visionx/siglip2_decoder",
+        "encoder": ENCODERS["siglip2-so400m"],
+    },
+    "scale-rae-webssl-l": {"decoder": "nyu-visionx/webssl300m_decoder", "encoder": ENCODERS["webssl-l"]},
+}
+
+
 def from_official(state_dict: dict[str, Tensor], **given) -> nn.Module:
-    """The module of a state dict that the authors released, in eval mode, recognised by its keys: RAE's
-    decoder, LightningDiT or DiT-DH, or Scale-RAE's diffusion head in both forms (without `diff_head.model.`).
+    """The module of a state dict that the authors released, in eval mode, recognised by its keys: a whole
+    RAE or its decoder, LightningDiT or DiT-DH, or Scale-RAE's diffusion head in both forms (without
+    `diff_head.model.`).
 
     Sizes are read from the tensors; `given` adds what they cannot tell and is checked where they can: heads=,
-    needed for a decoder, and where a DiT's RoPE tables were left out. With the wide head, heads=, width= and
-    depth= are pairs (backbone, head), and one number of heads stands for both. Raises ValueError, with the
-    first keys that do not fit, for a dict that is unknown or damaged, and for a keyword that contradicts it.
+    needed for a decoder that is not of a size in DECODERS, and where a DiT's RoPE tables were left out. With
+    the wide head, heads=, width= and depth= are pairs (backbone, head), and one number of heads stands for
+    both. A whole RAE needs encoder=, a config or model of `transformers`, image_mean= and image_std=, and
+    takes encoder_size= and stats=, {"mean", "var"} of its latents, each (C, h, w) or None. Raises ValueError,
+    with the first keys that do not fit, for a dict that is unknown or damaged, and for a keyword that
+    contradicts it.
     """
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     parts = {name.split(".")[0] for name in state_dict}
+    if {"encoder", "decoder"} <= parts:
+        return official_rae(state_dict, given)
     if "decoder_layers" in parts:
         return official_decoder(state_dict, given)
     if parts & {"blocks", "dit_blocks"}:
@@ -1062,17 +1213,106 @@ def from_official(state_dict: dict[str, Tensor], **given) -> nn.Module:
 
 
 def official_decoder(weights: dict[str, Tensor], given: dict) -> Decoder:
-    size = partial(official_size, weights)
+    return load_official(Decoder(**decoder_sizes(weights, given)), weights)
+
+
+def decoder_sizes(weights: dict[str, Tensor], given: dict, prefix: str = "") -> dict:
+    def size(name: str, axis: int = 0) -> int:
+        return official_size(weights, prefix + name, axis)
+
     sizes = {  # a number that should be a square and is not gives a shape that does not fit
         "latent_shape": (math.isqrt(size("decoder_pos_embed", 1) - 1) ** 2, size("decoder_embed.weight", 1)),
         "patch_size": math.isqrt(size("decoder_pred.bias") // 3),
         "width": size("decoder_embed.weight"),
-        "depth": official_depth(weights, "decoder_layers"),
-        "heads": given.get("heads"),
+        "depth": official_depth(weights, f"{prefix}decoder_layers"),
         "mlp_width": size("decoder_layers.0.intermediate.dense.bias"),
     }
+    same = ("width", "depth", "mlp_width")
+    known = (size["heads"] for size in DECODERS.values() if all(size[name] == sizes[name] for name in same))
+    sizes["heads"] = given.get("heads", next(known, None))
     check_given(given, sizes, [sizes["width"]], [sizes["heads"]])
-    return load_official(Decoder(**sizes), weights)
+    return sizes
+
+
+def official_rae(weights: dict[str, Tensor], given: dict) -> RAE:
+    encoder = getattr(given.get("encoder"), "config", given.get("encoder"))  # of a model
+    if isinstance(encoder, transformers.PretrainedConfig):
+        encoder = encoder.to_diff_dict() | {"model_type": encoder.model_type}
+    model = rae_of_decoder(weights, given | {"encoder": encoder}, "decoder.")
+    dino = model.encoder.config.model_type.startswith("dinov2")
+    return load_rae(model, weights, "encoder.encoder." if dino else "encoder.model.")
+
+
+def load_rae(model: RAE, weights: dict[str, Tensor], prefix: str, rename: Callable[[str], str] = str) -> RAE:
+    """Loads strictly; statistics that are not in the file stay as they are. prefix: of the encoder's keys;
+    rename: our other keys -> theirs."""
+
+    def theirs(name: str) -> str:
+        return old_encoder_name(re.sub(r"^encoder\.model\.", prefix, rename(name)), prefix)
+
+    weights = {old_encoder_name(name, prefix): tensor for name, tensor in weights.items()}
+    if model.encoder.config.model_type == "siglip_vision_model":  # its pooling head is not used
+        weights = {name: w for name, w in weights.items() if not name.startswith(f"{prefix}head.")}
+    weights = {name: getattr(model, name) for name in ("latent_mean", "latent_std")} | weights
+    return load_official(model, weights, theirs)
+
+
+def rae_of_decoder(weights: dict[str, Tensor], given: dict, prefix: str = "") -> RAE:
+    """An RAE of the sizes of this decoder, without its weights but with the latent statistics."""
+    names = ("encoder", "encoder_size", "image_mean", "image_std", "stats")
+    encoder, encoder_size, image_mean, image_std, stats = (given.get(name) for name in names)
+    given = {name: value for name, value in given.items() if name not in names}
+    if encoder is None:
+        raise ValueError("give encoder=, whose latents this decoder takes: a hub id or folder, or a config")
+    sizes = decoder_sizes(weights, given, prefix)
+    tokens, channels = sizes.pop("latent_shape")
+    if encoder_size is None:
+        read = transformers.AutoConfig
+        config = read.for_model(**encoder) if isinstance(encoder, dict) else read.from_pretrained(encoder)
+        encoder_size = math.isqrt(tokens) * getattr(config, "vision_config", config).patch_size
+    model = RAE(encoder, sizes, encoder_size, image_mean and list(image_mean), image_std and list(image_std))
+    if model.latent_shape != (tokens, channels):
+        raise ValueError(
+            f"the decoder takes latents {(tokens, channels)}, this encoder gives {model.latent_shape} at "
+            f"encoder_size {encoder_size}: give the encoder that it was trained with"
+        )
+    if stats:
+        set_statistics(model, stats)
+    return model
+
+
+def set_statistics(model: RAE, stats: dict[str, Tensor | None]) -> None:
+    """The authors' statistics, {"mean", "var"}, each (C, h, w) or None; the std is sqrt(var + 1e-5)."""
+    tokens, channels = model.latent_shape
+    shape = (channels, math.isqrt(tokens), math.isqrt(tokens))
+    for name, value in stats.items():
+        found = getattr(value, "shape", type(value).__name__)
+        if name not in ("mean", "var") or value is not None and found != shape:
+            raise ValueError(f"statistics: {name} is {found}; give mean and var, each {shape} or None")
+    if stats.get("mean") is not None:
+        model.latent_mean.copy_(stats["mean"].flatten(1).mT)
+    if stats.get("var") is not None:
+        model.latent_std.copy_((stats["var"].flatten(1).mT + 1e-5).sqrt())
+
+
+def old_encoder_name(name: str, prefix: str) -> str:
+    """A key of an encoder as transformers 4.56 had it, with which the released files were made. 5.23 calls
+    the linear layers of DINOv2 and MAE otherwise, and has no `vision_model.` in SigLIP."""
+    if not name.startswith(prefix):
+        return name
+    key = name.removeprefix(prefix)
+    for new, old in (
+        (r"^vision_model\.", ""),
+        (r"^layers\.(\d+)\.mlp\.fc1", r"encoder.layer.\1.intermediate.dense"),  # MAE
+        (r"^layers\.(\d+)\.mlp\.fc2", r"encoder.layer.\1.output.dense"),
+        (r"^layers\.", "encoder.layer."),
+        (r"attention\.q_proj", "attention.attention.query"),
+        (r"attention\.k_proj", "attention.attention.key"),
+        (r"attention\.v_proj", "attention.attention.value"),
+        (r"attention\.o_proj", "attention.output.dense"),
+    ):
+        key = re.sub(new, old, key)
+    return prefix + key
 
 
 def official_dit(weights: dict[str, Tensor], given: dict, scale: bool, wide: bool) -> DiT:
@@ -1085,6 +1325,7 @@ def official_dit(weights: dict[str, Tensor], given: dict, scale: bool, wide: boo
         embedders, ropes = embedders[::-1], ["enc_rope", "dec_rope"]
     blocks = "dit_blocks" if scale else "blocks"
     names = {"s_embedder": embedders[0], "x_embedder": embedders[-1], "blocks": blocks}
+    rename = partial(re.sub, r"^\w+", lambda first: names.get(first[0], first[0]))
     tuples = {name: (given[name],) * len(ropes) for name in given if isinstance(given[name], int)}
     given = given | {name: tuples[name] for name in ("width", "depth", "heads") if name in tuples}
 
@@ -1127,7 +1368,7 @@ def official_dit(weights: dict[str, Tensor], given: dict, scale: bool, wide: boo
     tables = {}
     for rope, table in zip(ropes, [model.rope, model.head_rope] if wide else [model.rope], strict=True):
         tables |= {f"{rope}.freqs_cos": table[0], f"{rope}.freqs_sin": table[1]}
-    return load_official(model, weights, names, tables)
+    return load_official(model, weights, rename, tables)
 
 
 def official_size(weights: dict[str, Tensor], name: str, axis: int = 0) -> int:
@@ -1150,11 +1391,14 @@ def check_given(given: dict, sizes: dict, width: list[int], heads: list[int | No
 
 
 def load_official(
-    model: nn.Module, weights: dict, names: dict | None = None, tables: dict | None = None
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    rename: Callable[[str], str] = str,
+    tables: dict[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Loads strictly. names: first word of our keys -> theirs; tables: what the RoPE tables must be."""
-    own, names, tables = model.state_dict(), names or {}, tables or {}
-    theirs = {name: re.sub(r"^\w+", lambda first: names.get(first[0], first[0]), name) for name in own}
+    """Loads strictly. rename: our name -> theirs; tables: what the RoPE tables must be."""
+    own, tables = model.state_dict(), tables or {}
+    theirs = {name: rename(name) for name in own}
     expected = {theirs[name]: tensor for name, tensor in own.items()}
     if weights.keys() & tables.keys():
         expected |= tables
@@ -1169,3 +1413,178 @@ def load_official(
         raise ValueError(f"{type(model).__name__}: {len(wrong)} keys do not fit: {'; '.join(wrong[:5])}")
     model.load_state_dict({name: weights[theirs[name]] for name in own})
     return model.eval()
+
+
+# -- files: the authors' and diffusers'
+
+
+def fetch(path: str, revision: str | None = None) -> str:
+    """The local path of a file that is given by its path, or on the hub by org/repository/path."""
+    if os.path.isfile(path):
+        return path
+    org, repository, file = [*path.split("/", 2), "", ""][:3]
+    if not (org and file) or os.path.isdir(os.path.dirname(path)):
+        raise ValueError(f"no file {path}")
+    try:
+        return hf_hub_download(f"{org}/{repository}", file, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no file {path}, neither here nor on the hub: {error}") from error
+
+
+def read_config(source: str, revision: str | None = None) -> tuple[dict, str]:
+    """config.json of a model, and the folder that has it: pipelines such as FLUX's keep their VAE in vae."""
+    folder = ""
+    try:
+        path = fetch(f"{source}/config.json", revision)
+    except ValueError as error:
+        folder = "vae"
+        try:
+            path = fetch(f"{source}/vae/config.json", revision)
+        except ValueError:
+            raise error from None
+    return json.loads(Path(path).read_text()), folder
+
+
+def read_pickle(path: str, revision: str | None) -> dict[str, Tensor]:
+    path = fetch(path, revision)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of pickle, zipfile or torch
+        raise ValueError(f"{path} is damaged, or holds more than tensors: {type(error).__name__}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    return content
+
+
+def read_decoder(source: str, config: dict, revision: str | None, given: dict) -> RAE:
+    """An RAE of a decoder's file (its config is then {}) or repository. Of the config, a ViT-MAE's whose
+    sizes may be placeholders, only what the tensors cannot tell is read."""
+    for name, value in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-12), ("qkv_bias", True)):
+        if config.get(name, value) != value:
+            raise ValueError(f"{source}: config.json has {name} {config[name]}, only {value} is known")
+    if "decoder_num_attention_heads" in config:
+        given = {"heads": config["decoder_num_attention_heads"], **given}
+    if "stats" in given:
+        given = given | {"stats": read_pickle(given["stats"], revision)}
+    weights = read_pickle(f"{source}/model.pt" if config else source, revision)
+    model = rae_of_decoder(weights, given)
+    load_official(model.decoder, weights)
+    return model.eval()
+
+
+DIFFUSERS_ENCODERS = {  # what AutoencoderRAE builds, by encoder_type; image_size: of the position table
+    "dinov2": {"model_type": "dinov2_with_registers", "image_size": 518},
+    "siglip2": {"model_type": "siglip_vision_model", "image_size": 256},
+    "mae": {"model_type": "vit_mae", "image_size": 224},
+}
+DIFFUSERS_SIZES = {  # the decoder's, ours: theirs
+    "patch_size": "patch_size",
+    "width": "decoder_hidden_size",
+    "depth": "decoder_num_hidden_layers",
+    "heads": "decoder_num_attention_heads",
+    "mlp_width": "decoder_intermediate_size",
+}
+
+
+def diffusers_encoder(config: dict) -> dict:
+    """The config of the encoder that AutoencoderRAE builds: what is not here has its class's default."""
+    if config["encoder_type"] not in DIFFUSERS_ENCODERS:
+        raise ValueError(f"encoder_type {config['encoder_type']}: known are {', '.join(DIFFUSERS_ENCODERS)}")
+    return DIFFUSERS_ENCODERS[config["encoder_type"]] | {
+        "hidden_size": config["encoder_hidden_size"],
+        "patch_size": config["encoder_patch_size"],
+        "num_hidden_layers": config["encoder_num_hidden_layers"],
+        "num_attention_heads": config["encoder_hidden_size"] // 64,
+    }
+
+
+def diffusers_table(tokens: int, width: int) -> Tensor:
+    """The decoder's positions in diffusers, (1, 1 + N, width): whatever the grid, they span 16 x 16."""
+    table = sincos_table(tokens, width, spacing=16 / math.isqrt(tokens))
+    return F.pad(table, (0, 0, 1, 0))[None]
+
+
+def diffusers_name(name: str) -> str:
+    """Our key of the decoder -> theirs."""
+    if not name.startswith("decoder."):
+        return name
+    name = re.sub(r"attention\.attention\.([qkv])\w+", r"attention.to_\1", name)
+    return name.replace("attention.output.dense", "attention.to_out.0")
+
+
+def read_diffusers(source: str, config: dict, revision: str | None) -> RAE:
+    """A folder of `diffusers.AutoencoderRAE`, whose latents are divided by std + 1e-5. It makes the
+    decoder's position table anew; one that is in the file all the same is the trained one, and is used."""
+    weights = load_file(fetch(f"{source}/diffusion_pytorch_model.safetensors", revision))
+    buffers = ("encoder_mean", "encoder_std", "_latents_mean", "_latents_std")
+    try:
+        encoder, size = diffusers_encoder(config), config["encoder_input_size"]
+        decoder = {ours: config[theirs] for ours, theirs in DIFFUSERS_SIZES.items()}
+        pixel_mean, pixel_std, mean, std = (weights.pop(name) for name in buffers)
+    except KeyError as error:
+        raise ValueError(f"damaged folder {source}: {error} is missing") from error
+    model = RAE(encoder, decoder, size, pixel_mean.flatten().tolist(), pixel_std.flatten().tolist())
+    (tokens, channels), side = model.latent_shape, math.isqrt(model.latent_shape[0])
+    for buffer, stat in ((model.latent_mean, mean.double()), (model.latent_std, std.double() + 1e-5)):
+        if stat.numel() not in (1, tokens * channels):
+            raise ValueError(f"{source}: statistics {tuple(stat.shape)}, not {(channels, side, side)}")
+        buffer.copy_(stat.expand(1, channels, side, side).flatten(2)[0].mT)
+    model.latent_std /= config.get("scaling_factor", 1.0)
+    weights.setdefault("decoder.decoder_pos_embed", diffusers_table(tokens, decoder["width"]))
+    return load_rae(model, weights, "encoder.", diffusers_name)
+
+
+def write_diffusers(model: RAE, folder: Path) -> None:
+    side = model.decoder.side
+    config = diffusers_config(model)
+    weights = {name: tensor.float().cpu() for name, tensor in model.state_dict().items()}
+    mean, std, table = (weights.pop(k) for k in ("latent_mean", "latent_std", "decoder.decoder_pos_embed"))
+    if not torch.allclose(table, diffusers_table(side**2, table.shape[-1]), atol=1e-5):
+        raise ValueError(
+            "diffusers makes the decoder's position table itself, the sin-cos one of 16 x 16 tokens; this "
+            f"decoder, of {side} x {side} tokens, has another"
+        )
+    prefix = "encoder."
+    if config["encoder_type"] == "siglip2":
+        prefix = "encoder.vision_model."
+        with torch.device("meta"):  # the pooling head, which is there and not used
+            head = transformers.SiglipVisionModel(
+                transformers.AutoConfig.for_model(**diffusers_encoder(config))
+            ).head.state_dict(prefix="encoder.model.head.")
+        weights |= {name: torch.zeros(tensor.shape) for name, tensor in head.items()}
+    weights = {re.sub(r"^encoder\.model\.", prefix, diffusers_name(k)): w for k, w in weights.items()}
+    for name, statistic in (("mean", mean), ("std", (std.double() - 1e-5).float())):
+        statistic = statistic.mT.unflatten(1, (side, side)).contiguous()
+        pixels = getattr(model, f"image_{name}").cpu()
+        weights |= {f"_latents_{name}": statistic, f"encoder_{name}": pixels[None]}
+        config |= {f"latents_{name}": statistic.tolist(), f"encoder_norm_{name}": pixels.flatten().tolist()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+
+
+def diffusers_config(model: RAE) -> dict:
+    """The arguments of AutoencoderRAE for this model's sizes; ValueError for an encoder that it cannot
+    build."""
+    encoder, decoder = model.encoder.config, model.decoder
+    families = {known["model_type"]: name for name, known in DIFFUSERS_ENCODERS.items()}
+    if encoder.model_type not in families:
+        raise ValueError(f"diffusers builds no encoder {encoder.model_type}, only {', '.join(families)}")
+    sizes = decoder_sizes(decoder.state_dict(), {"heads": decoder.decoder_layers[0].heads})
+    config = {theirs: sizes[ours] for ours, theirs in DIFFUSERS_SIZES.items()} | {
+        "_class_name": "AutoencoderRAE",
+        "encoder_type": families[encoder.model_type],
+        "encoder_hidden_size": encoder.hidden_size,
+        "encoder_patch_size": encoder.patch_size,
+        "encoder_num_hidden_layers": encoder.num_hidden_layers,
+        "encoder_input_size": model.encoder_size,
+    }
+    built = transformers.AutoConfig.for_model(**diffusers_encoder(config))
+    for name in (
+        *("image_size", "num_attention_heads", "intermediate_size", "mlp_ratio", "hidden_act"),
+        *("layer_norm_eps", "qkv_bias", "num_register_tokens", "use_swiglu_ffn"),
+    ):
+        given, known = getattr(encoder, name, None), getattr(built, name, None)
+        if given != known:
+            raise ValueError(f"diffusers builds encoders with {name} {known} only; this one has {given}")
+    return config

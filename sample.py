@@ -29,7 +29,7 @@ PRESETS = {"nano": {}, "scale-rae": {"guidance": 1.0, "grid": "scale-rae"}}  # S
 class Config:
     prompts: list[str] = flag((), "what to draw; with --ask, the question", nargs="*", metavar="PROMPT")
     model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id")
-    autoencoder: str = flag("", "RAE folder or hub id, if not the one that the model names")
+    autoencoder: str = flag("", "RAE or VAE: folder or hub id, if not the one that the model names")
     reconstruct: str = flag("", "encode and decode this picture instead")
     ask: str = flag("", "answer the question about this picture instead")
     n: int = flag(4, "pictures for each prompt", at_least=1)

@@ -3,6 +3,7 @@ folders.
 
     python -m nano.prepare language-model       # plays Qwen2.5: a ChatML tokenizer and a Qwen2 model
     python -m nano.prepare encoder              # plays SigLIP-2: its vision tower, trained against captions
+    python -m nano.prepare vae                  # plays FLUX's VAE, to compare with the RAE
     python -m nano.prepare ship                 # runs/decoder and runs/t2i, as bf16
 
 The encoder learns with the sigmoid contrastive loss of SigLIP (arXiv 2303.15343) and needs the tokenizer for
@@ -10,7 +11,8 @@ its text tower, which is thrown away. SigLIP-2 adds losses that keep its tokens 
 also tell its own patch through one linear layer, without which details below a patch are lost to the decoder.
 The language model learns next tokens of requests, captions and questions with answers. It answers a request
 with the caption once more, so that what follows a request looks back at it: the latent queries, which take
-the caption's place later, could not learn that from the pictures alone.
+the caption's place later, could not learn that from the pictures alone. The VAE learns with L1, of pixels and
+of their differences, and a trace of KL; its tokens, 2x2 packed, are as many as the RAE's.
 """
 
 import argparse
@@ -154,6 +156,40 @@ def train_encoder(out: Path, tokenizer_folder: Path, steps: int, batch: int, see
     ).save_pretrained(out)
 
 
+def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    model = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,  # 48 px -> 12 x 12, packed 6 x 6
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[24, 32, 48],
+        norm_num_groups=8,
+        latent_channels=8,
+        sample_size=SIZE,
+        use_quant_conv=False,  # as FLUX's
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+    batches = data.Loader(data.open_source("nano", SIZE, seed), batch)
+
+    def pixels() -> torch.Tensor:
+        return data.to_unit(next(batches)["image"], torch.device("cpu")) * 2 - 1
+
+    def loss(step: int) -> torch.Tensor:
+        original = pixels()
+        posterior = model.encode(original).latent_dist
+        error = model.decode(posterior.sample()).sample - original
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        return error.abs().mean() + edges + 1e-6 * posterior.kl().mean()
+
+    train(model, loss, steps, lr=1e-3, out=out)
+    with torch.no_grad():
+        latents = torch.cat([model.float().encode(pixels()).latent_dist.mean for _ in range(8)])
+    model.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    model.save_config(out)
+
+
 def ship(out: Path, runs: Path) -> None:
     """Copies the models of both trainings with one log line in ten; their matrices as bf16, while statistics,
     frequencies and position tables stay as they were trained with."""
@@ -202,17 +238,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["language-model", "encoder", "ship"])
+    parser.add_argument("part", choices=["language-model", "encoder", "vae", "ship"])
     parser.add_argument("--out", type=Path, default=Path("nano/weights"), help="writes OUT/<part>")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=128, help="samples a step")
+    parser.add_argument("--batch", type=int, help="samples a step (default 128; vae 32)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="ship: the trainings' folders")
     args = parser.parse_args()
+    args.batch = args.batch or (32 if args.part == "vae" else 128)
     if args.part == "ship":
         ship(args.out, args.runs)
     elif args.part == "encoder":
         train_encoder(args.out / "encoder", args.out / "language-model", args.steps, args.batch, args.seed)
+    elif args.part == "vae":
+        train_vae(args.out / "vae", args.steps, args.batch, args.seed)
     else:
         train_language_model(args.out / "language-model", args.steps, args.batch, args.seed)
 

@@ -217,62 +217,44 @@ def test_decoder(case):
         check(decoder(given.z_other), expected["image_raw_other_grid"], 1e-6)
 
 
-ENCODERS = {  # model type, and how today's transformers renames the keys
-    "Dinov2withNorm": "dinov2_with_registers",
-    "SigLIP2wNorm": "siglip_vision_model",
-    "MAEwNorm": "vit_mae",
+ENCODERS = {  # model type, and prefix of the keys
+    "Dinov2withNorm": ("dinov2_with_registers", "encoder.encoder."),
+    "SigLIP2wNorm": ("siglip_vision_model", "encoder.model."),
+    "MAEwNorm": ("vit_mae", "encoder.model."),
 }
-RENAMED = (
-    (r"attention\.attention\.(query|key|value)", lambda match: f"attention.{match[1][0]}_proj"),
-    (r"attention\.output\.dense", "attention.o_proj"),
-)
-RENAMED_MAE = (
-    (r"encoder\.layer\.", "layers."),
-    (r"intermediate\.dense", "mlp.fc1"),
-    (r"output\.dense", "mlp.fc2"),
-)
 
 
-def autoencoder(case):
+def whole_rae(case):
+    """State dict and keywords of `from_official`, without and with statistics."""
     config = GOLDEN[case]["config"]
-    vit = config["decoder_vit_mae"]
-    model = rae.RAE(
-        {"model_type": ENCODERS[config["encoder_cls"]], **config["hf_config"]},
-        {
-            "patch_size": config["decoder_patch_size"],
-            "width": vit["decoder_hidden_size"],
-            "depth": vit["decoder_num_hidden_layers"],
-            "heads": vit["decoder_num_attention_heads"],
-            "mlp_width": vit["decoder_intermediate_size"],
-        },
-        config["encoder_input_size"],
-        config["pix_mean"],
-        config["pix_std"],
-    ).eval()
-    rules = RENAMED + RENAMED_MAE * (config["encoder_cls"] == "MAEwNorm")
-    weights = {}
-    for name, tensor in official(case, "encoder").items():
-        for old, new in rules:
-            name = re.sub(old, new, name)
-        if not name.startswith("head."):  # the pooling head of SigLIP
-            weights[name] = tensor
-    model.encoder.model.load_state_dict(weights)
-    model.decoder.load_state_dict(official(case, "decoder"))
-    return model, config
+    family, prefix = ENCODERS[config["encoder_cls"]]
+    weights = {prefix + name: w for name, w in official(case, "encoder").items()}
+    weights |= {f"decoder.{name}": w for name, w in official(case, "decoder").items()}
+    given = {
+        "encoder": {"model_type": family, **config["hf_config"]},
+        "image_mean": config["pix_mean"],
+        "image_std": config["pix_std"],
+        "heads": config["decoder_vit_mae"]["decoder_num_attention_heads"],
+    }
+    order = ("a", "b", "scale", "offset")
+    stats = {
+        name: stat and ramp(config["stat_shape"], *(stat[k] for k in order))
+        for name, stat in config["stat"].items()
+    }
+    return weights, given, stats
 
 
 @pytest.mark.parametrize("case", ["H3", "H4", "H5", "H7", "H8", "H9"])
 @torch.no_grad()
 def test_autoencoder(case):
-    model, config = autoencoder(case)
-    given, expected = inputs(case), GOLDEN[case]["outputs"]
+    weights, keywords, stats = whole_rae(case)
+    config, expected = GOLDEN[case]["config"], GOLDEN[case]["outputs"]
+    given = inputs(case)
+    model = rae.from_official(weights, **keywords)
     check(unpack(model.encode(given.image)), expected["latent_without_stats"], 1e-6)
-    for name, stat in config["stat"].items():
-        if stat:
-            stat = ramp(config["stat_shape"], *(stat[k] for k in ("a", "b", "scale", "offset"))).flatten(1).T
-            model.register_buffer(
-                *(("latent_mean", stat) if name == "mean" else ("latent_std", (stat + 1e-5).sqrt()))
-            )
+    model = rae.from_official(weights, **keywords, stats=stats)
+    assert model.encoder_size == config["encoder_input_size"]
+    assert not model.training
     latents = model.encode(given.image)
     check(unpack(latents), expected["latent"], 1e-6)
     check(model.decode(latents), expected["recon"], 1e-6)
@@ -631,3 +613,33 @@ def test_from_official_unknown():
     for given in ({}, {"heads": 5}, {"heads": 4, "patch_size": 16}):
         with pytest.raises(ValueError, match="heads|patch_size"):
             rae.from_official(official("SC"), **given)
+
+
+@pytest.mark.parametrize("case", ["H7", "H8", "H9"])
+def test_from_official_is_strict_with_a_whole_rae(case):
+    weights, given, stats = whole_rae(case)
+    for name in weights:
+        if ".head." in name:  # SigLIP's pooling, which nobody uses
+            continue
+        with pytest.raises(ValueError, match=re.escape(name)):
+            rae.from_official({k: w for k, w in weights.items() if k != name}, **given)
+        with pytest.raises(ValueError):
+            rae.from_official(weights | {name: torch.cat([weights[name]] * 2)}, **given)
+    for extra in ("extra", "encoder.extra", "decoder.extra"):
+        with pytest.raises(ValueError, match=extra):
+            rae.from_official(weights | {extra: torch.zeros(1)}, **given)
+    other = {name: stat if stat is None else stat[:-1] for name, stat in stats.items()}
+    for change in (
+        {"encoder": None},
+        {"encoder": {**given["encoder"], "hidden_size": 64}},
+        {"encoder": {**given["encoder"], "num_hidden_layers": 3}},
+        {"image_mean": None},
+        {"encoder_size": 3 * given["encoder"]["patch_size"]},
+        {"heads": 5},
+        {"patch_size": 3},
+        {"colour": 1},
+        {"stats": other},
+        {"stats": {"average": None}},
+    ):
+        with pytest.raises(ValueError):
+            rae.from_official(weights, **(given | change))

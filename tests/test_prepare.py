@@ -29,6 +29,20 @@ def test_parts_are_ordinary_folders(monkeypatch, tmp_path):
     assert language_model.config.vocab_size == len(tokenizer)
 
 
+def test_vae_is_a_folder_of_diffusers_with_measured_statistics(tmp_path):
+    prepare.train_vae(tmp_path, steps=30, batch=4, seed=0)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 29 and rows[-1]["loss"] < rows[0]["loss"]
+    model = rae.open_autoencoder(tmp_path)
+    assert model.latent_shape == (36, 32) and model.image_size == 48  # as many tokens as the nano RAE
+    images = data.to_unit(
+        next(data.Loader(data.open_source("nano", 48, 1), 32))["image"], torch.device("cpu")
+    )
+    latents = model.encode(images)
+    assert latents.mean().abs() < 0.2 and 0.8 < latents.std() < 1.2
+    assert model.decode(latents).shape == images.shape
+
+
 def test_tokenizer_spells_capitals_and_loses_nothing(parts):
     tokenizer = transformers.AutoTokenizer.from_pretrained(parts / "language-model")
     text = 'the word "CAT", drawn twice:\n\n<|im_end|> émigré 12'

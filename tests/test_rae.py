@@ -234,4 +234,4 @@ def test_latent_statistics_are_inverted_by_decode_and_saved(tmp_path):
 
 def test_an_encoder_that_is_none_of_ours():
     with pytest.raises(ValueError, match="known: siglip"):
-        rae.Encoder({"model_type": "vit", **VISION})
+        rae.Encoder({"model_type": "beit", **VISION})
