@@ -4,6 +4,7 @@ folders.
     python -m nano.prepare language-model       # plays Qwen2.5: a ChatML tokenizer and a Qwen2 model
     python -m nano.prepare encoder              # plays SigLIP-2: its vision tower, trained against captions
     python -m nano.prepare vae                  # plays FLUX's VAE, to compare with the RAE
+    python -m nano.prepare photographs          # real pictures, cut from those of scikit-image and -learn
     python -m nano.prepare ship                 # runs/decoder and runs/t2i, as bf16
 
 The encoder learns with the sigmoid contrastive loss of SigLIP (arXiv 2303.15343) and needs the tokenizer for
@@ -20,10 +21,12 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from einops import rearrange
+from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -190,6 +193,34 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
     model.save_config(out)
 
 
+PHOTOGRAPHS = {  # by those whose wheels hold them; the two halves share no picture
+    "train": ["astronaut.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
+              "retina.jpg", "china.jpg"],
+    "test": ["chelsea.png", "rocket.jpg", "flower.jpg"],
+}  # fmt: skip
+
+
+def cut_photographs(out: Path, seed: int, crops: int = 128) -> None:
+    """Random squares of real photographs, from 96 px to all of the height, as PNG files of 72 px."""
+    import skimage
+    import sklearn
+
+    folders = [Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets/images"]
+    for half, names in PHOTOGRAPHS.items():
+        (out / half).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            path = next(folder / name for folder in folders if (folder / name).is_file())
+            with Image.open(path) as image:
+                image = image.convert("RGB")
+            chance = np.random.default_rng(data.mix(seed, name))
+            for number in range(crops):
+                side = int(96 * (image.height / 96) ** chance.random())
+                left, top = (int(chance.integers(length - side + 1)) for length in image.size)
+                crop = image.crop((left, top, left + side, top + side))
+                crop = crop.resize((72, 72), Image.Resampling.BICUBIC)
+                crop.save(out / half / f"{path.stem}-{number:03d}.png")
+
+
 def ship(out: Path, runs: Path) -> None:
     """Copies the models of both trainings with one log line in ten; their matrices as bf16, while statistics,
     frequencies and position tables stay as they were trained with."""
@@ -238,7 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["language-model", "encoder", "vae", "ship"])
+    parser.add_argument("part", choices=["language-model", "encoder", "vae", "photographs", "ship"])
     parser.add_argument("--out", type=Path, default=Path("nano/weights"), help="writes OUT/<part>")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
     parser.add_argument("--batch", type=int, help="samples a step (default 128; vae 32)")
@@ -250,6 +281,8 @@ def main() -> None:
         ship(args.out, args.runs)
     elif args.part == "encoder":
         train_encoder(args.out / "encoder", args.out / "language-model", args.steps, args.batch, args.seed)
+    elif args.part == "photographs":
+        cut_photographs(args.out / "photographs", args.seed)
     elif args.part == "vae":
         train_vae(args.out / "vae", args.steps, args.batch, args.seed)
     else:
