@@ -2,6 +2,7 @@
 
     python bench.py                        # the nano sizes, on this machine
     python bench.py encode sample          # some of them
+    python bench.py decoder-step --decoder ViT-XL --checkpoint-blocks --batch 32
     python bench.py --compile --json bench.json
 
 Each loop is warmed up, then timed for --seconds. Random weights of the preset's sizes are as fast as trained
@@ -40,6 +41,10 @@ class Config:
         metavar="WHAT",
     )
     autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE folder or hub id")
+    decoder: str = flag(
+        "", "for decoder-step, another behind its encoder: 256 tokens, 256 px", choices=["", *rae.DECODERS]
+    )
+    checkpoint_blocks: bool = flag(False, "compute the decoder's layers twice, to save memory")
     model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id")
     data: str = flag("nano", "source of the pictures and captions")
     batch: int = flag(64, "pictures at once", at_least=4)
@@ -50,11 +55,16 @@ class Config:
 
 
 def measure(run: Callable[[], object], images: int, seconds: float, where: common.Launch) -> dict:
-    """Milliseconds of a call and images a second, after three calls to warm up."""
+    """Milliseconds of a call and images a second, after three calls to warm up; on CUDA the peak of its
+    memory, in GB."""
+    cuda = where.device.type == "cuda"
 
     def wait() -> None:
-        if where.device.type == "cuda":
+        if cuda:
             torch.cuda.synchronize()
+
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
 
     for _ in range(3):
         run()
@@ -65,7 +75,8 @@ def measure(run: Callable[[], object], images: int, seconds: float, where: commo
         wait()
         calls += 1
     elapsed = time.perf_counter() - started
-    return {"ms": 1000 * elapsed / calls, "images_per_second": images * calls / elapsed}
+    result = {"ms": 1000 * elapsed / calls, "images_per_second": images * calls / elapsed}
+    return result | ({"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if cuda else {})
 
 
 def jpeg_loader(folder: str, batch: int, pictures: int = 256) -> data.Loader:
@@ -82,23 +93,38 @@ def jpeg_loader(folder: str, batch: int, pictures: int = 256) -> data.Loader:
     return data.Loader(data.open_source(folder, 256, 0), batch, workers=os.cpu_count())
 
 
+def trained_autoencoder(config: Config, autoencoder: rae.RAE) -> rae.RAE:
+    """The one of decoder-step: the same, or with its encoder and a decoder of another size."""
+    if not config.decoder:
+        return autoencoder
+    size = rae.DECODERS[config.decoder] | {"patch_size": 16}
+    side = 16 * autoencoder.encoder.config.patch_size
+    return rae.RAE(**autoencoder._hub_mixin_config | {"decoder_config": size, "encoder_size": side})
+
+
 def loops(config: Config, where: common.Launch) -> dict[str, tuple[Callable[[], object], int]]:
     """Every loop by name: what to call, and the images in one call."""
     autoencoder = common.load_autoencoder(config.autoencoder, where)
+    trained = trained_autoencoder(config, autoencoder).to(where.device)
     model = common.load_text_to_image(config.model, config.autoencoder, where)
-    blocks = [*model.dit.blocks, *model.language_model.model.layers, *autoencoder.decoder.decoder_layers]
-    common.compile_blocks(blocks, config.compile, where)
+    blocks = [*model.dit.blocks, *model.language_model.model.layers]
+    common.compile_blocks(
+        {*blocks, *autoencoder.decoder.decoder_layers, *trained.decoder.decoder_layers}, config.compile, where
+    )
+    if config.checkpoint_blocks:
+        common.checkpoint_blocks(trained.decoder.decoder_layers)
     source = data.open_source(config.data, autoencoder.image_size, 0, understanding=0.1)
     stream = data.Loader(source, config.batch)
     batch = next(stream)
     images = data.to_unit(batch["image"], where.device)
+    pictures = F.interpolate(images, (trained.image_size, trained.image_size), mode="bilinear")
     latents = autoencoder.encode(images)
     chat = model.chat(batch["conversation"]).to(where.device)
     noise, u, v = data.flow_draws(model.latent_shape, 0, batch["index"], where.device)
     t, dropped = rae.sample_time(u, model.alpha).to(where.device), (v < 0.1).to(where.device)
     optimizers = {
         part: torch.optim.AdamW([p for p in part.parameters() if p.requires_grad], lr=0.0, fused=True)
-        for part in (autoencoder, model)
+        for part in (trained, model)
     }
 
     def train(part: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> None:
@@ -109,7 +135,7 @@ def loops(config: Config, where: common.Launch) -> dict[str, tuple[Callable[[], 
         optimizers[part].zero_grad()
 
     def decoder_loss() -> torch.Tensor:
-        return F.l1_loss(autoencoder.decode(autoencoder.encode(images)), images)
+        return F.l1_loss(trained.decode(trained.encode(pictures)), pictures)
 
     def t2i_loss() -> torch.Tensor:
         text, flow = model(chat, autoencoder.encode(images), noise, t, dropped)
@@ -130,7 +156,7 @@ def loops(config: Config, where: common.Launch) -> dict[str, tuple[Callable[[], 
         "jpeg": (lambda: next(jpeg()), config.batch),
         "encode": (lambda: infer(autoencoder.encode, images), config.batch),
         "decode": (lambda: infer(autoencoder.decode, latents), config.batch),
-        "decoder-step": (lambda: train(autoencoder, decoder_loss), config.batch),
+        "decoder-step": (lambda: train(trained, decoder_loss), config.batch),
         "t2i-step": (lambda: train(model, t2i_loss), config.batch),
         "sample": (lambda: infer(model.generate, batch["caption"][:4], guidance=3.0, noise=noise[:4]), 4),
     }
@@ -147,10 +173,9 @@ def main() -> None:
     for name in config.what or every:
         run, images = every[name]
         results[name] = measure(run, images, config.seconds, where)
-        print(
-            f"{name:14} {results[name]['ms']:9.1f} ms {results[name]['images_per_second']:9.1f} images/s",
-            flush=True,
-        )
+        shown = f"{results[name]['ms']:9.1f} ms {results[name]['images_per_second']:9.1f} images/s"
+        peak = f"{results[name]['peak_gb']:7.1f} GB" if "peak_gb" in results[name] else ""
+        print(f"{name:14} {shown} {peak}", flush=True)
     if config.json:
         about = {
             "where": str(where),
