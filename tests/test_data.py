@@ -176,7 +176,7 @@ def test_pieces_of_a_batch():
 def test_square_takes_the_centre():
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 255
-    assert (data.square(Image.fromarray(wide), 10) == 255).all()
+    assert (data.centre_crop(Image.fromarray(wide), 10) == 255).all()
 
 
 def test_draws_depend_on_the_sample_and_not_on_its_batch():
