@@ -14,6 +14,9 @@ is depends on the seed and its number alone, whatever the number of processes an
 of pictures are maps from numbers to samples. Shards are read in order instead: they are dealt out to lanes,
 each of which serves its own places of every batch, and a checkpoint holds how far every lane has come.
 
+Loader makes the batches of a training, without an end. Once goes through a whole data set, every sample one
+time, for an evaluation or for statistics.
+
 Samples that cannot be used are left out, and named in the batch that follows.
 """
 
@@ -26,19 +29,24 @@ import re
 import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.Image import Resampling
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 REQUESTS = ("Generate an image of {}", "Can you draw {}?", "Please make a picture of {}", "Show me {}")
 NANO_MIXTURE = {"nano:objects": 0.7, "nano:scenes": 0.15, "nano:text": 0.15}
 PIXELS = 2**26  # a picture of more is refused before it is decoded
+STRIP = 50  # and so is one of that ratio of sides: resized by its short one it would fill the memory
 BYTES = 2**26  # and so is a file in a tar of more
 CHARACTERS = 1000  # of a caption; the rest is cut off
+DRAWS = 4  # uniform numbers for a sample: wording of the request, place of the crop (2), mirroring
 BLOCK = 64  # rows of a shard that are shuffled together
 STALL = 300  # seconds without data after which a training gives up
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -80,8 +88,8 @@ def clean(caption: str) -> str:
 
 
 def open_picture(source: str | bytes, name: str = "") -> Image.Image:
-    """The RGB picture of a file, given by its path or as its bytes. Raises Unusable for what is none, and for
-    more than 67 megapixels."""
+    """The RGB picture of a file, given by its path or as its bytes. Raises Unusable for what is none, for
+    more than 67 megapixels, and for strips."""
     name = name or (source if isinstance(source, str) else "picture")
     try:
         with Image.open(
@@ -89,6 +97,8 @@ def open_picture(source: str | bytes, name: str = "") -> Image.Image:
         ) as image:
             if image.width * image.height > PIXELS:
                 raise Unusable(f"{name} has {image.width} x {image.height} pixels, the limit is {PIXELS:,}")
+            if max(image.size) > STRIP * min(image.size):
+                raise Unusable(f"{name} is a strip of {image.width} x {image.height} pixels")
             return image.convert("RGB")
     except FileNotFoundError:
         raise Unusable(f"no picture at {name}") from None
@@ -101,21 +111,68 @@ def open_picture(source: str | bytes, name: str = "") -> Image.Image:
         raise Unusable(f"{name} is damaged: {type(error).__name__} {error}") from None
 
 
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """The centred square of an RGB picture, resized: (size, size, 3) uint8."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+def centre_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The centred square of an RGB picture, as evaluations take it (ADM): halved while the short side is at
+    least 2 size, resized to a short side of size, cropped. (size, size, 3) uint8."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
+    image = image.resize(short_side(image, size), Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.array(image.crop((left, top, left + size, top + size)))
 
 
-def captioned(row: dict, size: int, uniform: float) -> dict:
-    """A sample from a row {"name", "image": path or bytes, perhaps a caption}; or Unusable."""
+def random_crop(image: Image.Image, size: int, across: float, down: float) -> np.ndarray:
+    """A square of an RGB picture that was resized to a short side of 1.5 size (RAE, stage 1); its place comes
+    from two uniform numbers. (size, size, 3) uint8.
+
+    Only the square itself is computed, from its box in the picture: five times faster, the same up to the
+    rounding of pixels.
+    """
+    width, height = short_side(image, size * 3 // 2)
+    left, top = int(across * (width - size + 1)), int(down * (height - size + 1))
+    x, y = image.width / width, image.height / height
+    box = (left * x, top * y, min((left + size) * x, image.width), min((top + size) * y, image.height))
+    return np.array(image.resize((size, size), Resampling.BICUBIC, box=box))
+
+
+def short_side(image: Image.Image, side: int) -> tuple[int, int]:
+    """The width and height of a picture whose short side is resized to `side`."""
+    scale = side / min(image.size)
+    return round(image.width * scale), round(image.height * scale)
+
+
+class View(NamedTuple):
+    """What is taken of a picture: a square of that side, which one, and whether half of them are mirrored."""
+
+    size: int
+    crop: str = "centre"  # or random
+    flip: bool = False
+
+    def pixels(self, image: Image.Image, across: float, down: float, mirror: float) -> np.ndarray:
+        """(size, size, 3) uint8 of an RGB picture, decided by three uniform numbers."""
+        if self.crop == "centre":
+            square = centre_crop(image, self.size)
+        else:
+            square = random_crop(image, self.size, across, down)
+        return np.ascontiguousarray(square[:, ::-1]) if self.flip and mirror < 0.5 else square
+
+
+def captioned(row: dict, view: View, uniform: np.ndarray) -> dict:
+    """A sample from a row {"name", "image": path or bytes, perhaps a caption} and DRAWS uniform numbers; or
+    Unusable."""
     if "error" in row or not row.get("image"):
         raise Unusable(f"{row['name']}: {row.get('error', 'no picture')}")
-    caption = next((row[key] for key in CAPTIONS if isinstance(row.get(key), str)), "")
-    picture = square(open_picture(row["image"], row["name"]), size)
-    return {"image": picture, "caption": clean(caption), "conversation": request(clean(caption), uniform)}
+    caption = clean(next((row[key] for key in CAPTIONS if isinstance(row.get(key), str)), ""))
+    picture = view.pixels(open_picture(row["image"], row["name"]), *uniform[1:])
+    return {"image": picture, "caption": caption, "conversation": request(caption, uniform[0])}
+
+
+def attempt(row: dict, view: View, *keys: int) -> dict:
+    """A sample whose draws depend on the keys, or without one only {"skipped": [the reason]}."""
+    try:
+        return captioned(row, view, np.random.default_rng(mix(*keys)).random(DRAWS))
+    except Unusable as error:
+        return {"skipped": [str(error)]}
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -143,12 +200,18 @@ class Nano:
             conversation = [("user", f"<image>\n{question}"), ("assistant", answer)]
         return {"image": sample.image, "caption": sample.caption, "conversation": conversation}
 
+    def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
+        if limit is None:
+            raise ValueError(f"nano:{self.domain} has no end: give a limit")
+        for number in range(rank, limit, world):
+            yield self[number] | {"index": (number,)}
+
 
 class Pictures:
     """A folder of pictures, through the `imagefolder` reader of `datasets`: a map that starts over without
     an end, in another order each time. For a picture that cannot be used another one is drawn."""
 
-    def __init__(self, path: str, size: int, seed: int):
+    def __init__(self, path: str, view: View, seed: int):
         from datasets import Image as Column
         from datasets import load_dataset
 
@@ -156,7 +219,7 @@ class Pictures:
         if not len(rows):
             raise ValueError(f"{path} holds no pictures")
         self.rows = rows.cast_column("image", Column(decode=False))
-        self.path, self.size, self.seed, self.order = path, size, seed, (-1, None)
+        self.path, self.view, self.seed, self.order = path, view, seed, (-1, None)
 
     def __getitem__(self, number: int) -> dict:
         epoch, position = divmod(number, len(self.rows))
@@ -166,13 +229,19 @@ class Pictures:
         row = int(self.order[1][position])
         while len(skipped) < 100:
             try:
-                path = self.rows[row]["image"]["path"]
-                fields = self.rows[row] | {"image": path, "name": path}
-                return captioned(fields, self.size, chance.random()) | {"skipped": skipped}
+                return captioned(self.row(row), self.view, chance.random(DRAWS)) | {"skipped": skipped}
             except Unusable as error:
                 skipped.append(str(error))
                 row = int(chance.integers(len(self.rows)))
         raise ValueError(f"{self.path}: 100 pictures in a row cannot be used, the last: {skipped[-1]}")
+
+    def row(self, row: int) -> dict:
+        path = self.rows[row]["image"]["path"]
+        return self.rows[row] | {"image": path, "name": path}
+
+    def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
+        for row in range(len(self.rows))[:limit][rank::world]:
+            yield attempt(self.row(row), self.view, self.seed, row) | {"index": (row,)}
 
 
 class Stream:
@@ -181,8 +250,8 @@ class Stream:
     shards: functions that yield rows, see `captioned`.
     """
 
-    def __init__(self, name: str, shards: list, size: int, seed: int):
-        self.name, self.shards, self.size, self.seed = name, shards, size, seed
+    def __init__(self, name: str, shards: list, view: View, seed: int):
+        self.name, self.shards, self.view, self.seed = name, shards, view, seed
 
     def lane(self, lane: int, lanes: int, epoch=0, turn=0, first=0, taken=0) -> Iterator[dict]:
         """The samples of one of `lanes` without an end, from a position on: the pass, which shard of this
@@ -203,26 +272,34 @@ class Stream:
         raise ValueError(f"{self.name}: nothing in it can be used: {reason}")
 
     def rows(self, epoch: int, shard: int, first: int, taken: int, skipped: list[str]) -> Iterator[dict]:
-        """The samples of one shard, block by block, each with the last two numbers of its position. A shard
-        that cannot be read further ends early."""
-        rows, block = itertools.islice(self.shards[shard](), first, None), [None]
+        """The samples of one shard, block by block, each with the last two numbers of its position."""
+        rows, block = itertools.islice(self.read(shard), first, None), [None]
         while block:
-            block, ended = [], ""
-            try:
-                block.extend(itertools.islice(rows, BLOCK))  # keeps what came before an error
-            except Exception as error:  # from tarfile, pyarrow, the file system or the hub
-                ended = f"{self.name}: the rest of shard {shard}: {type(error).__name__} {error}"
+            block = list(itertools.islice(rows, BLOCK))
             chance = np.random.default_rng(mix(self.seed, epoch, shard, first))
-            order, uniform = chance.permutation(len(block)).tolist(), chance.random(len(block))
+            order, uniform = chance.permutation(len(block)).tolist(), chance.random((len(block), DRAWS))
             for done, row in enumerate(order[taken:], start=taken + 1):
                 try:
-                    yield captioned(block[row], self.size, uniform[row]) | {"position": (first, done)}
+                    yield captioned(block[row], self.view, uniform[row]) | {"position": (first, done)}
                 except Unusable as error:
                     skipped.append(str(error))
-            if ended:
-                skipped.append(ended)
-                return
             first, taken = first + len(block), 0
+
+    def read(self, shard: int) -> Iterator[dict]:
+        """The rows of a shard in order. One that cannot be read further ends with a row that says so."""
+        try:
+            yield from self.shards[shard]()
+        except Exception as error:  # from tarfile, pyarrow, the file system or the hub
+            name = f"{self.name}: the rest of shard {shard}"
+            yield {"name": name, "error": f"{type(error).__name__} {error}"}
+
+    def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
+        """Without a limit every process reads its own shards; with one, since nobody knows how many rows a
+        shard has, all read the first `limit` rows and decode their own."""
+        shards = range(len(self.shards))[rank::world] if limit is None else range(len(self.shards))
+        rows = (((shard, n), row) for shard in shards for n, row in enumerate(self.read(shard)))
+        for index, row in rows if limit is None else itertools.islice(rows, rank, limit, world):
+            yield attempt(row, self.view, self.seed, *index) | {"index": index}
 
 
 def tar_rows(url: str) -> Iterator[dict]:
@@ -317,10 +394,10 @@ def open_table(name: str, **kwargs) -> list:
     return [partial(table_rows, name, table, shard, columns[0]) for shard in range(table.num_shards)]
 
 
-def open_one(name: str, size: int, seed: int, understanding: float) -> Nano | Pictures | Stream:
+def open_one(name: str, view: View, seed: int, understanding: float) -> Nano | Pictures | Stream:
     """The source of one name, see the top of this file."""
     if name.startswith("nano:"):
-        return Nano(name.removeprefix("nano:"), size, seed, understanding)
+        return Nano(name.removeprefix("nano:"), view.size, seed, understanding)
     path = Path(name)
     if path.is_dir():
         tars = sorted(
@@ -328,10 +405,10 @@ def open_one(name: str, size: int, seed: int, understanding: float) -> Nano | Pi
         )
         tables = sorted(map(str, path.rglob("*.parquet")))
         if tars:
-            return Stream(name, [partial(tar_rows, url) for url in tars], size, seed)
+            return Stream(name, [partial(tar_rows, url) for url in tars], view, seed)
         if tables:
-            return Stream(name, open_table(name, path="parquet", data_files=tables), size, seed)
-        return Pictures(name, size, seed)
+            return Stream(name, open_table(name, path="parquet", data_files=tables), view, seed)
+        return Pictures(name, view, seed)
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise ValueError(
             f"no data source {name!r}: give nano, a folder of pictures or shards, or a hub id like org/name"
@@ -341,8 +418,8 @@ def open_one(name: str, size: int, seed: int, understanding: float) -> Nano | Pi
     tars = HfFileSystem().glob(f"datasets/{name}/**/*.tar")
     tars = [url for url in tars if "train" in url.removeprefix(f"datasets/{name}")] or tars  # the split
     if tars:
-        return Stream(name, [partial(tar_rows, f"hf://{url}") for url in tars], size, seed)
-    return Stream(name, open_table(name, path=name), size, seed)
+        return Stream(name, [partial(tar_rows, f"hf://{url}") for url in tars], view, seed)
+    return Stream(name, open_table(name, path=name), view, seed)
 
 
 class Mixture:
@@ -370,9 +447,30 @@ class Mixture:
         owner, own_number = self.place(number)
         return self.sources[owner][own_number] | {"index": number}
 
+    def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
+        """This process's share of every sample of every source, or of the first `limit` samples, of which
+        each source has its share. `index` puts the samples of all processes in order. A sample that cannot
+        be used has no image, but says why in `skipped`."""
+        for owner, source in enumerate(self.sources):
+            own = limit
+            if limit is not None:
+                own = limit // 1000 * self.counts[owner] + (self.owners[: limit % 1000] == owner).sum()
+            for sample in source.once(own, rank, world):
+                yield sample | {"index": (owner, *sample["index"])}
 
-def open_source(names: str, size: int, seed: int, understanding: float = 0.0) -> Mixture:
-    """The sources of a --data flag, see the top of this file. Raises ValueError for a name that is none."""
+
+def open_source(
+    names: str, size: int, seed: int, understanding: float = 0.0, crop: str = "centre", flip: bool = False
+) -> Mixture:
+    """The sources of a --data flag, see the top of this file. Raises ValueError for a name that is none.
+
+    understanding: share of the nano world's samples that are a question about the picture.
+    crop, flip: of each picture its centre or a random square, see `centre_crop` and `random_crop`, and half
+        of them mirrored. The nano world draws its pictures as they should be.
+    """
+    if crop not in ("centre", "random"):
+        raise ValueError(f"no crop {crop!r}: choose from centre, random")
+    view = View(size, crop, flip)
     parts = []
     for part in names.split(","):
         name, _, weight = part.partition("=")
@@ -385,7 +483,7 @@ def open_source(names: str, size: int, seed: int, understanding: float = 0.0) ->
         shares = NANO_MIXTURE if name == "nano" else {name: 1.0}
         parts += [(name, weight * share) for name, share in shares.items()]
     try:
-        sources = [open_one(name, size, seed, understanding) for name, _ in parts]
+        sources = [open_one(name, view, seed, understanding) for name, _ in parts]
     except (ValueError, OSError):
         raise
     except Exception as error:  # from pyarrow, datasets or the hub
@@ -470,27 +568,15 @@ class Loader:
         batches = Batches(source, batch, start, rank, world, positions or {})
         self.positions, self.skipped, self.waited = batches.positions, [], 0.0
         self.parts = min(workers, len(batches.own)) or 1
-        self.loader = iter(
-            DataLoader(
-                batches,
-                batch_size=None,
-                num_workers=self.parts if workers else 0,
-                prefetch_factor=4 if workers else None,
-                worker_init_fn=leave_signals,
-                timeout=STALL if workers else 0,
-            )
-        )
+        self.loader = iter(in_workers(batches, self.parts if workers else 0))
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> dict:
         started = time.perf_counter()
-        try:
+        with reading():
             parts = [next(self.loader) for _ in range(self.parts)]
-        except RuntimeError as error:  # a worker that stalls, or was killed for memory
-            stalled = f"no data for {STALL} s, a read stalls" if "timed out" in str(error) else error
-            raise OSError(f"data loading failed: {stalled}") from error
         batch = {k: [x for part in parts for x in part[k]] for k in ("caption", "conversation", "index")}
         batch["image"] = torch.cat([part["image"] for part in parts])
         if torch.cuda.is_available():
@@ -500,6 +586,64 @@ class Loader:
             self.skipped += part["skipped"]
         self.waited += time.perf_counter() - started
         return batch
+
+
+class Once:
+    """This process's share of every sample, one time each: batches (see `collate`) of up to `batch` samples.
+    `index` puts the samples of all processes in order; which of them share a batch depends on their number.
+
+    limit: samples of the whole source, over all processes; a source without an end needs one.
+    skipped: which samples were left out so far.
+    """
+
+    def __init__(self, source: Mixture, batch: int, limit: int | None = None, workers=1, rank=0, world=1):
+        self.loader = in_workers(Shares(source, batch, limit, rank, world), workers)
+        self.skipped: list[str] = []
+
+    def __iter__(self) -> Iterator[dict]:
+        with reading():
+            for batch in self.loader:
+                self.skipped += batch["skipped"]
+                if "image" in batch:
+                    yield batch
+
+
+class Shares(IterableDataset):
+    """One process's share of every sample, which its worker processes share again."""
+
+    def __init__(self, source: Mixture, batch: int, limit: int | None, rank: int, world: int):
+        self.source, self.batch, self.limit, self.rank, self.world = source, batch, limit, rank, world
+
+    def __iter__(self) -> Iterator[dict]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        share = self.source.once(self.limit, self.rank * workers + worker, self.world * workers)
+        while samples := list(itertools.islice(share, self.batch)):
+            usable = [sample for sample in samples if "image" in sample]
+            skipped = [message for sample in samples for message in sample.get("skipped", ())]
+            yield (collate(usable) if usable else {}) | {"skipped": skipped}
+
+
+def in_workers(batches: IterableDataset, workers: int) -> DataLoader:
+    """Makes batches ahead in that many worker processes (0: in this one, when they are asked for)."""
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=leave_signals,
+        timeout=STALL if workers else 0,
+    )
+
+
+@contextmanager
+def reading():
+    """Around whatever waits for worker processes: an error that a user understands (OSError)."""
+    try:
+        yield
+    except RuntimeError as error:  # a worker that stalls, or was killed for memory
+        stalled = f"no data for {STALL} s, a read stalls" if "timed out" in str(error) else error
+        raise OSError(f"data loading failed: {stalled}") from error
 
 
 def pieces(batch: dict, count: int) -> list[dict]:

@@ -47,7 +47,7 @@ class Config:
 
 def to_pixels(picture: Image.Image, size: int) -> torch.Tensor:
     """The centred square of a picture, (1, 3, size, size) in [0, 1]."""
-    return torch.from_numpy(data.square(picture, size)).permute(2, 0, 1)[None].float() / 255
+    return torch.from_numpy(data.centre_crop(picture, size)).permute(2, 0, 1)[None].float() / 255
 
 
 def file_name(prompt: str) -> str:

@@ -173,10 +173,135 @@ def test_pieces_of_a_batch():
     assert [part["index"] for part in data.pieces(batch, 20)] == [[i] for i in range(7)]
 
 
-def test_square_takes_the_centre():
-    wide = np.zeros((10, 30, 3), np.uint8)
-    wide[:, 10:20] = 255
-    assert (data.square(Image.fromarray(wide), 10) == 255).all()
+# -----------------------------------------------------------------------------------------------------------
+# crops
+
+
+def noise_picture(width: int, height: int) -> Image.Image:
+    coarse = np.random.default_rng(width * height).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3))
+    return Image.fromarray(coarse.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("size", [(40, 60), (64, 64), (333, 131), (517, 1031), (20, 33)])
+def test_centre_crop_is_that_of_the_evaluations(size):
+    image = picture = noise_picture(*size)
+    while min(picture.size) >= 64:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    width, height = (round(side * 32 / min(picture.size)) for side in picture.size)
+    pixels = np.array(picture.resize((width, height), Image.Resampling.BICUBIC))
+    top, left = (height - 32) // 2, (width - 32) // 2
+    np.testing.assert_array_equal(data.centre_crop(image, 32), pixels[top : top + 32, left : left + 32])
+
+
+@pytest.mark.parametrize("size", [(40, 60), (333, 131), (517, 1031), (20, 33)])
+def test_random_crop_is_a_square_of_the_resized_picture(size):
+    image = noise_picture(*size)
+    width, height = (round(side * 48 / min(size)) for side in size)
+    resized = np.array(image.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    for across, down in ((0.0, 0.0), (0.999999, 0.999999), (0.3, 0.8)):
+        left, top = int(across * (width - 31)), int(down * (height - 31))
+        expected = resized[top : top + 32, left : left + 32]
+        assert abs(data.random_crop(image, 32, across, down) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_random_crops_and_flips_depend_on_the_seed_and_the_sample(kind, tmp_path):
+    ramp = np.zeros((48, 48, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(48), np.arange(48)[:, None]  # where a pixel was
+    file = io.BytesIO()
+    Image.fromarray(ramp).save(file, "PNG")
+    if kind == "tar":
+        write_tar(tmp_path / "0.tar", {f"{i:02d}.png": file.getvalue() for i in range(16)})
+    elif kind == "parquet":
+        rows = {"image": [{"bytes": file.getvalue(), "path": None}] * 16}
+        Dataset.from_dict(rows).to_parquet(tmp_path / "0.parquet")
+    else:
+        for i in range(16):
+            (tmp_path / f"{i:02d}.png").write_bytes(file.getvalue())
+
+    def places(seed: int, **kwargs) -> list[tuple]:
+        source = data.open_source(str(tmp_path), SIZE, seed, crop="random", **kwargs)
+        [images] = take(data.Loader(source, 16, workers=0), 4, "image")
+        return [(int(i[0, 0, 0]), int(i[1, 0, 0]), int(i[0, 0, -1]) - int(i[0, 0, 0])) for i in images]
+
+    first = places(0, flip=True)
+    assert first == places(0, flip=True) != places(1, flip=True)
+    assert {width for *_, width in first} == {31, -31}
+    assert 16 < sum(width > 0 for *_, width in first) < 48
+    lefts, tops = ({place[axis] for place in places(0)} for axis in (0, 1))
+    assert lefts == tops == set(range(17))
+    assert {width for *_, width in places(0)} == {31}
+
+
+def test_the_nano_world_is_neither_cropped_nor_mirrored():
+    plain, other = (data.open_source("nano", 48, 0, **k) for k in ({}, {"crop": "random", "flip": True}))
+    assert all((plain[i]["image"] == other[i]["image"]).all() for i in range(4))
+    with pytest.raises(ValueError, match="no crop 'corner'"):
+        data.open_source("nano", 48, 0, crop="corner")
+
+
+def test_a_strip_is_refused():
+    file = io.BytesIO()
+    Image.new("RGB", (4, 201)).save(file, "PNG")
+    with pytest.raises(data.Unusable, match="strip of 4 x 201"):
+        data.open_picture(file.getvalue())
+
+
+# -----------------------------------------------------------------------------------------------------------
+# every sample once
+
+
+def everything(names: str, limit=None, worlds=1, workers=0, batch=5) -> dict[tuple, str]:
+    """What all processes together get: captions by index, in order."""
+    samples = []
+    for rank in range(worlds):
+        source = data.open_source(names, SIZE, seed=0)
+        for part in data.Once(source, batch, limit, workers, rank, worlds):
+            assert part["image"].shape[1:] == (3, SIZE, SIZE) and len(part["image"]) <= batch
+            samples += zip(map(tuple, part["index"]), part["caption"], strict=True)
+    assert len(dict(samples)) == len(samples)
+    return dict(sorted(samples))
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_finite_pass_has_every_sample_once_however_it_is_split(kind, sources):
+    whole = everything(str(sources / kind))
+    assert sorted(whole.values()) == sorted(f"picture {i}" for i in range(48))
+    for worlds, workers in ((2, 0), (3, 2), (11, 0)):  # 11: more than there are shards
+        assert everything(str(sources / kind), None, worlds, workers) == whole
+    first = dict(list(whole.items())[:20])
+    for worlds, workers in ((1, 0), (2, 0), (3, 2)):
+        assert everything(str(sources / kind), 20, worlds, workers) == first
+    assert everything(str(sources / kind), 1000, 2) == whole
+
+
+def test_a_finite_pass_over_a_mixture(sources):
+    names = f"{sources}/tar=3,{sources}/folder=1"
+    whole = everything(names)
+    assert Counter(whole.values()) == Counter([f"picture {i}" for i in range(48)] * 2)
+    part = everything(names, 40, worlds=2)
+    assert part.items() <= whole.items() and len(part) == 40
+    assert sum(owner == 0 for owner, *_ in part) > 20
+    source = data.open_source("nano:text,nano:scenes", SIZE, seed=0)
+    drawn = everything("nano:text,nano:scenes", 7, worlds=3)
+    assert set(drawn.values()) == {source[i]["caption"] for i in range(7)}
+    with pytest.raises(ValueError, match="nano:text has no end: give a limit"):
+        everything("nano:text")
+
+
+def test_a_finite_pass_leaves_out_and_names_what_is_damaged(tmp_path):
+    write_folder(tmp_path / "folder", 8)
+    write_tars(tmp_path / "tar", 2, 4)
+    for i in (0, 6, 7):
+        (tmp_path / f"folder/{i}.png").write_bytes(b"junk")
+    content = (tmp_path / "tar/01.tar").read_bytes()
+    (tmp_path / "tar/01.tar").write_bytes(content[:700])
+    for kind, left, messages in (("folder", 5, ["0.png", "6.png", "7.png"]), ("tar", 4, ["rest of shard 1"])):
+        for workers in (0, 2):
+            batches = data.Once(data.open_source(str(tmp_path / kind), SIZE, 0), 2, workers=workers)
+            assert sum(len(batch["index"]) for batch in batches) == left
+            assert len(batches.skipped) == len(messages)
+            assert all(any(m in s for s in batches.skipped) for m in messages), batches.skipped
 
 
 def test_draws_depend_on_the_sample_and_not_on_its_batch():
