@@ -13,7 +13,7 @@ OUT/model (an RAE folder for the other scripts), OUT/checkpoints/, OUT/metrics.j
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +108,11 @@ class Config:
     )
     seed: int = flag(0, "of weights, data order, crops, noise and augmentations")
     data: str = flag("nano", "a source of pictures, or several with weights, see data.py")
+    crop: str = flag(
+        "centre",
+        "of pictures: their centre, or a random square of them at 1.5 times the size",
+        choices=["centre", "random"],
+    )
     encoder: str = flag(
         str(common.WEIGHTS / "encoder"), "transformers folder or hub id of the frozen encoder"
     )
@@ -171,20 +176,21 @@ class Config:
 
 @torch.no_grad()
 def latent_statistics(
-    model: rae.RAE, batches: Iterator[dict], pictures: float, per: str, where: common.Launch
+    model: rae.RAE, batches: Iterable[dict], per: str, where: common.Launch
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation sqrt(var + 1e-5) of the raw latents, (N, C) each: per token and channel
-    (RAE section 4), or per channel. Exact sums in fp64, over that many pictures or as many as there are."""
+    (RAE section 4), or per channel. Exact sums in fp64 over all batches of all processes."""
     total, count = torch.zeros(2, *model.latent_shape, dtype=torch.float64, device="cpu"), 0
     for batch in batches:
         latents = model.encode(data.to_unit(batch["image"], where.device)).cpu().double()
         total += torch.stack([latents.sum(dim=0), latents.square().sum(dim=0)])
         count += len(latents)
-        if count * where.world >= pictures:
-            break
     if where.world > 1:
         dist.all_reduce(total)
-    mean, square = total / common.global_sum(count)[0]
+    [count] = common.global_sum(count)
+    if not count:
+        raise ValueError("no picture to measure the latents on")
+    mean, square = total / count
     if per == "channel":
         mean, square = (table.mean(dim=0).expand_as(table) for table in (mean, square))
     return mean.float(), (square - mean**2 + 1e-5).sqrt().float()
@@ -482,13 +488,17 @@ def main() -> None:
     size = rae.DECODERS[config.decoder] | {"patch_size": config.patch_size}
     with common.loading(config.encoder):
         model = rae.RAE(config.encoder, size, config.encoder_size).to(where.device)
-    source = data.open_source(config.data, model.image_size, config.seed)
+    source = data.open_source(config.data, model.image_size, config.seed, crop=config.crop)
 
     def batches(start: int, positions: dict) -> data.Loader:
         return data.Loader(source, config.batch, config.workers, start, where.rank, where.world, positions)
 
     if run.source is None and config.normalise != "none":
-        statistics = latent_statistics(model, batches(0, {}), config.statistics, config.normalise, where)
+        centres = data.open_source(config.data, model.image_size, config.seed)
+        limit, world = config.statistics or None, where.world
+        measured = data.Once(centres, config.batch, limit, config.workers, where.rank, world)
+        shown = tqdm(measured, "statistics", disable=not where.main)
+        statistics = latent_statistics(model, shown, config.normalise, where)
         model.latent_mean.copy_(statistics[0])
         model.latent_std.copy_(statistics[1])
     perceptual = discriminator = None
