@@ -260,9 +260,13 @@ class Perceptual(nn.Module):
 
     def forward(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """LPIPS, or its like, and the distance of the Gram matrices; (B,) each."""
+        pairs = zip(self.features(one), self.features(other), strict=True)
+        with torch.autocast(one.device.type, enabled=False):
+            return self.distances([(a.float(), b.float()) for a, b in pairs])
+
+    def distances(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         perceptual = gram = 0.0
-        for i, (a, b) in enumerate(zip(self.features(one), self.features(other), strict=True)):
-            a, b = a.float(), b.float()
+        for i, (a, b) in enumerate(pairs):
             gram = gram + (gram_matrix(a) - gram_matrix(b)).square().mean(dim=(1, 2))
             unit_a, unit_b = (x / (x.norm(dim=1, keepdim=True) + 1e-10) for x in (a, b))
             difference = (unit_a - unit_b).square()
@@ -302,9 +306,10 @@ class SpectralConv1d(nn.Module):
         self.weight_u = F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.iterate()
-        sigma = self.weight_u @ self.weight_orig.flatten(1) @ self.weight_v
+        with torch.autocast(x.device.type, enabled=False):
+            if self.training:
+                self.iterate()
+            sigma = self.weight_u @ self.weight_orig.flatten(1) @ self.weight_v
         padding = self.weight_orig.shape[2] // 2
         x = F.pad(x, (padding, padding), mode="circular") if padding else x
         return F.conv1d(x, self.weight_orig / sigma, self.bias)
@@ -338,11 +343,13 @@ class Discriminator(nn.Module):
     """Real or reconstructed? Pictures (B, 3, H, W) in [-1, 1] -> logits (B, maps * tokens): those of the last
     map of the backbone first, then of all of its maps in order, each by a head of its own (RAE's code).
 
-    The frozen backbone is not part of the state dict.
+    The frozen backbone, a hub id or folder maybe, is not part of the state dict.
     """
 
-    def __init__(self, backbone: Backbone):
+    def __init__(self, backbone: Backbone | str):
         super().__init__()
+        if isinstance(backbone, str):
+            backbone = Backbone.from_pretrained(backbone)
         self._backbone = [backbone]  # in a list it is no submodule
         channels = backbone.encoder.config.hidden_size
         self.heads = nn.ModuleList(
@@ -356,16 +363,15 @@ class Discriminator(nn.Module):
     def from_official(
         cls,
         heads_dict: dict[str, Tensor],
-        backbone: str | dict[str, Tensor],
+        backbone: Backbone | str | dict[str, Tensor],
         heads: int | None = None,
         layers: Sequence[int] = (),
     ) -> "Discriminator":
-        """The authors' discriminator, in eval mode: the state dict of its heads, and its backbone as a hub id
-        or folder, or as a state dict of DINO's own release with its number of attention heads. Raises
-        ValueError for dicts that do not fit."""
-        backbone = official_dino(backbone, heads, layers) if isinstance(backbone, dict) else (
-            Backbone.from_pretrained(backbone)
-        )  # fmt: skip
+        """The authors' discriminator, in eval mode: the state dict of its heads, and its backbone, which may
+        be a state dict of DINO's own release, with its attention heads and the layers of the maps if they are
+        not a small DINO's. Raises ValueError for dicts that do not fit."""
+        if isinstance(backbone, dict):
+            backbone = official_dino(backbone, heads, layers)
         return rae.load_official(cls(backbone), heads_dict)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -418,7 +424,8 @@ def augment(images: Tensor, uniform: Tensor, cutout: float = 0.0) -> Tensor:
     )  # (B, H) and (B, W), of the picture with a grey frame of one pixel
     framed = F.pad(images, (1, 1, 1, 1))
     y, x = y.clamp(0, h + 1)[:, None, :, None], x.clamp(0, w + 1)[:, None, None, :]
-    images = framed[torch.arange(b)[:, None, None, None], torch.arange(3)[:, None, None], y, x]
+    sample, channel = torch.arange(b, device=r.device), torch.arange(3, device=r.device)
+    images = framed[sample[:, None, None, None], channel[:, None, None], y, x]
 
     brightness, saturation, contrast = r[2:5, :, None, None, None]
     images = images + brightness - 0.5
@@ -569,7 +576,7 @@ def main() -> None:
             with where.autocast():
                 gan = -discriminator(augment(2 * pictures - 1, draws)).mean()
             [of_gan] = torch.autograd.grad(gan * share, pictures)
-            weight = torch.tensor(config.gan_weight, device=where.device)
+            weight = torch.full((), config.gan_weight, device=where.device)
             if config.adaptive:
                 weight = weight * adaptive_weight(last_layer.gradient(gradient), last_layer.gradient(of_gan))
             losses |= {"gan": gan, "gan_weight": weight}

@@ -8,7 +8,7 @@ python -m nano.prepare photographs --out "$out"
 
 compare() {  # name of the decoder, flags of its training
     python train_decoder.py --out "$out/$1" --steps 1200 --save-every 1200 --resume auto "${@:2}"
-    python eval.py recon --autoencoder "$out/$1/model" --data "$kinds" --strip "$out/$1.png" --out "$out/$1.json"
+    python eval.py recon --autoencoder "$out/$1/model" --data "$kinds" --out "$out/$1.json"
 }
 
 compare objects --data nano:objects
