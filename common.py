@@ -587,6 +587,7 @@ class Run:
         """Counts the samples that the loader left out since the last call, and names them in skipped.log."""
         messages, loader.skipped = loader.skipped, []
         if messages:
+            self.out.mkdir(parents=True, exist_ok=True)
             with (self.out / "skipped.log").open("a") as file:
                 file.writelines(f"{message[:500]}\n" for message in messages)
             write(f"left out {len(messages)} samples, see {self.out / 'skipped.log'}: {messages[0][:200]}")

@@ -240,7 +240,8 @@ class Pictures:
         return self.rows[row] | {"image": path, "name": path}
 
     def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
-        for row in range(len(self.rows))[:limit][rank::world]:
+        order = np.random.default_rng(mix(self.seed)).permutation(len(self.rows)).tolist()
+        for row in order[:limit][rank::world]:  # the first files of a folder are one class
             yield attempt(self.row(row), self.view, self.seed, row) | {"index": (row,)}
 
 
@@ -296,7 +297,8 @@ class Stream:
     def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
         """Without a limit every process reads its own shards; with one, since nobody knows how many rows a
         shard has, all read the first `limit` rows and decode their own."""
-        shards = range(len(self.shards))[rank::world] if limit is None else range(len(self.shards))
+        shards = np.random.default_rng(mix(self.seed)).permutation(len(self.shards)).tolist()
+        shards = shards[rank::world] if limit is None else shards
         rows = (((shard, n), row) for shard in shards for n, row in enumerate(self.read(shard)))
         for index, row in rows if limit is None else itertools.islice(rows, rank, limit, world):
             yield attempt(row, self.view, self.seed, *index) | {"index": index}

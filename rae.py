@@ -202,6 +202,8 @@ class Encoder(nn.Module):
     def __init__(self, source: str | dict, changes: dict | None = None):
         super().__init__()
         pretrained = not isinstance(source, dict)
+        if not pretrained:
+            source = source | (changes or {})
         config = (
             transformers.AutoConfig.from_pretrained(source)
             if pretrained
@@ -212,7 +214,11 @@ class Encoder(nn.Module):
             raise ValueError(f"encoder {source!r} is a {config.model_type}; known: {', '.join(FAMILIES)}")
         family = FAMILIES[config.model_type]
         model_class = getattr(transformers, family.model)
-        model = model_class.from_pretrained(source, **changes or {}) if pretrained else model_class(config)
+        if pretrained:
+            model, report = model_class.from_pretrained(source, output_loading_info=True, **changes or {})
+            check_encoder(source, model, report)
+        else:
+            model = model_class(config)
         if family.norm:
             getattr(model, family.norm).weight = getattr(model, family.norm).bias = None
         if getattr(model, "use_head", False):  # pooling heads: computed for nothing
@@ -259,6 +265,27 @@ class Encoder(nn.Module):
             patches = (pixels.shape[-1] // self.config.patch_size) ** 2
             given["noise"] = torch.arange(patches, device=pixels.device).expand(len(pixels), -1)
         return self.model(pixels, **given).last_hidden_state[:, self.prefix :]
+
+
+def check_encoder(source: str, model: nn.Module, report: dict) -> None:
+    """Raises ValueError where weights are missing, have another shape, or are more than the model has.
+    Other parts of the file, as a text tower, do not matter, nor do pooling heads."""
+    parts = {name for name, _ in model.named_children()}
+    wrong = [key for key in report["missing_keys"] if key.split(".")[0] not in ("pooler", "head")]
+    wrong += [str(key) for key in report["mismatched_keys"]]
+    wrong += [key for key in report["unexpected_keys"] if key.split(".")[0] in parts]
+    if wrong:
+        raise ValueError(f"encoder {source}: {len(wrong)} weights are missing or unknown: {wrong[:5]}")
+
+
+def input_of(source: str, encoder: Encoder) -> tuple[int, list[float], list[float]]:
+    """The side in pixels and the statistics of an encoder's input, as its folder's image processor has them.
+    DINOv2's config has another size, that of its table of positions."""
+    processor = transformers.AutoImageProcessor.from_pretrained(source)
+    sizes = [getattr(processor, name, None) or {} for name in ("crop_size", "size")]
+    side = next((size["height"] for size in sizes if size.get("height")), encoder.config.image_size)
+    side = min(side, encoder.config.image_size)
+    return side, list(processor.image_mean), list(processor.image_std)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -321,6 +348,8 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         x = self.decoder_embed(latents)
         if x.shape[1] != self.side**2:  # another square grid: resized, as the authors do
+            if math.isqrt(x.shape[1]) ** 2 != x.shape[1]:
+                raise ValueError(f"{x.shape[1]} latent tokens are no square grid; give {self.side**2}")
             x = rearrange(x, "b (h w) d -> b d h w", h=math.isqrt(x.shape[1]))
             x = F.interpolate(x, (self.side, self.side), mode="bilinear").flatten(2).mT
         x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1).type_as(x), x], dim=1)
@@ -353,9 +382,8 @@ class RAE(nn.Module, Hub, library_name="rae"):
         super().__init__()
         self.encoder = Encoder(encoder)
         if not isinstance(encoder, dict):
-            processor = transformers.AutoImageProcessor.from_pretrained(encoder)
-            image_mean, image_std = list(processor.image_mean), list(processor.image_std)
-            encoder_size = encoder_size or self.encoder.config.image_size
+            side, image_mean, image_std = input_of(encoder, self.encoder)
+            encoder_size = encoder_size or side
         if not (encoder_size and image_mean and image_std):
             raise ValueError(
                 "an encoder given as a config needs encoder_size, image_mean and image_std beside it"
@@ -390,8 +418,8 @@ class RAE(nn.Module, Hub, library_name="rae"):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> latents (B, N, C), fp32. Pictures of another size are resized, not
-        cropped (bicubic without antialias, RAE section 3). 128 at once, so that a larger batch takes no more
-        memory."""
+        cropped (bicubic without antialias, RAE's code, for every encoder: squares come from data.py, not from
+        the encoders' own processors of files). 128 at once: a larger batch takes no more memory."""
         parts = []
         for part in images.split(128):
             if part.shape[-2:] != (self.encoder_size, self.encoder_size):
@@ -406,6 +434,8 @@ class RAE(nn.Module, Hub, library_name="rae"):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, N, C) -> (B, 3, image_size, image_size), around [0, 1] but not clamped."""
+        if latents.shape[1:] != self.latent_shape:
+            raise ValueError(f"latents {tuple(latents.shape[1:])}, this autoencoder has {self.latent_shape}")
         pixels = self.decoder(latents * self.latent_std + self.latent_mean)
         return pixels.float() * self.image_std + self.image_mean
 

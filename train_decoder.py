@@ -30,7 +30,7 @@ import rae
 from common import flag
 
 EPOCH = 2502  # steps of a pass over ImageNet at batch 512
-RAE = {  # RAE's code; one recipe for all encoders
+RAE_RECIPE = {  # RAE's code, the same for all encoders; its discriminator's cosine never reached its end
     "decoder": "ViT-XL",
     "patch_size": 16,
     "crop": "random",
@@ -54,31 +54,34 @@ RAE = {  # RAE's code; one recipe for all encoders
     "workers": 8,
 }
 VIRTUAL = 2500  # steps of Scale-RAE's virtual epoch of 1.28 M pictures
-SCALE_RAE = RAE | {  # Scale-RAE table 7
-    "patch_size": 14,
-    "steps": 80 * VIRTUAL,
-    "warmup": 2 * VIRTUAL,
-    "tau": 0.0,
-    "gram_weight": 100.0,
-    "gan_weight": 10.0,
-    "adaptive": False,
-    "discriminator": rae.ENCODERS["dino-s16"],
-    "disc_warmup": VIRTUAL,
-    "normalise": "none",
-}
+SCALE_RAE_RECIPE = (
+    RAE_RECIPE
+    | {  # Scale-RAE table 7; crops, EMA and clipping are not in it, nor an adaptive weight
+        "patch_size": 14,
+        "steps": 80 * VIRTUAL,
+        "warmup": 2 * VIRTUAL,
+        "tau": 0.0,
+        "gram_weight": 100.0,
+        "gan_weight": 10.0,
+        "adaptive": False,
+        "discriminator": rae.ENCODERS["dino-s16"],
+        "disc_warmup": VIRTUAL,
+        "normalise": "none",
+    }
+)
 PRESETS = {
     "nano": {},
     "nano-full": {  # every loss, at the size of a laptop
         "perceptual": "encoder",
-        "gram_weight": 100.0,
+        "gram_weight": 1e4,  # of smaller features than VGG's
         "gan_weight": 0.75,
         "disc_start": 1000,
         "gan_start": 1500,
     },
-    "rae-dinov2-b": RAE | {"encoder": rae.ENCODERS["dinov2-b"], "encoder_size": 224},
-    "rae-siglip2-b": RAE | {"encoder": rae.ENCODERS["siglip2-b"]},
-    "rae-mae-b": RAE | {"encoder": rae.ENCODERS["mae-b"], "encoder_size": 256},
-    "scale-rae-siglip2": SCALE_RAE
+    "rae-dinov2-b": RAE_RECIPE | {"encoder": rae.ENCODERS["dinov2-b"], "encoder_size": 224},
+    "rae-siglip2-b": RAE_RECIPE | {"encoder": rae.ENCODERS["siglip2-b"]},
+    "rae-mae-b": RAE_RECIPE | {"encoder": rae.ENCODERS["mae-b"], "encoder_size": 256},
+    "scale-rae-siglip2": SCALE_RAE_RECIPE
     | {
         "encoder": rae.ENCODERS["siglip2-so400m"],
         "lr": 4e-4,
@@ -86,7 +89,7 @@ PRESETS = {
         "disc_start": 7 * VIRTUAL,
         "gan_start": 8 * VIRTUAL,
     },
-    "scale-rae-webssl": SCALE_RAE
+    "scale-rae-webssl": SCALE_RAE_RECIPE
     | {
         "encoder": rae.ENCODERS["webssl-l"],
         "lr": 2e-4,
@@ -147,7 +150,9 @@ class Config:
         "latents by their statistics: for each token, or channel",
         choices=["token", "channel", "none"],
     )
-    statistics: int = flag(8192, "pictures to measure them on (0: the whole data set, once)", at_least=0)
+    statistics: int = flag(
+        8192, "pictures to measure them on (0: those of every source, once, whatever its weight)", at_least=0
+    )
     dtype: str = flag(
         "auto",
         "of the compute; weights are fp32 (on CUDA, fp32 multiplies as TF32)",
@@ -159,7 +164,7 @@ class Config:
         choices=["none", "full", "hybrid"],
     )
     accumulate: int = flag(
-        1, "pieces that each process cuts its part of a step into, to save memory", at_least=1
+        1, "pieces that each process cuts its part of a step into; each has its adaptive weight", at_least=1
     )
     checkpoint_blocks: bool = flag(False, "compute the decoder's layers twice, to save more of it")
     compile: bool | None = flag(None, "compile the layers of all three networks (default: on CUDA)")
@@ -199,7 +204,9 @@ def latent_statistics(
 def noise_scale(uniform: Tensor, tau: float, distribution: str) -> Tensor:
     """Standard deviations (B,) of the latents' noise from uniform draws: of |N(0, tau^2)|, as RAE's text has
     it, or of U(0, tau), as its code."""
-    return tau * (torch.special.ndtri((1 + uniform) / 2) if distribution == "normal" else uniform)
+    if distribution == "normal":
+        uniform = torch.special.ndtri((1 + uniform.double()) / 2).float()
+    return tau * uniform
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -216,18 +223,18 @@ class Backbone(nn.Module):
         super().__init__()
         depth = len(encoder.blocks)
         self.encoder, self.size = encoder, size
-        self.layers = tuple(layers) or tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
+        self.layers = tuple(layers) or tuple(math.ceil(depth * quarter / 4) - 1 for quarter in (1, 2, 3, 4))
         self.register_buffer("mean", torch.as_tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.as_tensor(std).view(3, 1, 1), persistent=False)
 
     @classmethod
-    def from_pretrained(cls, source: str) -> "Backbone":
+    def from_pretrained(cls, source: str, layers: Sequence[int] = ()) -> "Backbone":
         """From a hub id or folder. DINO's gets the tanh GELU that the published discriminators have."""
         changes = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
         config = transformers.AutoConfig.from_pretrained(source)
         encoder = rae.Encoder(source, changes if config.model_type == "vit" else {})
-        processor = transformers.AutoImageProcessor.from_pretrained(source)
-        return cls(encoder, encoder.config.image_size, processor.image_mean, processor.image_std)
+        size, mean, std = rae.input_of(source, encoder)
+        return cls(encoder, size, mean, std, layers)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         images = F.interpolate(images, (self.size, self.size), mode="bilinear")
@@ -235,7 +242,7 @@ class Backbone(nn.Module):
 
 
 class Perceptual(nn.Module):
-    """Distances between the features of two batches of pictures (B, 3, H, W) in [-1, 1].
+    """Features of a frozen network, and distances between those of two batches of pictures.
 
     kind: "lpips", VGG16's with learned weights of channels (arXiv 1801.03924), or "encoder", `backbone`'s.
     """
@@ -253,33 +260,36 @@ class Perceptual(nn.Module):
         self.requires_grad_(False).eval()
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Maps (B, C, P), of P positions."""
+        """Maps (B, C, P), of P positions, of pictures (B, 3, H, W) in [-1, 1]."""
         if self.lpips:
             return [x.flatten(2) for x in self.lpips.net(self.lpips.scaling_layer(images))]
         return [F.layer_norm(x.mT, x.shape[1:2]).mT for x in self.backbone(images)]
 
-    def forward(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """LPIPS, or its like, and the distance of the Gram matrices; (B,) each."""
-        pairs = zip(self.features(one), self.features(other), strict=True)
-        with torch.autocast(one.device.type, enabled=False):
-            return self.distances([(a.float(), b.float()) for a, b in pairs])
-
-    def distances(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        perceptual = gram = 0.0
-        for i, (a, b) in enumerate(pairs):
-            gram = gram + (gram_matrix(a) - gram_matrix(b)).square().mean(dim=(1, 2))
-            unit_a, unit_b = (x / (x.norm(dim=1, keepdim=True) + 1e-10) for x in (a, b))
-            difference = (unit_a - unit_b).square()
+    def distance(self, one: list[Tensor], other: list[Tensor]) -> Tensor:
+        """LPIPS of two lists of maps, or its like for the encoder's; (B,)."""
+        total = 0.0
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            a, b = (x.float() / (x.float().norm(dim=1, keepdim=True) + 1e-10) for x in (a, b))
+            difference = (a - b).square()
             if self.lpips:
-                difference = self.lpips.lins[i](difference[..., None]).flatten(2)
-            perceptual = perceptual + difference.sum(dim=1).mean(dim=1)
-        return (perceptual if self.lpips else perceptual / (i + 1)), gram
+                with torch.autocast(a.device.type, enabled=False):
+                    difference = self.lpips.lins[i](difference[..., None]).flatten(2)
+            total = total + difference.sum(dim=1).mean(dim=1)
+        return total if self.lpips else total / len(one)
+
+
+def gram_distance(one: list[Tensor], other: list[Tensor]) -> Tensor:
+    """Mean squared difference of the Gram matrices of two lists of maps, summed over them; (B,)."""
+    pairs = zip(one, other, strict=True)
+    return sum((gram_matrix(a) - gram_matrix(b)).square().mean(dim=(1, 2)) for a, b in pairs)
 
 
 def gram_matrix(features: Tensor) -> Tensor:
     """Products of the channels (B, C, C) of a map (B, C, P), over C P. Scale-RAE gives the weight of the Gram
-    loss alone; the scale is that of arXiv 1603.08155."""
-    return features @ features.mT / features[0].numel()
+    loss, but not its scale."""
+    with torch.autocast(features.device.type, enabled=False):
+        features = features.float()
+        return features @ features.mT / features[0].numel()
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -359,6 +369,10 @@ class Discriminator(nn.Module):
             for _ in range(len(backbone.layers) + 1)
         )
 
+    def _apply(self, fn, recurse: bool = True) -> "Discriminator":
+        self._backbone[0]._apply(fn)  # .to(device) and its like
+        return super()._apply(fn, recurse)
+
     @classmethod
     def from_official(
         cls,
@@ -372,6 +386,10 @@ class Discriminator(nn.Module):
         not a small DINO's. Raises ValueError for dicts that do not fit."""
         if isinstance(backbone, dict):
             backbone = official_dino(backbone, heads, layers)
+        elif heads or layers and not isinstance(backbone, str):
+            raise ValueError(f"heads={heads}, layers={layers}: this backbone has its own")
+        elif isinstance(backbone, str):
+            backbone = Backbone.from_pretrained(backbone, layers)
         return rae.load_official(cls(backbone), heads_dict)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -415,7 +433,7 @@ def augment(images: Tensor, uniform: Tensor, cutout: float = 0.0) -> Tensor:
     """DiffAug (arXiv 2006.10738) of pictures (B, 3, H, W) in [-1, 1], by uniform draws (7, B): translation by
     up to 1/8, filled with grey; brightness, saturation and contrast; a square of side `cutout` H removed."""
     b, _, h, w = images.shape
-    r, images = uniform.to(images.device), images.float()
+    r, images = uniform.to(images.device, non_blocking=True), images.float()
     rows, columns = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
 
     y, x = (
@@ -486,6 +504,11 @@ def adaptive_weight(of_reconstruction: Tensor, of_gan: Tensor) -> Tensor:
 
 def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
+    if config.gan_weight and config.gan_start < config.disc_start:
+        raise ValueError(
+            f"--gan-start {config.gan_start}: the discriminator begins to learn at --disc-start "
+            f"{config.disc_start}, the decoder cannot learn from it earlier"
+        )
     where = common.launch(config.dtype, config.shard)
     run = common.Run(config, where)
 
@@ -504,8 +527,9 @@ def main() -> None:
         centres = data.open_source(config.data, model.image_size, config.seed)
         limit, world = config.statistics or None, where.world
         measured = data.Once(centres, config.batch, limit, config.workers, where.rank, world)
-        shown = tqdm(measured, "statistics", disable=not where.main)
-        statistics = latent_statistics(model, shown, config.normalise, where)
+        bar = tqdm(measured, "statistics", disable=not where.main)
+        statistics = latent_statistics(model, bar, config.normalise, where)
+        run.count_skipped(measured)
         model.latent_mean.copy_(statistics[0])
         model.latent_std.copy_(statistics[1])
     perceptual = discriminator = None
@@ -514,7 +538,8 @@ def main() -> None:
         perceptual = Perceptual(config.perceptual, own).to(where.device)
     if config.gan_weight:
         with common.loading(config.discriminator):
-            backbone = Backbone.from_pretrained(config.discriminator).to(where.device)
+            backbone = Backbone.from_pretrained(config.discriminator)
+        torch.manual_seed(config.seed)  # the same on every process
         discriminator = Discriminator(backbone).to(where.device).eval()
     average = copy.deepcopy(model, {id(model.encoder): model.encoder})  # the frozen encoder is shared
     export = copy.deepcopy(model).cpu() if where.main else None  # on its own, to save the average with
@@ -557,24 +582,29 @@ def main() -> None:
     def learn_to_decode(images: Tensor, latents: Tensor, index: list[int], adversarial: bool) -> dict:
         if config.tau:
             noise, uniform, _ = data.flow_draws(model.latent_shape, config.seed, index, where.device)
-            sigma = noise_scale(uniform, config.tau, config.sigma).to(where.device)
+            sigma = noise_scale(uniform, config.tau, config.sigma).to(where.device, non_blocking=True)
             latents = model.add_noise(latents, noise, sigma)
         with where.autocast():
             reconstruction = model.decode(latents)
         pictures = reconstruction.detach().requires_grad_()  # the losses' gradients meet here
         losses = {"l1": F.l1_loss(pictures, images)}
-        loss = losses["l1"]
         if perceptual:
             with where.autocast():
-                distance, gram = (x.mean() for x in perceptual(2 * images - 1, 2 * pictures - 1))
-            losses |= {"perceptual": distance, "gram": gram}
-            loss = loss + config.perceptual_weight * distance + config.gram_weight * gram
+                with torch.no_grad():
+                    maps = perceptual.features(2 * images - 1)
+                maps = maps, perceptual.features(2 * pictures - 1)
+            if config.perceptual != "none":
+                losses["perceptual"] = perceptual.distance(*maps).mean()
+            if config.gram_weight:
+                losses["gram"] = gram_distance(*maps).mean()
+        weights = {"l1": 1.0, "perceptual": config.perceptual_weight, "gram": config.gram_weight}
+        loss = sum(weights[name] * value for name, value in losses.items())
         share = len(images) / config.batch
         [gradient] = torch.autograd.grad(loss * share, pictures)
         if adversarial:
             draws = data.uniform_draws(7, config.seed, index, "generator")
             with where.autocast():
-                gan = -discriminator(augment(2 * pictures - 1, draws)).mean()
+                gan = -discriminator(augment(2 * pictures - 1, draws)).float().mean()
             [of_gan] = torch.autograd.grad(gan * share, pictures)
             weight = torch.full((), config.gan_weight, device=where.device)
             if config.adaptive:
@@ -590,9 +620,9 @@ def main() -> None:
         draws = [data.uniform_draws(7, config.seed, index, kind) for kind in ("real", "fake")]
         with where.autocast():
             discriminator.train(first)  # one power iteration a step
-            on_real = discriminator(augment(2 * images - 1, draws[0]))
-            on_fake = discriminator.eval()(augment(fake, draws[1]))
-        loss = hinge_loss(on_real.float(), on_fake.float())
+            on_real = discriminator(augment(2 * images - 1, draws[0])).float()
+            on_fake = discriminator.eval()(augment(fake, draws[1])).float()
+        loss = hinge_loss(on_real, on_fake)
         common.backward(loss * len(images) / config.batch)
         return {"disc_loss": loss, "on_real": on_real.mean(), "on_fake": on_fake.mean()}
 

@@ -420,3 +420,19 @@ def test_text_to_image_with_a_vae(vae_folder, parts, tmp_path):
     where = common.Launch(torch.device("cpu"), 0, 1, torch.float32)
     model = common.load_text_to_image(str(tmp_path / "t2i"), "", where)
     assert isinstance(model.autoencoder, rae.VAE)
+
+
+def test_published_paths():
+    """As the collection on the hub names them."""
+    path = "nyu-visionx/RAE-collections"
+    assert {(given["decoder"], given.get("stats")) for given in rae.RELEASED.values()} == {
+        (f"{path}/decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
+         f"{path}/stats/dinov2/wReg_base/imagenet1k/stat.pt"),
+        (f"{path}/decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt",
+         f"{path}/stats/dinov2/wReg_base/imagenet1k_512/stat.pt"),
+        (f"{path}/decoders/mae/base_p16/ViTXL_n08/model.pt", f"{path}/stats/mae/base_p16/ImageNet1k/stat.pt"),
+        (f"{path}/decoders/siglip2/base_p16_i256/ViTXL_n08/model.pt",
+         f"{path}/stats/siglip2/base_p16_i256/ImageNet1k/stat.pt"),
+        ("nyu-visionx/siglip2_decoder", None),
+        ("nyu-visionx/webssl300m_decoder", None),
+    }  # fmt: skip

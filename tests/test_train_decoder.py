@@ -1,11 +1,17 @@
 """Stage 1's losses, discriminator, statistics and recipes; the numbers of the authors' are in test_golden."""
 
 import itertools
+import json
+import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import common
 import data
@@ -113,11 +119,11 @@ def test_a_larger_input_keeps_the_weights(model):
 
 
 def test_perceptual_distances(backbone):
-    distance = Perceptual("encoder", backbone)
-    one, other = torch.rand(2, 2, 3, 32, 32) * 2 - 1
-    perceptual, gram = distance(one, other)
-    assert perceptual.shape == gram.shape == (2,) and (perceptual > 0).all() and (gram > 0).all()
-    assert all(torch.equal(value, torch.zeros(2)) for value in distance(one, one))
+    perceptual = Perceptual("encoder", backbone)
+    one, other = (perceptual.features(torch.rand(2, 3, 32, 32) * 2 - 1) for _ in range(2))
+    for distance in (perceptual.distance, train_decoder.gram_distance):
+        assert distance(one, other).shape == (2,) and (distance(one, other) > 0).all()
+        assert torch.equal(distance(one, one), torch.zeros(2))
     shuffled = torch.randperm(16)
     features = torch.randn(2, 24, 16)
     gram = train_decoder.gram_matrix(features)
@@ -156,6 +162,10 @@ def test_damaged_discriminators(parts, backbone):
     weights = Discriminator(backbone).state_dict()
     folder = str(parts / "encoder")
     assert isinstance(Discriminator.from_official(weights, folder), Discriminator)
+    with pytest.raises(ValueError, match="heads=77"):
+        Discriminator.from_official(weights, folder, heads=77)
+    as_double = Discriminator.from_official(weights, folder).double()
+    assert {p.dtype for p in as_double._backbone[0].parameters()} == {torch.float64}
     without = {name: value for name, value in weights.items() if name != "heads.0.2.bias"}
     with pytest.raises(ValueError, match="heads.0.2.bias is missing"):
         Discriminator.from_official(without, folder)
@@ -199,13 +209,100 @@ def test_adaptive_weight_is_bounded():
 def test_presets_fit_together(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_decoder.py", "--preset", name, "--decoder", "ViT-S"])
     config = common.parse(train_decoder.Config, "", train_decoder.PRESETS)
-    assert config.decoder == "ViT-S" and config.warmup < config.disc_start or name == "nano"
-    assert config.disc_start <= config.gan_start < config.steps
+    assert config.decoder == "ViT-S" and config.disc_start <= config.gan_start < config.steps
     grid = {"dinov2": 14, "siglip2-base": 16, "mae": 16, "so400m": 14, "webssl": 14}
     patch = next((patch for part, patch in grid.items() if part in config.encoder), None)
     if patch:  # 16 x 16 tokens, and the papers' picture sizes
         assert (config.encoder_size or {14: 224, 16: 256}[patch]) == 16 * patch
         assert config.patch_size * 16 == (224 if name.startswith("scale") else 256)
+
+
+def test_published_numbers(monkeypatch):
+    """RAE's training config and Scale-RAE's table 7."""
+    recipe = train_decoder.PRESETS["rae-dinov2-b"]
+    epochs = {"steps": 16, "warmup": 1, "disc_warmup": 1, "disc_start": 6, "gan_start": 8}
+    assert {name: recipe[name] / 2502 for name in epochs} == epochs
+    numbers = {"lr": 2e-4, "disc_lr": 2e-4, "final_lr": 0.1, "tau": 0.8, "gan_weight": 0.75, "ema": 0.9978}
+    assert numbers.items() <= recipe.items() and recipe["batch"] == 512 and recipe["clip"] == 0
+    for name, lr, disc_lr, starts in (("siglip2", 4e-4, 5e-5, (7, 8)), ("webssl", 2e-4, 2e-5, (10, 11))):
+        recipe = train_decoder.PRESETS[f"scale-rae-{name}"]
+        assert (recipe["lr"], recipe["disc_lr"], recipe["gram_weight"], recipe["gan_weight"]) == (
+            lr,
+            disc_lr,
+            100,
+            10,
+        )
+        assert tuple(recipe[key] / 2500 for key in ("disc_start", "gan_start")) == starts
+        assert (recipe["steps"], recipe["warmup"], recipe["tau"]) == (80 * 2500, 5000, 0)
+
+
+def test_gram_alone_is_gram_alone(world, parts, tmp_path):
+    """And bf16 compute leaves the discriminator's own state in fp32."""
+    flags = ["--encoder", parts / "encoder", "--discriminator", parts / "encoder", "--out", tmp_path]
+    flags += ["--statistics", 4, "--batch", 4, "--steps", 2, "--log-every", 1, "--workers", 0]
+    world(1, "train_decoder.py", *flags, "--gram-weight", 10, "--gan-weight", 0.5, "--dtype", "bf16").wait()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert "perceptual" not in rows[0]
+    total = rows[0]["l1"] + 10 * rows[0]["gram"] + rows[0]["gan_weight"] * rows[0]["gan"]
+    assert rows[0]["loss"] == pytest.approx(total, rel=1e-4)
+    [file] = (tmp_path / "checkpoints/0000002").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
+
+
+def test_what_is_shown_and_saved_is_the_average(world, parts, tmp_path):
+    """A large step with a slow average: the two weights decode differently, the grid is the average's."""
+    flags = ["--encoder", parts / "encoder", "--out", tmp_path, "--statistics", 4, "--batch", 4]
+    flags += ["--steps", 3, "--lr", 0.05, "--warmup", 0, "--workers", 0, "--ema", 0.9999]
+    world(1, "train_decoder.py", *flags).wait()
+    average = rae.RAE.from_pretrained(tmp_path / "model")
+    [file] = (tmp_path / "checkpoints/0000003").glob("*.safetensors")
+    online = {k.removeprefix("model."): v for k, v in load_file(file).items() if k.startswith("model.")}
+    pictures = next(data.Loader(data.open_source("nano", 32, 1), 16, workers=0))["image"] / 255
+    saved = np.array(Image.open(tmp_path / "samples/0000003.png")).astype(int)
+    differences = []
+    for weights in (average.state_dict(), average.state_dict() | online):
+        average.load_state_dict(weights)
+        with torch.no_grad():
+            pairs = torch.stack([pictures, average.decode(average.encode(pictures))], dim=1).flatten(0, 1)
+        common.save_picture(tmp_path / "own.png", common.picture_grid(pairs, 8, scale=2))
+        own = np.array(Image.open(tmp_path / "own.png")).astype(int)
+        differences.append(np.abs(own - saved).max())
+    assert differences[0] <= 1 and differences[1] > 5
+
+
+def test_a_damaged_encoder_is_refused(parts, tmp_path):
+    shutil.copytree(parts / "encoder", tmp_path / "encoder")
+    file = tmp_path / "encoder/model.safetensors"
+    weights = load_file(file)
+    save_file({k: v for k, v in weights.items() if ".layers.1." not in k}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="weights are missing or unknown"):
+        rae.Encoder(str(tmp_path / "encoder"))
+    save_file(weights | {"encoder.layers.7.x": torch.zeros(1)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="encoder.layers.7.x"):
+        rae.Encoder(str(tmp_path / "encoder"))
+    save_file(weights | {"decoder.layers.7.x": torch.zeros(1)}, file, {"format": "pt"})
+    rae.Encoder(str(tmp_path / "encoder"))  # another part of the file, as MAE's decoder
+
+
+def test_the_size_of_an_encoders_input(tmp_path):
+    """DINOv2's table of positions is larger than the pictures that its processor makes."""
+    config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    transformers.Dinov2WithRegistersModel(config).save_pretrained(tmp_path)
+    processor = transformers.BitImageProcessor(
+        crop_size={"height": 28, "width": 28}, size={"shortest_edge": 32}
+    )
+    processor.save_pretrained(tmp_path)
+    model = rae.RAE(str(tmp_path), rae.DECODERS["nano"] | {"patch_size": 8})
+    assert (model.encoder_size, model.latent_shape) == (28, (4, 24))
+
+
+def test_latents_of_another_shape(model):
+    with pytest.raises(ValueError, match="this autoencoder has"):
+        model.decode(torch.zeros(1, 9, 24))
+    with pytest.raises(ValueError, match="no square grid"):
+        model.decoder(torch.zeros(1, 15, 24))
 
 
 def test_checkpointed_layers_have_the_same_gradients(model):
