@@ -216,7 +216,7 @@ class Encoder(nn.Module):
         model_class = getattr(transformers, family.model)
         if pretrained:
             model, report = model_class.from_pretrained(source, output_loading_info=True, **changes or {})
-            check_encoder(source, model, report)
+            check_encoder(source, model, report, unused=("pooler", "head", family.norm))
         else:
             model = model_class(config)
         if family.norm:
@@ -267,11 +267,11 @@ class Encoder(nn.Module):
         return self.model(pixels, **given).last_hidden_state[:, self.prefix :]
 
 
-def check_encoder(source: str, model: nn.Module, report: dict) -> None:
-    """Raises ValueError where weights are missing, have another shape, or are more than the model has.
-    Other parts of the file, as a text tower, do not matter, nor do pooling heads."""
+def check_encoder(source: str, model: nn.Module, report: dict, unused: tuple) -> None:
+    """Raises ValueError where weights are missing that are used, have another shape, or are more than the
+    model has. Other parts of the file, as a text tower, do not matter."""
     parts = {name for name, _ in model.named_children()}
-    wrong = [key for key in report["missing_keys"] if key.split(".")[0] not in ("pooler", "head")]
+    wrong = [key for key in report["missing_keys"] if key.split(".")[0] not in unused]
     wrong += [str(key) for key in report["mismatched_keys"]]
     wrong += [key for key in report["unexpected_keys"] if key.split(".")[0] in parts]
     if wrong:
