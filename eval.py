@@ -391,10 +391,19 @@ def draw(
         yield from to_uint8(pictures).permute(0, 2, 3, 1).numpy()
 
 
+@torch.no_grad()
+def through(autoencoder: rae.RAE, picture: np.ndarray, where: common.Launch) -> np.ndarray:
+    """One picture (H, W, 3) uint8, encoded and decoded."""
+    images = data.to_unit(torch.from_numpy(picture).permute(2, 0, 1)[None], where.device)
+    with where.autocast():
+        decoded = autoencoder.decode(autoencoder.encode(images))
+    return to_uint8(decoded)[0].permute(1, 2, 0).numpy()
+
+
 def shapes(config: Config, where: common.Launch) -> list[dict]:
     """Accuracies of the six GenEval tasks in the nano world, and of objects in pairs of shape and colour that
-    no training picture held; beside the model's pictures true renderings (the ceiling) and the model's
-    pictures judged by another prompt of the task (the floor)."""
+    no training picture held; beside the model's pictures true renderings, these as the autoencoder returns
+    them (the ceiling), and the model's pictures judged by another prompt of the task (the floor)."""
     from nano import scorer
     from nano.shapes import TASKS, prompt, render
 
@@ -405,11 +414,13 @@ def shapes(config: Config, where: common.Launch) -> list[dict]:
     jobs = [(task, i) for task in wanted for i in range(n) for _ in range(config.pictures)]
     pictures = draw(model, [wanted[task][i]["prompt"] for task, i in jobs], config, where)
 
-    right = {column: defaultdict(list) for column in ("model", "true", "shuffled")}
+    right = {column: defaultdict(list) for column in ("model", "true", "decoded", "shuffled")}
     for number, ((task, i), picture) in enumerate(zip(jobs, pictures, strict=True)):
         true = render(wanted[task][i], config.seed + number, len(picture))
+        decoded = through(model.autoencoder, true, where)
         right["model"][task].append(scorer.score(picture, wanted[task][i])[0])
         right["true"][task].append(scorer.score(true, wanted[task][i])[0])
+        right["decoded"][task].append(scorer.score(decoded, wanted[task][i])[0])
         right["shuffled"][task].append(scorer.score(picture, wanted[task][(i + 1) % n])[0])
 
     results = []

@@ -75,7 +75,7 @@ def test_eval_writes_the_result_format(run, parts, tmp_path):
     flags = ["--model", parts / "t2i", "--autoencoder", parts / "rae", "--steps", 2, "--pictures", 1]
     out = run("eval.py", "--limit", 2, *flags, "--out", tmp_path / "results.json")
     results = {r["metric"]: r for r in json.loads((tmp_path / "results.json").read_text())}
-    assert {"psnr/objects", "ssim/text", "shapes/model/overall", "shapes/true/counting"} <= set(results)
+    assert {"psnr/objects", "ssim/text", "shapes/model/overall", "shapes/decoded/counting"} <= set(results)
     for result in results.values():
         assert set(result) == {"metric", "value", "n", "seed", "command", "versions", "date"}
     assert results["psnr/scenes"]["n"] == 2 and results["shapes/true/overall"]["value"] == 1.0
