@@ -452,9 +452,8 @@ class Run:
             everyone = [None] * self.where.world
             dist.all_gather_object(everyone, loader.positions, group=self.group)
         exported = self.export.state_dict() if self.where.main else {}
-        for name, tensor in (
-            self.modules["average"].state_dict().items()
-        ):  # one at a time, kept by one process
+        average = self.modules["average"].state_dict()
+        for name, tensor in average.items():  # one at a time, and kept by the main process only
             full = whole(tensor)
             if self.where.main:
                 exported[name].copy_(full)

@@ -670,15 +670,13 @@ def flow_draws(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Noise (B, N, C) on the device, and on the CPU two uniform numbers (B,) each, for the time and for the
     condition dropout: every row depends on (seed, sample number) alone, not on the batch or the process."""
-    noise, uniform = torch.empty(len(indices), *latent_shape, device=device), torch.empty(2, len(indices))
-    noisy, chance = torch.Generator(device), torch.Generator()
+    noise, noisy = torch.empty(len(indices), *latent_shape, device=device), torch.Generator(device)
     for row, index in enumerate(indices):
         noise[row].normal_(generator=noisy.manual_seed(mix(seed, index)))
-        uniform[:, row].uniform_(generator=chance.manual_seed(mix(seed, index, 1)))
-    return noise, uniform[0], uniform[1]
+    return noise, *uniform_draws(2, seed, indices, 1)
 
 
-def uniform_draws(count: int, seed: int, indices: list[int], purpose: str) -> torch.Tensor:
+def uniform_draws(count: int, seed: int, indices: list[int], purpose: int | str) -> torch.Tensor:
     """Uniform numbers (count, B) that depend on (seed, sample number) and on what they are for."""
     draws, chance = torch.empty(count, len(indices)), torch.Generator()
     for row, index in enumerate(indices):

@@ -213,6 +213,9 @@ def noise_scale(uniform: Tensor, tau: float, distribution: str) -> Tensor:
 # features of frozen networks, and distances between them
 
 
+DINO_CHANGES = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}  # as in RAE's code
+
+
 class Backbone(nn.Module):
     """Inner features of a frozen vision transformer: pictures (B, 3, H, W) in [-1, 1], resized to its input
     (bilinear, no antialias), -> a map (B, C, N) after each of `layers`, by default after each quarter."""
@@ -230,9 +233,8 @@ class Backbone(nn.Module):
     @classmethod
     def from_pretrained(cls, source: str, layers: Sequence[int] = ()) -> "Backbone":
         """From a hub id or folder. DINO's gets the tanh GELU that the published discriminators have."""
-        changes = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
         config = transformers.AutoConfig.from_pretrained(source)
-        encoder = rae.Encoder(source, changes if config.model_type == "vit" else {})
+        encoder = rae.Encoder(source, DINO_CHANGES if config.model_type == "vit" else {})
         size, mean, std = rae.input_of(source, encoder)
         return cls(encoder, size, mean, std, layers)
 
@@ -409,8 +411,8 @@ def official_dino(weights: dict[str, Tensor], heads: int | None, layers: Sequenc
         raise ValueError(f"no state dict of a DINO: {error} is missing") from error
     encoder = rae.Encoder(
         {"model_type": "vit", "hidden_size": width, "num_hidden_layers": depth, "intermediate_size": hidden,
-         "num_attention_heads": heads or width // 64, "image_size": size, "patch_size": patch,
-         "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+         "num_attention_heads": heads or width // 64, "image_size": size, "patch_size": patch},
+        DINO_CHANGES,
     )  # fmt: skip
     renamed = {}
     for name, value in weights.items():
