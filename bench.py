@@ -106,10 +106,11 @@ def loops(config: Config, where: common.Launch) -> dict[str, tuple[Callable[[], 
     """Every loop by name: what to call, and the images in one call."""
     autoencoder = common.load_autoencoder(config.autoencoder, where)
     trained = trained_autoencoder(config, autoencoder).to(where.device)
-    model = common.load_text_to_image(config.model, config.autoencoder, where)
-    blocks = [*model.dit.blocks, *model.language_model.model.layers]
+    model = common.load_model(rae.TextToImage, config.model, config.autoencoder, where)
     common.compile_blocks(
-        {*blocks, *autoencoder.decoder.decoder_layers, *trained.decoder.decoder_layers}, config.compile, where
+        {*model.blocks, *autoencoder.decoder.decoder_layers, *trained.decoder.decoder_layers},
+        config.compile,
+        where,
     )
     if config.checkpoint_blocks:
         common.checkpoint_blocks(trained.decoder.decoder_layers)

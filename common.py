@@ -346,11 +346,11 @@ def picture_grid(pictures: Tensor, columns: int, gap: int = 2, scale: int = 1) -
 @contextmanager
 def loading(source: str | Path):
     """Around whatever reads a model: an error that a user understands (ValueError)."""
-    folder = Path(source)
-    if folder.exists() and not (folder / "config.json").is_file():
+    folder, file = Path(source), str(source).endswith(".pt")
+    if folder.exists() and not file and not (folder / "config.json").is_file():
         raise ValueError(f"{source} is no model folder: it has no config.json")
     on_hub = str(source).count("/") == 1 and not str(source).startswith((".", "/"))
-    if not folder.exists() and not on_hub and str(source) not in rae.RELEASED:
+    if not (folder.exists() or on_hub or file or str(source) in {**rae.RELEASED, **rae.RELEASED_DITS}):
         raise ValueError(
             f"no model at {source}: give a folder made by save_pretrained, or a hub id like org/name"
         )
@@ -365,11 +365,14 @@ def load_autoencoder(source: str | Path, where: Launch) -> rae.RAE | rae.VAE:
         return rae.open_autoencoder(source).to(where.device)
 
 
-def load_text_to_image(source: str, autoencoder: str, where: Launch) -> rae.TextToImage:
-    """The model with its autoencoder: the one that it names, or another of the same latents."""
+def load_model(kind: type[rae.LatentModel], source: str, autoencoder: str, where: Launch) -> rae.LatentModel:
+    """A TextToImage or ClassToImage with its autoencoder: the one that it names, or another of the same
+    latents."""
     with loading(source):
-        model = rae.TextToImage.from_pretrained(source).eval().to(where.device)
+        model = kind.from_pretrained(source).eval().to(where.device)
     model.autoencoder_path = autoencoder or model.autoencoder_path
+    if not model.autoencoder_path:
+        raise ValueError(f"{source} does not name its autoencoder: give --autoencoder")
     with loading(model.autoencoder_path):
         shape = model.autoencoder.latent_shape
     if shape != model.latent_shape:
@@ -636,6 +639,12 @@ def cosine(step: int, total: int, warmup: int, floor: float = 0.0) -> float:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
     return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def linear(step: int, start: int, end: int, floor: float) -> float:
+    """Factor of the learning rate: 1 up to `start`, then in a line down to `floor` at `end`, and so on."""
+    progress = (step - start) / max(1, end - start)
+    return 1 - (1 - floor) * min(max(progress, 0.0), 1.0)
 
 
 @torch.no_grad()

@@ -3,9 +3,11 @@
 A source is named by --data, several by a list with weights:
 
     nano                           the synthetic world of nano/shapes.py: objects, scenes and text
-    nano:objects                   one of its domains
-    path/to/folder                 pictures; captions in its metadata.jsonl ({"file_name": ..., "text": ...})
-    path/to/shards                 a folder of .tar (jpg, png or webp beside txt or json) or of .parquet files
+    nano:objects                   one of its domains, or nano:classes, single objects with a class label
+    path/to/folder                 pictures; captions in its metadata.jsonl ({"file_name": ..., "text": ...}),
+                                   or a folder for each class, as ImageNet has them
+    path/to/shards                 a folder of .tar (jpg, png or webp beside txt, cls or json) or of .parquet
+    path/to/latents                what encode.py wrote: latents instead of pictures
     org/name                       a data set of the Hugging Face hub, streamed
     web=0.7,synthetic=0.2,nano=0.1 a mixture
 
@@ -46,6 +48,7 @@ PIXELS = 2**26  # a picture of more is refused before it is decoded
 STRIP = 50  # and so is one of that ratio of sides: resized by its short one it would fill the memory
 BYTES = 2**26  # and so is a file in a tar of more
 CHARACTERS = 1000  # of a caption; the rest is cut off
+LISTS = ("caption", "label", "conversation", "index")  # of a batch; its pictures or latents are a tensor
 DRAWS = 4  # uniform numbers for a sample: wording of the request, place of the crop (2), mirroring
 BLOCK = 64  # rows of a shard that are shuffled together
 STALL = 300  # seconds without data after which a training gives up
@@ -60,6 +63,7 @@ FORMATS = (
     "PPM",
 )  # and none that runs another program, as EPS does
 CAPTIONS = ("text", "caption", "txt", "prompt")
+LABELS = ("label", "cls")
 
 
 class Unusable(ValueError):
@@ -111,6 +115,15 @@ def open_picture(source: str | bytes, name: str = "") -> Image.Image:
         raise Unusable(f"{name} is damaged: {type(error).__name__} {error}") from None
 
 
+def open_metadata(path: str) -> dict[str, str]:
+    """The texts in a PNG; nothing of a file that is none."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            return dict(image.text)
+    except (UnidentifiedImageError, OSError):
+        return {}
+
+
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     """The centred square of an RGB picture, as evaluations take it (ADM): halved while the short side is at
     least 2 size, resized to a short side of size, cropped. (size, size, 3) uint8."""
@@ -158,13 +171,19 @@ class View(NamedTuple):
 
 
 def captioned(row: dict, view: View, uniform: np.ndarray) -> dict:
-    """A sample from a row {"name", "image": path or bytes, perhaps a caption} and DRAWS uniform numbers; or
-    Unusable."""
+    """A sample from a row {"name", "image": path or bytes, perhaps a caption or label} and DRAWS uniform
+    numbers; or Unusable."""
     if "error" in row or not row.get("image"):
         raise Unusable(f"{row['name']}: {row.get('error', 'no picture')}")
     caption = clean(next((row[key] for key in CAPTIONS if isinstance(row.get(key), str)), ""))
+    label = next((row[key] for key in LABELS if isinstance(row.get(key), int)), None)
     picture = view.pixels(open_picture(row["image"], row["name"]), *uniform[1:])
-    return {"image": picture, "caption": caption, "conversation": request(caption, uniform[0])}
+    return {
+        "image": picture,
+        "caption": caption,
+        "label": label,
+        "conversation": request(caption, uniform[0]),
+    }
 
 
 def attempt(row: dict, view: View, *keys: int) -> dict:
@@ -186,10 +205,13 @@ class Nano:
     def __init__(self, domain: str, size: int, seed: int, understanding: float = 0.0):
         from nano import shapes
 
-        if domain not in shapes.DOMAINS:
-            raise ValueError(f"nano has no domain {domain!r}: choose from {', '.join(shapes.DOMAINS)}")
+        if domain not in (*shapes.DOMAINS, "classes"):
+            raise ValueError(
+                f"nano has no domain {domain!r}: choose from {', '.join(shapes.DOMAINS)}, classes"
+            )
         self.draw, self.domain, self.size = shapes.draw, domain, size
         self.seed, self.understanding = seed, understanding
+        self.classes = len(shapes.PAIRS) if domain == "classes" else None
 
     def __getitem__(self, number: int) -> dict:
         uniform = np.random.default_rng(mix(self.seed, number)).random(2)
@@ -198,13 +220,34 @@ class Nano:
         if uniform[0] < self.understanding:
             question, answer = sample.questions[int(uniform[1] * len(sample.questions))]
             conversation = [("user", f"<image>\n{question}"), ("assistant", answer)]
-        return {"image": sample.image, "caption": sample.caption, "conversation": conversation}
+        return {
+            "image": sample.image,
+            "caption": sample.caption,
+            "label": sample.label,
+            "conversation": conversation,
+        }
 
     def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
         if limit is None:
             raise ValueError(f"nano:{self.domain} has no end: give a limit")
         for number in range(rank, limit, world):
             yield self[number] | {"index": (number,)}
+
+
+class Shuffled:
+    """Which of `count` rows a sample takes: all of them, then all again in another order."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed, self.epoch, self.order = count, seed, -1, np.empty(0)
+
+    def row(self, number: int) -> int:
+        epoch, position = divmod(number, self.count)
+        if self.epoch != epoch:
+            self.epoch, self.order = (
+                epoch,
+                np.random.default_rng(mix(self.seed, epoch)).permutation(self.count),
+            )
+        return int(self.order[position])
 
 
 class Pictures:
@@ -215,18 +258,16 @@ class Pictures:
         from datasets import Image as Column
         from datasets import load_dataset
 
-        rows = load_dataset("imagefolder", data_dir=path, split="train", drop_labels=True)
+        rows = load_dataset("imagefolder", data_dir=path, split="train")
         if not len(rows):
             raise ValueError(f"{path} holds no pictures")
+        self.classes = getattr(rows.features.get("label"), "num_classes", None)  # by the folders' names
         self.rows = rows.cast_column("image", Column(decode=False))
-        self.path, self.view, self.seed, self.order = path, view, seed, (-1, None)
+        self.path, self.view, self.seed, self.shuffled = path, view, seed, Shuffled(len(self.rows), seed)
 
     def __getitem__(self, number: int) -> dict:
-        epoch, position = divmod(number, len(self.rows))
-        if self.order[0] != epoch:
-            self.order = (epoch, np.random.default_rng(mix(self.seed, epoch)).permutation(len(self.rows)))
         skipped, chance = [], np.random.default_rng(mix(self.seed, number, 0))
-        row = int(self.order[1][position])
+        row = self.shuffled.row(number)
         while len(skipped) < 100:
             try:
                 return captioned(self.row(row), self.view, chance.random(DRAWS)) | {"skipped": skipped}
@@ -250,6 +291,8 @@ class Stream:
 
     shards: functions that yield rows, see `captioned`.
     """
+
+    classes = None  # labels are numbers, nobody says how many
 
     def __init__(self, name: str, shards: list, view: View, seed: int):
         self.name, self.shards, self.view, self.seed = name, shards, view, seed
@@ -331,8 +374,8 @@ def tar_rows(url: str) -> Iterator[dict]:
                 row["error"] = f"{path.name} has {member.size:,} bytes, the limit is {BYTES:,}"
             elif extension.lower() in IMAGES:
                 row["image"] = tar.extractfile(member).read()
-            elif extension.lower() in (*CAPTIONS, "json"):
-                row |= caption_fields(tar.extractfile(member).read(), extension.lower())
+            elif extension.lower() in (*CAPTIONS, "cls", "json"):
+                row |= text_fields(tar.extractfile(member).read(), extension.lower())
         if end.tail.strip(b"\0"):  # tarfile takes the end of the file for the end of the archive
             raise EOFError("the file ends in the middle")
         if row:
@@ -351,15 +394,18 @@ class Tail:
         return content
 
 
-def caption_fields(text: bytes, extension: str) -> dict:
-    """The captions among the fields of a json file, or the text of any other."""
-    if extension != "json":
+def text_fields(text: bytes, extension: str) -> dict:
+    """The captions and the label among the fields of a json file, the label of a cls, the text of others."""
+    if extension not in ("cls", "json"):
         return {"text": text.decode("utf-8", errors="replace")}
     try:
+        if extension == "cls":
+            return {"label": int(text)}
         fields = json.loads(text)
-        return {key: fields[key] for key in CAPTIONS if isinstance(fields.get(key), str)}
+        captions = {key: fields[key] for key in CAPTIONS if isinstance(fields.get(key), str)}
+        return captions | {key: fields[key] for key in LABELS if isinstance(fields.get(key), int)}
     except (ValueError, AttributeError, RecursionError) as error:
-        return {"error": f"damaged json: {error}"}
+        return {"error": f"damaged {extension}: {error}"}
 
 
 def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
@@ -396,11 +442,46 @@ def open_table(name: str, **kwargs) -> list:
     return [partial(table_rows, name, table, shard, columns[0]) for shard in range(table.num_shards)]
 
 
-def open_one(name: str, view: View, seed: int, understanding: float) -> Nano | Pictures | Stream:
+class Latents:
+    """What encode.py wrote, a map that starts over without an end, in another order each time.
+
+    A folder with latents.json, and for each process that wrote it a NAME.npy (rows, 1 or 2, N, C) float16,
+    whose second entry is of the mirrored picture, beside a NAME.jsonl of captions and labels.
+    """
+
+    def __init__(self, folder: Path, seed: int):
+        try:
+            self.about = json.loads((folder / "latents.json").read_text())
+            self.parts = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))]
+            rows = [path.read_text().splitlines() for path in sorted(folder.glob("*.jsonl"))]
+            self.rows = [json.loads(line) for part in rows for line in part]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot read the latents in {folder}: {error}") from error
+        self.ends = np.cumsum([len(part) for part in self.parts])
+        if not self.rows or self.ends[-1] != len(self.rows):
+            raise ValueError(f"{folder} has latents of another number of pictures than it has captions")
+        self.folder, self.seed, self.classes = folder, seed, self.about["classes"]
+        self.shuffled = Shuffled(len(self.rows), seed)
+
+    def __getitem__(self, number: int) -> dict:
+        row = self.shuffled.row(number)
+        uniform = np.random.default_rng(mix(self.seed, number)).random(2)
+        part = int(np.searchsorted(self.ends, row, side="right"))
+        views = self.parts[part][row - self.ends[part]]  # counted from the part's end
+        sample = {"latents": np.array(views[int(uniform[0] * len(views))]), **self.rows[row]}
+        return sample | {"conversation": request(sample["caption"], uniform[1])}
+
+    def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
+        raise ValueError(f"{self.folder} holds latents, not pictures")
+
+
+def open_one(name: str, view: View, seed: int, understanding: float) -> Nano | Pictures | Stream | Latents:
     """The source of one name, see the top of this file."""
     if name.startswith("nano:"):
         return Nano(name.removeprefix("nano:"), view.size, seed, understanding)
     path = Path(name)
+    if (path / "latents.json").is_file():
+        return Latents(path, seed)
     if path.is_dir():
         tars = sorted(
             str(file) for file in path.rglob("*.tar*") if re.search(r"\.tar(\.\w?z2?)?$", file.name)
@@ -436,6 +517,11 @@ class Mixture:
                 f"the weights {weights} differ too much: each share has to be 1 in 1000 at least"
             )
         self.owners = np.random.default_rng(mix(seed)).permutation(owners)
+        known = {source.classes for source in sources if source.classes}
+        if len(known) > 1 or len({isinstance(source, Latents) for source in sources}) > 1:
+            raise ValueError("sources of different classes, or latents and pictures, cannot be mixed")
+        self.classes = known.pop() if known else None  # how many, where a source says it
+        self.latents = [source.about for source in sources if isinstance(source, Latents)]
         earlier = np.cumsum(self.owners[:, None] == np.arange(len(sources)), axis=0)
         self.earlier = earlier[np.arange(1000), self.owners] - 1
 
@@ -546,10 +632,13 @@ class Batches(IterableDataset):
 
 
 def collate(samples: list[dict]) -> dict:
-    """images (B, 3, H, W) uint8; lists of captions, conversations and numbers; the positions of streams; and
-    what was skipped."""
-    batch = {key: [sample[key] for sample in samples] for key in ("caption", "conversation", "index")}
-    batch["image"] = torch.from_numpy(np.stack([s["image"] for s in samples])).permute(0, 3, 1, 2)
+    """images (B, 3, H, W) uint8, or latents (B, N, C); lists of captions, labels, conversations and numbers;
+    the positions of streams; and what was skipped."""
+    batch = {key: [sample[key] for sample in samples] for key in LISTS}
+    if "latents" in samples[0]:
+        batch["latents"] = torch.from_numpy(np.stack([s["latents"] for s in samples])).float()
+    else:
+        batch["image"] = torch.from_numpy(np.stack([s["image"] for s in samples])).permute(0, 3, 1, 2)
     batch["positions"] = {k: v for s in samples for k, v in s.get("position", {}).items()}
     batch["skipped"] = [message for s in samples for message in s.get("skipped", ())]
     return batch
@@ -579,10 +668,11 @@ class Loader:
         started = time.perf_counter()
         with reading():
             parts = [next(self.loader) for _ in range(self.parts)]
-        batch = {k: [x for part in parts for x in part[k]] for k in ("caption", "conversation", "index")}
-        batch["image"] = torch.cat([part["image"] for part in parts])
+        batch = {k: [x for part in parts for x in part[k]] for k in LISTS}
+        [kind] = {"image", "latents"} & parts[0].keys()
+        batch[kind] = torch.cat([part[kind] for part in parts])
         if torch.cuda.is_available():
-            batch["image"] = batch["image"].pin_memory()
+            batch[kind] = batch[kind].pin_memory()
         for part in parts:
             self.positions |= part["positions"]
             self.skipped += part["skipped"]

@@ -141,7 +141,7 @@ def load_features(name: str, weights: str, where: common.Launch) -> Features:
     if name == "encoder":
         folder = str(common.WEIGHTS / "encoder")
         with common.loading(folder):
-            model = rae.RAE(folder, rae.DECODERS["nano"] | {"patch_size": 8}).to(where.device)
+            model = rae.RAE(folder, rae.DECODERS["nano"]).to(where.device)
         width = model.latent_shape[1]
         return Features(name, width, lambda x: model.encode(data.to_unit(x, where.device)).mean(dim=1))
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -407,7 +407,7 @@ def shapes(config: Config, where: common.Launch) -> list[dict]:
     from nano import scorer
     from nano.shapes import TASKS, prompt, render
 
-    model = common.load_text_to_image(config.model, "", where)
+    model = common.load_model(rae.TextToImage, config.model, "", where)
     n, held_out = config.limit or 20, "held-out colors"
     wanted = {task: [prompt(task, config.seed, i) for i in range(n)] for task in TASKS}
     wanted[held_out] = [prompt("colors", config.seed, i, held_out=True) for i in range(n)]

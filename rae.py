@@ -9,7 +9,8 @@ the hidden states of a language model (Scale-RAE, arXiv 2601.16208). Read this f
     3. autoencoders    the ViT decoder, and RAE = encoder + decoder + latent statistics; VAE, to compare with
     4. DiT             the diffusion transformer, with or without the wide head
     5. flow matching   timestep shift, loss, sampler, guidance
-    6. TextToImage     language model -> latent queries -> connector -> DiT
+    6. ClassToImage    labels -> DiT
+       TextToImage     language model -> latent queries -> connector -> DiT
     7. presets and released weights   the papers' names and sizes; the authors' and diffusers' files
 
 Conventions: latents are tokens (B, N, C) in raster order; time t = 0 is data and t = 1 is noise; pictures are
@@ -364,7 +365,7 @@ class RAE(nn.Module, Hub, library_name="rae"):
     """Representation autoencoder: frozen encoder, trained decoder, latent statistics (RAE section 3).
 
     encoder: hub id or local `transformers` folder; or its config as a dict, as written by `save_pretrained`.
-    decoder_config: patch_size (of the output, free of the encoder's), width, depth, heads, mlp_width.
+    decoder_config: width, depth, heads, mlp_width, and patch_size, of the output, the encoder's by default.
     encoder_size: side of the encoder's input in pixels; other pictures are resized (bicubic, no antialias).
     image_mean, image_std: the encoder's pixel statistics. All three are read from the hub id or folder.
 
@@ -393,8 +394,10 @@ class RAE(nn.Module, Hub, library_name="rae"):
             raise ValueError(
                 f"encoder_size {encoder_size} is not a multiple of the encoder's patch size {patch}"
             )
+        decoder_config = {"patch_size": patch, **decoder_config}
         # what rebuilds this module without the encoder's folder; saved as config.json
         self._hub_mixin_config.update(
+            decoder_config=decoder_config,
             encoder=self.encoder.config.to_diff_dict() | {"model_type": self.encoder.config.model_type},
             encoder_size=encoder_size,
             image_mean=image_mean,
@@ -888,7 +891,152 @@ def guided(
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 6. text to image
+# 6. labels to image, text to image
+
+
+class LatentModel(nn.Module, Hub):
+    """What makes latents with a DiT has in common: `dit`, `latent_shape`, `alpha`, the autoencoder that its
+    latents belong to, and sampling. Subclasses turn prompts or labels into a condition of the DiT."""
+
+    def __init__(self, latent_shape: tuple[int, int], autoencoder: str | None, alpha: float | None):
+        super().__init__()
+        self.latent_shape = tuple(latent_shape)
+        self.alpha = default_alpha(latent_shape) if alpha is None else alpha
+        self.autoencoder_path = autoencoder
+        self._autoencoder = []  # in a list it is no submodule: its weights stay in its own folder
+
+    @property
+    def device(self) -> torch.device:
+        return self.dit.pos_embed.device
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, which are compiled, checkpointed and spread one by one."""
+        return list(self.dit.blocks)
+
+    @property
+    def autoencoder(self) -> RAE | VAE:
+        """The autoencoder whose latents this model makes, loaded at first use; not part of the weights."""
+        if not self._autoencoder:
+            self._autoencoder.append(open_autoencoder(self.autoencoder_path))
+        return self._autoencoder[0].to(self.device)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Sequence,
+        steps: int = 50,
+        guidance: float = 1.0,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        solver: str = "euler",
+        grid: str = "full",
+        guide: "LatentModel | None" = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> Tensor:
+        """Latents (B, N, C) for prompts or class labels.
+
+        guidance: its scale; 1 is none. By default guidance is classifier-free; with a `guide`, a weaker model
+            of the same latents, it is AutoGuidance (arXiv 2406.02507). interval: of t, where it is used.
+        noise: (B, N, C); drawn with `generator`, on its device, unless it is given.
+        """
+        condition = self.condition(inputs)
+        if noise is None:
+            device = generator.device if generator else self.device
+            noise = torch.randn(len(inputs), *self.latent_shape, generator=generator, device=device)
+        weaker = partial(self.dit, condition=None)
+        if guidance == 1:
+            guide = None
+        elif guide is not None:
+            if guide.latent_shape != self.latent_shape:
+                raise ValueError(f"the guide makes latents {guide.latent_shape}, not {self.latent_shape}")
+            weaker = partial(guide.dit, condition=guide.condition(inputs))
+        elif self.dit.y_embedder is None:
+            raise ValueError("an unconditional model has no classifier-free guidance: give a guide")
+        velocity = guided(partial(self.dit, condition=condition), weaker, guidance, interval)
+        return sample(velocity, noise.to(self.device), steps, self.alpha, solver, grid)
+
+    # -- one folder: config.json, model.safetensors, and for text the tokenizer's files
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """As every model's, once the autoencoder is on the hub too and `autoencoder_path` is its id."""
+        if self.autoencoder_path and os.path.isdir(self.autoencoder_path):
+            raise ValueError(f"push {self.autoencoder_path} first, then set autoencoder_path to its hub id")
+        return super().push_to_hub(repo_id, **kwargs)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        if self.autoencoder_path and os.path.isdir(self.autoencoder_path):
+            self._hub_mixin_config["autoencoder"] = os.path.relpath(self.autoencoder_path, save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, config: dict | None = None, **kwargs):
+        model = super()._from_pretrained(model_id=model_id, config=config, **kwargs)
+        beside = Path(model_id) / (model.autoencoder_path or "")
+        if model.autoencoder_path and beside.is_dir():
+            model.autoencoder_path = str(beside)
+        return model
+
+
+class ClassToImage(LatentModel, library_name="rae"):
+    """A DiT of class labels, or of none (RAE section 5).
+
+    dit: arguments of `DiT` but for latent_shape: width, depth, heads, ...; num_classes, or unconditional.
+    latent_shape, autoencoder, alpha: as `TextToImage` has them.
+    """
+
+    def __init__(
+        self,
+        dit: dict,
+        latent_shape: tuple[int, int],
+        autoencoder: str | None = None,
+        alpha: float | None = None,
+    ):
+        super().__init__(latent_shape, autoencoder, alpha)
+        self.dit = DiT(latent_shape, **dit)
+
+    @property
+    def num_classes(self) -> int | None:
+        return getattr(self.dit.y_embedder, "num_classes", None)
+
+    def condition(self, labels: Sequence[int] | Tensor) -> Tensor | None:
+        """Labels (B,) on the model's device; None where it is unconditional. Raises ValueError for a label
+        that is none of its classes."""
+        if self.num_classes is None:
+            return None
+        labels = torch.as_tensor(labels)
+        if wrong := [label for label in labels.tolist() if not 0 <= label < self.num_classes]:
+            raise ValueError(f"label {wrong[0]}: this model has the classes 0 to {self.num_classes - 1}")
+        return labels.to(self.device, non_blocking=True)
+
+    def forward(self, labels: Tensor, latents: Tensor, noise: Tensor, t: Tensor, dropped: Tensor) -> Tensor:
+        """Velocity error of each sample, (B,), at the shifted time t (B,); labels are null where `dropped`
+        (B,) is true."""
+        condition = None if self.num_classes is None else self.dit.drop_condition(labels, dropped)
+        return flow_loss(self.dit, latents, condition, self.alpha, noise, t)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, autoencoder: str | None = None, revision: str | None = None
+    ) -> "ClassToImage":
+        """A folder of `save_pretrained` or a hub id; a name in RELEASED_DITS, such as "rae-dit-dh-xl-256"; or
+        a released file, `stage2_model.pt`, by its path, here or on the hub as org/repository/path."""
+        source = str(source)
+        if source in RELEASED_DITS:
+            source, known = RELEASED_DITS[source]
+            autoencoder = autoencoder or known
+        if not source.endswith(".pt"):
+            model = super().from_pretrained(source, revision=revision)
+            model.autoencoder_path = autoencoder or model.autoencoder_path
+            return model
+        weights = read_pickle(source, revision)
+        dit = from_official(weights["ema"] if isinstance(weights.get("ema"), dict) else weights)
+        given = {name: value for name, value in dit._hub_mixin_config.items() if name != "latent_shape"}
+        with torch.device("meta"):  # the DiT is there already
+            model = cls(given, dit._hub_mixin_config["latent_shape"], autoencoder)
+        model.dit = dit
+        return model.eval()
+
 
 IMAGE = -200  # stands for one patch of a picture in a sequence of token ids
 IGNORED = -100  # label of a token that is not learned
@@ -913,7 +1061,7 @@ class Chat:
         return Chat(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
-class TextToImage(nn.Module, Hub, library_name="rae"):
+class TextToImage(LatentModel, library_name="rae"):
     """A language model that draws: learnable queries after the prompt collect one condition vector per latent
     token for a DiT, and pictures are read back through a projector (Scale-RAE section 3).
 
@@ -933,7 +1081,7 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
         autoencoder: str | None = None,
         alpha: float | None = None,
     ):
-        super().__init__()
+        super().__init__(latent_shape, autoencoder, alpha)
         self.tokenizer = None  # `from_pretrained` sets it where language_model is a config
         if isinstance(language_model, dict):
             config = transformers.AutoConfig.for_model(**language_model)
@@ -945,10 +1093,6 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
         self.language_model.float()  # files are often bf16
         config = self.language_model.config
         self._hub_mixin_config["language_model"] = config.to_diff_dict() | {"model_type": config.model_type}
-        self.latent_shape = tuple(latent_shape)
-        self.alpha = default_alpha(latent_shape) if alpha is None else alpha
-        self.autoencoder_path = autoencoder
-        self._autoencoder = []  # in a list it is no submodule: its weights stay in its own folder
         tokens, channels = latent_shape
         width = config.hidden_size
         dit = {"condition_width": dit["width"], **dit}
@@ -960,6 +1104,10 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
         )  # the connector; as in the released files
         nn.init.normal_(self.diff_head_projector.weight, std=0.02)
         nn.init.zeros_(self.diff_head_projector.bias)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [*self.dit.blocks, *self.language_model.model.layers]
 
     # -- tokens
 
@@ -1062,17 +1210,6 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
 
     # -- inference
 
-    @property
-    def device(self) -> torch.device:
-        return self.latent_queries.device
-
-    @property
-    def autoencoder(self) -> RAE | VAE:
-        """The autoencoder whose latents this model makes, loaded at first use; not part of the weights."""
-        if not self._autoencoder:
-            self._autoencoder.append(open_autoencoder(self.autoencoder_path))
-        return self._autoencoder[0].to(self.device)
-
     def plain_text(self, texts: list[str], max_tokens: int = 256) -> None:
         """Raises ValueError for user text that is empty, over-long, or contains a special token."""
         special = [*self.tokenizer.get_added_vocab(), "<image>"]
@@ -1096,26 +1233,6 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
         return self.diff_head_projector(self.hidden_states(self.embed(chat))[chat.answers])
 
     @torch.no_grad()
-    def generate(
-        self,
-        prompts: list[str],
-        steps: int = 50,
-        guidance: float = 1.0,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
-        solver: str = "euler",
-        grid: str = "full",
-    ) -> Tensor:
-        """Latents (B, N, C) for the prompts. guidance: scale of classifier-free guidance, 1 is none. The
-        noise (B, N, C) is drawn with `generator`, on its device, unless it is given."""
-        condition = self.condition(prompts)
-        if noise is None:
-            device = generator.device if generator else self.device
-            noise = torch.randn(len(prompts), *self.latent_shape, generator=generator, device=device)
-        velocity = guided(lambda x, t: self.dit(x, t, condition), lambda x, t: self.dit(x, t, None), guidance)
-        return sample(velocity, noise.to(self.device), steps, self.alpha, solver, grid)
-
-    @torch.no_grad()
     def answer(self, image_or_latents: Tensor, question: str, max_tokens: int = 64) -> str:
         """Answers a question about one picture, (3, H, W) in [0, 1], or about its latents (N, C); greedy."""
         self.plain_text([question])
@@ -1135,27 +1252,14 @@ class TextToImage(nn.Module, Hub, library_name="rae"):
         )
         return self.tokenizer.decode(out[0], skip_special_tokens=True).strip()
 
-    # -- one folder: config.json, model.safetensors, tokenizer files
-
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """As every model's, once the autoencoder is on the hub too and `autoencoder_path` is its id."""
-        if self.autoencoder_path and os.path.isdir(self.autoencoder_path):
-            raise ValueError(f"push {self.autoencoder_path} first, then set autoencoder_path to its hub id")
-        return super().push_to_hub(repo_id, **kwargs)
-
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)
-        if self.autoencoder_path and os.path.isdir(self.autoencoder_path):
-            self._hub_mixin_config["autoencoder"] = os.path.relpath(self.autoencoder_path, save_directory)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: dict | None = None, **kwargs):
         model = super()._from_pretrained(model_id=model_id, config=config, **kwargs)
         model.tokenizer = transformers.AutoTokenizer.from_pretrained(model_id)
-        beside = Path(model_id) / (model.autoencoder_path or "")
-        if model.autoencoder_path and beside.is_dir():
-            model.autoencoder_path = str(beside)
         return model
 
 
@@ -1185,7 +1289,16 @@ DECODERS = {  # RAE appendix; the XL's MLP is not 4 x its width; S is ours, for 
     "nano": {"width": 160, "depth": 4, "heads": 5, "mlp_width": 640},
 }
 
-DITS = {  # Scale-RAE table 10, and the laptop's
+HEAD = {"head": (2048, 2, 16), "readd_time": True, "xavier": False}  # of DiT-DH
+DITS = {  # RAE, Scale-RAE table 10, and the laptop's
+    "DiT-S": {"width": 384, "depth": 12, "heads": 6, "silu_condition": False},
+    "DiT-B": {"width": 768, "depth": 12, "heads": 12, "silu_condition": False},
+    "DiT-L": {"width": 1024, "depth": 24, "heads": 16, "silu_condition": False},
+    "DiT-XL": {"width": 1152, "depth": 28, "heads": 16, "silu_condition": False},
+    "DiT-DH-S": {"width": 384, "depth": 12, "heads": 6} | HEAD,
+    "DiT-DH-B": {"width": 768, "depth": 12, "heads": 12} | HEAD,
+    "DiT-DH-L": {"width": 1024, "depth": 24, "heads": 16} | HEAD,
+    "DiT-DH-XL": {"width": 1152, "depth": 28, "heads": 16} | HEAD,
     "0.5B": {"width": 1280, "depth": 16, "heads": 32},
     "2.4B": {"width": 2048, "depth": 32, "heads": 32},
     "3.1B": {"width": 2304, "depth": 32, "heads": 32},
@@ -1215,6 +1328,19 @@ RELEASED = {  # arguments of `RAE.from_pretrained`; the number of tokens tells t
         "encoder": ENCODERS["siglip2-so400m"],
     },
     "scale-rae-webssl-l": {"decoder": "nyu-visionx/webssl300m_decoder", "encoder": ENCODERS["webssl-l"]},
+}
+
+
+def released_dit(path: str, autoencoder: str) -> tuple[str, str]:
+    folder = "nyu-visionx/RAE-collections/DiTs/Dinov2/wReg_base"
+    return f"{folder}/{path}/stage2_model.pt", autoencoder
+
+
+RELEASED_DITS = {  # file, autoencoder; S are the guides
+    "rae-dit-dh-xl-256": released_dit("ImageNet256/DiTDH-XL", "rae-dinov2-b"),
+    "rae-dit-dh-s-256": released_dit("ImageNet256/DiTDH-S_ep14", "rae-dinov2-b"),
+    "rae-dit-dh-xl-512": released_dit("ImageNet512/DiTDH-XL_ep400", "rae-dinov2-b-512"),
+    "rae-dit-dh-s-512": released_dit("ImageNet512/DiTDH-S_ep20", "rae-dinov2-b-512"),
 }
 
 

@@ -1,48 +1,85 @@
-"""Prompts in, pictures out.
+"""Prompts or class labels in, pictures out.
 
     python sample.py "a red circle above a blue square"            # the shipped nano model, on a laptop
     python sample.py "three green stars" "a pink ring" --n 8 --guidance 4
     python sample.py --reconstruct picture.png                     # original | what the decoder makes of it
     python sample.py --ask picture.png "how many stars are there?"
     python sample.py "a cat in the snow" --model runs/t2i/model    # a model of your own
+    python sample.py --classes 3,17 --model runs/class/model       # labels, or all of them
 
-Writes single pictures and one grid (a row for each prompt) into --out and prints their paths; prompt, seed
-and settings are in the metadata of each PNG. Picture k of a prompt is drawn from seed + k, whatever else is
-asked for.
+    # 50,000 pictures for an FID, the papers' settings, on 8 GPUs; --resume goes on where it stopped
+    torchrun --nproc-per-node 8 sample.py --preset rae-256 --classes all --n 50000 --out fid --npz fid.npz
+
+Writes single pictures and, of up to 256, one grid (a row for each prompt) into --out and prints their paths;
+prompt, seed and settings are in the metadata of each PNG. Picture k of a prompt is drawn from seed + k, and
+picture i of a run with labels from seed + i, whatever else is asked for and on however many processes.
 """
 
 import re
-from dataclasses import asdict, dataclass
+import zipfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import common
 import data
+import rae
 from common import flag
 
-PRESETS = {"nano": {}, "scale-rae": {"guidance": 1.0, "grid": "scale-rae"}}  # Scale-RAE's: its 49 evaluations
+PRESETS = {
+    "nano": {},
+    "scale-rae": {"guidance": 1.0, "grid": "scale-rae"},  # Scale-RAE's: its 49 evaluations
+    "rae-256": {  # RAE's AutoGuidance
+        "model": "rae-dit-dh-xl-256",
+        "guide": "rae-dit-dh-s-256",
+        "guidance": 1.42,
+        "grid": "rae",
+    },
+    "rae-512": {
+        "model": "rae-dit-dh-xl-512",
+        "guide": "rae-dit-dh-s-512",
+        "guidance": 1.5,
+        "grid": "rae",
+    },
+}
+SHOWN = 256  # pictures at most of a run that also makes a grid
 
 
 @dataclass
 class Config:
     prompts: list[str] = flag((), "what to draw; with --ask, the question", nargs="*", metavar="PROMPT")
-    model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id")
+    classes: str = flag("", "draw these labels instead: 3,17 or all; none for an unconditional model")
+    labels: str = flag("equal", "as many of each class, or drawn at random", choices=["equal", "random"])
+    model: str = flag(
+        "", "TextToImage or, with --classes, ClassToImage: folder, hub id or name (default: the nano one)"
+    )
     autoencoder: str = flag("", "RAE or VAE: folder or hub id, if not the one that the model names")
     reconstruct: str = flag("", "encode and decode this picture instead")
     ask: str = flag("", "answer the question about this picture instead")
-    n: int = flag(4, "pictures for each prompt", at_least=1)
+    n: int | None = flag(
+        None, "pictures for each prompt (default 4); of all classes together (4 for each)", at_least=1
+    )
     steps: int = flag(50, "steps of the sampler", at_least=1)
-    guidance: float = flag(3.0, "scale of classifier-free guidance; 1 is none")
+    guidance: float = flag(3.0, "its scale; classifier-free, or with a guide AutoGuidance; 1 is none")
+    guide: str = flag("", "a weaker model of the same latents, for AutoGuidance")
+    interval: str = flag("0,1", "of t, in which there is guidance; t = 1 is noise")
     solver: str = flag("euler", "of the flow's differential equation", choices=["euler", "heun"])
     grid: str = flag(
         "full", "times of the steps; the papers' own are the others", choices=["full", "rae", "scale-rae"]
     )
     seed: int = flag(0, "of the first picture of each prompt")
     out: str = flag("samples", "folder to write to")
+    npz: str = flag("", "write all pictures to this .npz too, as ADM's: arr_0 uint8 (N, H, W, 3)")
+    resume: bool = flag(False, "leave the pictures that are in OUT already")
     dtype: str = flag("auto", "of the compute; weights are fp32", choices=["auto", "bf16", "fp32"])
-    batch: int = flag(64, "pictures drawn at once", at_least=1)
+    batch: int = flag(64, "pictures drawn at once, on each process", at_least=1)
 
 
 def to_pixels(picture: Image.Image, size: int) -> torch.Tensor:
@@ -72,49 +109,120 @@ def ask(config: Config, where: common.Launch) -> None:
     if len(config.prompts) != 1:
         raise ValueError('--ask needs one question: sample.py --ask picture.png "what is this?"')
     picture = data.open_picture(config.ask)
-    model = common.load_text_to_image(config.model, config.autoencoder, where)
+    model = common.load_model(rae.TextToImage, config.model, config.autoencoder, where)
     with where.autocast():
         print(model.answer(to_pixels(picture, model.autoencoder.image_size)[0], config.prompts[0]))
 
 
-def draw(config: Config, where: common.Launch) -> None:
-    model = common.load_text_to_image(config.model, config.autoencoder, where)
-    model.plain_text(config.prompts)
+class Job(NamedTuple):
+    """A picture to draw: for a prompt or a label, from a seed, into OUT/NAME.png."""
+
+    input: str | int
+    seed: int
+    name: str
+
+
+def prompt_jobs(config: Config) -> list[Job]:
     names = [file_name(prompt) for prompt in config.prompts]
     if len(set(names)) < len(names):
         names = [f"{i:03d}-{name}" for i, name in enumerate(names)]
-    jobs = [
-        (prompt, name, config.seed + k)
-        for prompt, name in zip(config.prompts, names, strict=True)
-        for k in range(config.n)
-    ]
-    pictures = []
-    for start in range(0, len(jobs), config.batch):
-        prompts, _, seeds = zip(*jobs[start : start + config.batch], strict=True)
-        noise = torch.stack([draw_noise(seed, model.latent_shape) for seed in seeds])
-        with torch.no_grad(), where.autocast():
-            latents = model.generate(
-                list(prompts),
-                config.steps,
-                config.guidance,
-                noise=noise,
-                solver=config.solver,
-                grid=config.grid,
+    seeds = range(config.seed, config.seed + (config.n or 4))
+    named = zip(config.prompts, names, strict=True)
+    return [Job(prompt, seed, f"{name}-{seed}") for prompt, name in named for seed in seeds]
+
+
+def class_jobs(config: Config, num_classes: int | None) -> list[Job]:
+    """Picture i is of class i modulo their number, or of a random one that depends on (seed, i) alone."""
+    if config.classes in ("all", "none") and (config.classes == "all") != (num_classes is not None):
+        raise ValueError(f"--classes {config.classes}: {config.model} has {num_classes or 'no'} classes")
+    try:
+        classes = {"all": range(num_classes or 0), "none": [0]}.get(config.classes)
+        classes = classes or [int(label) for label in config.classes.split(",")]
+    except ValueError:
+        raise ValueError(f"--classes {config.classes}: give labels like 3,17, or all") from None
+    n = config.n or 4 * len(classes)
+    if config.labels == "equal" and n % len(classes):
+        raise ValueError(
+            f"--n {n}: {len(classes)} classes cannot have equal shares of it; give a multiple, or --labels "
+            "random"
+        )
+    chosen = range(n)
+    if config.labels == "random":
+        chosen = (data.uniform_draws(1, config.seed, range(n), "label")[0] * len(classes)).long().tolist()
+    pairs = enumerate(chosen, start=config.seed)
+    return [Job(classes[k % len(classes)], seed, f"{seed - config.seed:06d}") for seed, k in pairs]
+
+
+def missing(jobs: list[Job], out: Path, settings: dict) -> list[Job]:
+    """The jobs whose pictures are not in the folder yet. Raises ValueError for one that differs."""
+    left = []
+    for job in jobs:
+        path = out / f"{job.name}.png"
+        if not path.exists():
+            left.append(job)
+            continue
+        found = data.open_metadata(str(path))
+        if wrong := [k for k, v in written(job, settings).items() if found.get(k) != v]:
+            raise ValueError(
+                f"{path} was drawn with {wrong[0]} {found.get(wrong[0])}, not "
+                f"{written(job, settings)[wrong[0]]}: choose another --out, or leave --resume out"
             )
-            pictures.append(model.autoencoder.decode(latents).float().cpu())
-    pictures = torch.cat(pictures)
-    settings = {
-        k: v for k, v in asdict(config).items() if k in ("model", "steps", "guidance", "solver", "grid")
-    }
-    for (prompt, name, seed), picture in zip(jobs, pictures, strict=True):
-        path = Path(config.out) / f"{name}-{seed}.png"
-        common.save_picture(path, picture, prompt=prompt, seed=seed, **settings)
-        print(path)
-    path = Path(config.out) / "grid.png"
-    scale = max(1, 128 // pictures.shape[-1])
-    grid = common.picture_grid(pictures, config.n, scale=scale)
-    common.save_picture(path, grid, prompt="\n".join(config.prompts), seed=config.seed, **settings)
-    print(path)
+    return left
+
+
+def written(job: Job, settings: dict) -> dict[str, str]:
+    """The metadata of a job's PNG."""
+    key = "prompt" if isinstance(job.input, str) else "label"
+    return {name: str(value) for name, value in {key: job.input, "seed": job.seed, **settings}.items()}
+
+
+def draw(config: Config, where: common.Launch) -> None:
+    kind = rae.ClassToImage if config.classes else rae.TextToImage
+    model = common.load_model(kind, config.model, config.autoencoder, where)
+    guide = common.load_model(kind, config.guide, model.autoencoder_path, where) if config.guide else None
+    if config.classes:
+        jobs = class_jobs(config, model.num_classes)
+    else:
+        model.plain_text(config.prompts)
+        jobs = prompt_jobs(config)
+    model.condition([job.input for job in jobs[:1]])  # a mistake shows before the work begins
+    out, keys = Path(config.out), ("model", "steps", "guidance", "guide", "interval", "solver", "grid")
+    settings = {name: getattr(config, name) for name in keys}
+    left = missing(jobs, out, settings) if config.resume else jobs
+    own = left[where.rank :: where.world]
+
+    with ThreadPoolExecutor() as pool:
+        saved = []
+        for start in tqdm(range(0, len(own), config.batch), desc="draw", disable=not where.main):
+            batch = own[start : start + config.batch]
+            for job, picture in zip(batch, pictures_of(batch, model, guide, config, where), strict=True):
+                path, text = out / f"{job.name}.png", written(job, settings)
+                saved.append(pool.submit(common.save_picture, path, picture, **text))
+        for future in saved:
+            future.result()
+    common.global_sum(0)  # waits for all processes
+    if where.main:
+        show(jobs, out, config)
+
+
+def show(jobs: list[Job], out: Path, config: Config) -> None:
+    """Prints where the pictures are, and packs them into a grid and an .npz."""
+    paths = [out / f"{job.name}.png" for job in jobs]
+    if len(jobs) <= SHOWN:
+        print("\n".join(map(str, paths)))
+        pictures = torch.cat(
+            [to_pixels(image, min(image.size)) for image in map(data.open_picture, map(str, paths))]
+        )
+        columns = len(jobs) // max(1, len(config.prompts)) if config.prompts else 8
+        grid = common.picture_grid(pictures, columns, scale=max(1, 128 // pictures.shape[-1]))
+        prompts = "\n".join(dict.fromkeys(str(job.input) for job in jobs))
+        common.save_picture(out / "grid.png", grid, prompt=prompts, seed=config.seed)
+        print(out / "grid.png")
+    else:
+        print(f"{len(jobs)} pictures in {out}")
+    if config.npz:
+        pack(Path(config.npz), paths)
+        print(config.npz)
 
 
 def draw_noise(seed: int, latent_shape: tuple[int, int]) -> torch.Tensor:
@@ -122,9 +230,61 @@ def draw_noise(seed: int, latent_shape: tuple[int, int]) -> torch.Tensor:
     return torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed))
 
 
+@torch.no_grad()
+def pictures_of(
+    jobs: list[Job],
+    model: rae.LatentModel,
+    guide: rae.LatentModel | None,
+    config: Config,
+    where: common.Launch,
+) -> torch.Tensor:
+    """(B, 3, H, W) on the CPU."""
+    noise = torch.stack([draw_noise(job.seed, model.latent_shape) for job in jobs])
+    with where.autocast():
+        latents = model.generate(
+            [job.input for job in jobs],
+            config.steps,
+            config.guidance,
+            noise=noise,
+            solver=config.solver,
+            grid=config.grid,
+            guide=guide,
+            interval=interval(config),
+        )
+        return model.autoencoder.decode(latents).float().cpu()
+
+
+def interval(config: Config) -> tuple[float, float]:
+    try:
+        low, high = map(float, config.interval.split(","))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"--interval {config.interval}: give two times from 0 to 1, like 0.1,0.9")
+    return low, high
+
+
+def pack(path: Path, files: Iterable[Path]) -> None:
+    """Pictures to one .npz, a picture at a time: 50,000 of 256 px are 10 GB."""
+    files = list(files)
+    with Image.open(files[0]) as first:
+        shape = (len(files), first.height, first.width, 3)
+    with common.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(entry, header)
+            for file in tqdm(files, desc=str(path), leave=False):
+                entry.write(np.asarray(data.open_picture(str(file))).tobytes())
+
+
 def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
-    if not (config.prompts or config.reconstruct):
+    if config.classes and not config.model:
+        raise ValueError(
+            "--classes needs --model, a ClassToImage: train_t2i.py --preset nano-class makes one"
+        )
+    config.model = config.model or str(common.WEIGHTS / "t2i")
+    if not (config.prompts or config.classes or config.reconstruct):
         raise ValueError('give a prompt: sample.py "a red circle above a blue square"')
     run = reconstruct if config.reconstruct else ask if config.ask else draw
     run(config, common.launch(config.dtype))

@@ -121,7 +121,9 @@ class Config:
     )
     encoder_size: int | None = flag(None, "side of its input in pixels, if not the one of its config")
     decoder: str = flag("nano", "size of the decoder", choices=rae.DECODERS)
-    patch_size: int = flag(8, "side in pixels of the square that each token becomes")
+    patch_size: int | None = flag(
+        None, "side in pixels of the square that each token becomes (default: the encoder's)"
+    )
     steps: int = flag(3000, "optimizer steps in all", at_least=1)
     batch: int = flag(64, "pictures a step, over all processes", at_least=1)
     lr: float = flag(1e-3, "peak learning rate")
@@ -517,7 +519,8 @@ def main() -> None:
     # -------------------------------------------------------------------------------------------------------
     # model -> average -> shard -> compile -> optimizer
     torch.manual_seed(config.seed)
-    size = rae.DECODERS[config.decoder] | {"patch_size": config.patch_size}
+    patch = {"patch_size": config.patch_size} if config.patch_size else {}
+    size = rae.DECODERS[config.decoder] | patch
     with common.loading(config.encoder):
         model = rae.RAE(config.encoder, size, config.encoder_size).to(where.device)
     source = data.open_source(config.data, model.image_size, config.seed, crop=config.crop)

@@ -1,15 +1,21 @@
-"""Stage 2: trains text-to-image in the latent space of a representation autoencoder (Scale-RAE).
+"""Stage 2: trains text-to-image (Scale-RAE), or class-to-image (RAE), in the latent space of an autoencoder.
 
     python train_t2i.py                                            # the nano world, on a laptop
     python train_t2i.py --resume                                   # goes on after an interruption
+    python train_t2i.py --preset nano-class                        # class labels instead of text
     torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-0.5b --data my_pictures \\
         --autoencoder runs/decoder/model --shard full --out runs/t2i
+    torchrun --nproc-per-node 8 train_t2i.py --preset dit-dh-xl-imagenet256 --data imagenet/train
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_t2i.py ...
+    python train_t2i.py --preset dit-dh-s-imagenet256 --data imagenet/train --accumulate 16 \\
+        --checkpoint-blocks                                        # one small GPU
 
 A language model reads the request, its hidden states at the latent queries condition the DiT, and all three
 learn together: loss = cross-entropy + 2 x velocity error (Scale-RAE section 3). A share of the samples are
-questions about pictures, which train the way back in. Writes OUT/model (a TextToImage folder for the other
-scripts), OUT/checkpoints/, OUT/metrics.jsonl and OUT/samples/.
+questions about pictures, which train the way back in. With --condition class the DiT alone learns, from the
+labels of folders, .cls files or a column `label`: loss = velocity error. Latents are encoded on the fly, or
+read from a folder that encode.py wrote. Writes OUT/model (a TextToImage or ClassToImage
+folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl and OUT/samples/.
 """
 
 import copy
@@ -23,10 +29,33 @@ import data
 import rae
 from common import flag
 
+EPOCH = 1251  # steps of a pass over ImageNet at batch 1024
+IMAGENET = {  # RAE's code; its paper reports epoch 80 and 800 of one run
+    "condition": "class",
+    "classes": 1000,
+    "flip": True,
+    "batch": 1024,
+    "steps": 800 * EPOCH,
+    "dit_lr": 2e-4,
+    "schedule": "linear",
+    "decay_start": 40 * EPOCH,
+    "decay_end": 800 * EPOCH,
+    "final_lr": 0.1,
+    "warmup": 0,
+    "ema": 0.9995,
+    "guidance": 1.0,
+    "workers": 8,
+    "save_every": 2 * EPOCH,
+}
 PRESETS = {
     # A nano picture has many latents and little in them, so that it shines through noise even at t = 0.95;
     # only noisier times need the prompt, and with the papers' factor, 1.06 here, they are one sample in 500.
     "nano": {"alpha": 6.0},
+    "nano-class": {"condition": "class", "out": "runs/class", "steps": 3000},
+    "dit-dh-xl-imagenet256": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b"},
+    "dit-dh-xl-imagenet512": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b-512"},
+    "dit-dh-s-imagenet256": IMAGENET | {"dit": "DiT-DH-S", "autoencoder": "rae-dinov2-b"},
+    "dit-xl-imagenet256": IMAGENET | {"dit": "DiT-XL", "autoencoder": "rae-dinov2-b"},
     "scale-rae-0.5b": {  # Scale-RAE's stage 1
         "language_model": "Qwen/Qwen2.5-1.5B-Instruct",
         "dit": "0.5B",
@@ -50,17 +79,28 @@ class Config:
         const="auto",
     )
     seed: int = flag(0, "of weights, data order, noise and times")
-    data: str = flag("nano", "a source of captioned pictures, or several with weights, see data.py")
+    condition: str = flag("text", "what pictures are asked for with", choices=["text", "class", "none"])
+    classes: int | None = flag(None, "how many, if --data does not say it", at_least=1)
+    data: str = flag(
+        "", "a source of pictures, or several with weights, see data.py (default: nano, nano:classes)"
+    )
+    flip: bool = flag(False, "mirror half of the pictures")
     autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE folder or hub id")
     language_model: str = flag(str(common.WEIGHTS / "language-model"), "transformers folder or hub id")
     dit: str = flag("nano", "size of the DiT", choices=rae.DITS)
-    init: str = flag("", "TextToImage folder or hub id with weights to start from (default: a new DiT)")
+    init: str = flag("", "folder or hub id of such a model, whose weights to start from (default: a new DiT)")
     steps: int = flag(10_000, "optimizer steps in all", at_least=1)
     batch: int = flag(64, "samples a step, over all processes", at_least=1)
     lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector")
     dit_lr: float = flag(1e-3, "peak learning rate of the DiT and its connector")
     warmup: int = flag(200, "steps of linear warm-up, before the cosine", at_least=0)
-    final_lr: float = flag(0.0, "fraction of the peak at the last step")
+    schedule: str = flag("cosine", "from the peak down to FINAL_LR", choices=["cosine", "linear"])
+    decay_start: int = flag(0, "step at which the linear schedule leaves the peak", at_least=0)
+    decay_end: int | None = flag(None, "and is down (default: the last)", at_least=1)
+    final_lr: float = flag(0.0, "fraction of the peak at the end")
+    time: str = flag(
+        "logit-normal", "distribution of t, before its shift", choices=["logit-normal", "uniform"]
+    )
     understanding: float = flag(0.1, "share of the samples that ask about a picture (nano)")
     alpha: float | None = flag(None, "factor of the timestep shift (default: sqrt(N C / 4096); nano: 6)")
     dropout: float = flag(0.1, "share of the pictures trained with the null condition")
@@ -80,6 +120,7 @@ class Config:
     accumulate: int = flag(
         1, "pieces that each process cuts its part of a step into, to save memory", at_least=1
     )
+    checkpoint_blocks: bool = flag(False, "compute the blocks twice, to save more of it")
     compile: bool | None = flag(
         None, "compile the blocks of the DiT and of the language model (default: on CUDA)"
     )
@@ -90,67 +131,117 @@ class Config:
     tensorboard: bool = flag(False, "log to OUT/tensorboard too")
 
 
+def build(config: Config, shape: tuple[int, int], classes: int | None) -> rae.TextToImage | rae.ClassToImage:
+    """The new model, or the one of --init, on the CPU."""
+    size = rae.DITS[config.dit]
+    if config.condition == "text":
+        with common.loading(config.language_model):
+            model = rae.TextToImage(config.language_model, size, shape, config.autoencoder, config.alpha)
+    else:
+        size = {name: value for name, value in size.items() if name != "condition_width"}
+        size |= {"num_classes": classes} if config.condition == "class" else {}
+        model = rae.ClassToImage(size, shape, config.autoencoder, config.alpha)
+    if config.init:
+        with common.loading(config.init):
+            model.load_state_dict(type(model).from_pretrained(config.init).state_dict())
+    return model
+
+
+def count_classes(config: Config, source: data.Mixture) -> int | None:
+    """Of a class-conditional model: what the data says, or --classes. Raises ValueError if they disagree."""
+    if config.condition != "class":
+        return None
+    if not (source.classes or config.classes):
+        raise ValueError(f"{config.data} does not say how many classes it has: give --classes")
+    if source.classes and config.classes not in (None, source.classes):
+        raise ValueError(f"{config.data} has {source.classes} classes, not --classes {config.classes}")
+    return source.classes or config.classes
+
+
+def check_latents(config: Config, source: data.Mixture, shape: tuple[int, int]) -> None:
+    """Raises ValueError for a folder of latents that another autoencoder made."""
+    for about in source.latents:
+        if tuple(about["latent_shape"]) != shape:
+            raise ValueError(
+                f"{config.data} has latents {tuple(about['latent_shape'])} of {about['autoencoder']}, "
+                f"{config.autoencoder} has {shape}: give the autoencoder that made them"
+            )
+
+
 def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
+    text = config.condition == "text"
+    config.data = config.data or ("nano" if text else "nano:classes")
     where = common.launch(config.dtype, config.shard)
     run = common.Run(config, where)
 
     # -------------------------------------------------------------------------------------------------------
+    # data: the training stream, and what to look at: captions of another seed, or some of the classes
+    autoencoder = common.load_autoencoder(config.autoencoder, where)
+    shape, size = autoencoder.latent_shape, autoencoder.image_size
+    source = data.open_source(config.data, size, config.seed, config.understanding * text, flip=config.flip)
+    classes = count_classes(config, source)
+    check_latents(config, source, shape)
+    samples = [i * (classes or 16) // 16 for i in range(16)]
+    if text:
+        other = data.open_source(config.data, size, config.seed + 1)
+        samples = next(data.Loader(other, 16, workers=0))["caption"]
+        if not all(samples):
+            raise ValueError(
+                f"{config.data} has pictures without captions: write them into its metadata.jsonl"
+            )
+    fixed_noise, *_ = data.flow_draws(shape, config.seed + 1, list(range(16)), where.device)
+
+    # -------------------------------------------------------------------------------------------------------
     # model -> average -> shard -> compile -> optimizer
     torch.manual_seed(config.seed)
-    autoencoder = common.load_autoencoder(config.autoencoder, where)
-    shape = autoencoder.latent_shape
-    with common.loading(config.language_model):
-        model = rae.TextToImage(
-            config.language_model, rae.DITS[config.dit], shape, config.autoencoder, config.alpha
-        )
-    if config.init and run.source is None:
-        with common.loading(config.init):
-            model.load_state_dict(rae.TextToImage.from_pretrained(config.init).state_dict())
+    model = build(config, shape, classes)
     export = copy.deepcopy(model).cpu() if where.main else None  # on its own, to save the average with
     model.to(where.device)
     average = copy.deepcopy(model)
     for each in (model, average):
-        blocks = [*each.dit.blocks, *each.language_model.model.layers]
-        common.distribute(each, blocks, where, "generate")
-        common.compile_blocks(blocks if each is model else (), config.compile, where)
+        common.distribute(each, each.blocks, where, "generate")
+    common.compile_blocks(model.blocks, config.compile, where)
+    if config.checkpoint_blocks:
+        common.checkpoint_blocks(model.blocks)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     of_dit = ("dit.", "diff_head_projector.")
     groups = [  # learning rate and beta2 by module, as in Scale-RAE
-        {"params": [p for name, p in named.items() if not name.startswith(of_dit)], "betas": (0.9, 0.999)},
         {"params": [p for name, p in named.items() if name.startswith(of_dit)], "betas": (0.9, 0.95)},
+        {"params": [p for name, p in named.items() if not name.startswith(of_dit)], "betas": (0.9, 0.999)},
     ]
-    peaks = (config.lr, config.dit_lr)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    peaks = (config.dit_lr, config.lr)[: 1 + text]
+    optimizer = torch.optim.AdamW(groups[: 1 + text], weight_decay=0.0, fused=True)
     stepper = common.Stepper(optimizer)
     state = run.load({"model": model, "average": average}, [stepper], export)
     start = state["step"]
-
-    # -------------------------------------------------------------------------------------------------------
-    # data: the training stream, and captions of another seed, to look at
-    size = autoencoder.image_size
-    source = data.open_source(config.data, size, config.seed, config.understanding)
     loader = data.Loader(
         source, config.batch, config.workers, start, where.rank, where.world, state["positions"]
     )
-    captions = next(data.Loader(data.open_source(config.data, size, config.seed + 1), 16, workers=0))[
-        "caption"
-    ]
-    if not all(captions):
-        raise ValueError(f"{config.data} has pictures without captions: write them into its metadata.jsonl")
-    fixed_noise, *_ = data.flow_draws(shape, config.seed + 1, list(range(16)), where.device)
+
+    def prepare(piece: dict) -> tuple:
+        """What the model is conditioned on, a Chat or labels, and its numbers of learned tokens and of
+        pictures to generate."""
+        if text:
+            chat = model.chat(piece["conversation"]).to(where.device)
+            return chat, len(chat.targets), len(chat.answers)
+        if config.condition == "class" and None in piece["label"]:
+            raise ValueError(f"{config.data} has pictures without labels: see the top of data.py")
+        return model.condition(piece["label"]), 0, len(piece["label"])
 
     @torch.no_grad()
     def checkpoint(step: int, with_samples: bool) -> None:
         run.save(step, loader)
         if not with_samples:
             return
+        guidance = 1.0 if config.condition == "none" else config.guidance
         with where.autocast():
-            latents = average.generate(captions, config.sample_steps, config.guidance, noise=fixed_noise)
+            latents = average.generate(samples, config.sample_steps, guidance, noise=fixed_noise)
             pictures = autoencoder.decode(latents)
         if where.main:
             grid = common.picture_grid(pictures, 8, scale=2)
-            common.save_picture(run.out / "samples" / f"{step:07d}.png", grid, prompts="\n".join(captions))
+            prompts = "\n".join(map(str, samples))
+            common.save_picture(run.out / "samples" / f"{step:07d}.png", grid, prompts=prompts)
 
     # -------------------------------------------------------------------------------------------------------
     # the loop
@@ -158,24 +249,32 @@ def main() -> None:
     run.begin(start)
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not where.main)
     for step in bar:
-        factor = common.cosine(step, config.steps, config.warmup, config.final_lr)
+        if config.schedule == "linear":
+            factor = common.linear(
+                step, config.decay_start, config.decay_end or config.steps, config.final_lr
+            )
+        else:
+            factor = common.cosine(step, config.steps, config.warmup, config.final_lr)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
         pieces = data.pieces(next(loader), config.accumulate)
-        chats = [model.chat(piece["conversation"]).to(where.device) for piece in pieces]
-        tokens, pictures = common.global_sum(
-            sum(len(chat.targets) for chat in chats), sum(len(chat.answers) for chat in chats)
-        )
+        inputs, of_tokens, of_pictures = zip(*map(prepare, pieces), strict=True)
+        tokens, pictures = common.global_sum(sum(of_tokens), sum(of_pictures))
         losses = torch.zeros(2, device=where.device)  # this process's share of the two
-        for piece, chat in zip(pieces, chats, strict=True):
+        for piece, condition in zip(pieces, inputs, strict=True):
             noise, for_time, for_dropout = data.flow_draws(shape, config.seed, piece["index"], where.device)
-            t = rae.sample_time(for_time, model.alpha).to(where.device, non_blocking=True)
+            mean = 0.0 if config.time == "logit-normal" else None
+            t = rae.sample_time(for_time, model.alpha, mean).to(where.device, non_blocking=True)
             dropped = (for_dropout < config.dropout).to(where.device, non_blocking=True)
             with where.autocast():
-                latents = autoencoder.encode(data.to_unit(piece["image"], where.device))
-                cross_entropy, velocity_errors = model(chat, latents, noise, t, dropped)
-            text_loss, flow_loss = cross_entropy / tokens, velocity_errors.sum() / max(pictures, 1)
-            common.backward(text_loss + 2 * flow_loss)
+                if "latents" in piece:
+                    latents = piece["latents"].to(where.device, non_blocking=True)
+                else:
+                    latents = autoencoder.encode(data.to_unit(piece["image"], where.device))
+                out = model(condition, latents, noise, t, dropped)
+            cross_entropy, velocity_errors = out if text else (torch.zeros((), device=where.device), out)
+            text_loss, flow_loss = cross_entropy / max(tokens, 1), velocity_errors.sum() / max(pictures, 1)
+            common.backward(text_loss + 2 * flow_loss if text else flow_loss)
             losses += torch.stack([text_loss, flow_loss]).detach()
         norm = stepper.step()
         common.update_average(average, model, config.ema, step)
@@ -184,8 +283,10 @@ def main() -> None:
         if done % 10 == 0:
             stepper.check()
         if done % config.log_every == 0 or done == config.steps:
-            text, flow = common.global_sum(*losses.tolist())
-            values = {"loss": text + 2 * flow, "text_loss": text, "flow_loss": flow}
+            text_loss, flow_loss = common.global_sum(*losses.tolist())
+            values = {"loss": flow_loss}
+            if text:
+                values = {"loss": text_loss + 2 * flow_loss, "text_loss": text_loss, "flow_loss": flow_loss}
             values |= {"lr": config.dit_lr * factor, "grad_norm": norm, "skipped_steps": stepper.check()}
             run.log(done, bar.write, loader, **values)
         stop = run.stopping()

@@ -118,7 +118,8 @@ class Sample:
     """A picture (size, size, 3) uint8 with its caption, what is in it, and (question, answer) pairs about it.
 
     `metadata` (with `task`, its tag) is the GenEval request that a picture of the domain `objects` fulfils,
-    `word` what a picture of the domain `text` says; they are None in the other domains.
+    `word` what a picture of the domain `text` says, `label` the place in PAIRS of what one of the domain
+    `classes` shows; they are None in the other domains.
     """
 
     image: np.ndarray
@@ -128,6 +129,7 @@ class Sample:
     questions: tuple[tuple[str, str], ...]
     word: str | None
     metadata: dict[str, Any] | None = None
+    label: int | None = None
 
 
 class Chance:
@@ -163,10 +165,13 @@ class Chance:
 
 
 def draw(domain: str, seed: int, index: int, size: int = 48) -> Sample:
-    """Training sample number `index` of the endless stream `seed` of one of DOMAINS, without held-out pairs.
+    """Training sample number `index` of the endless stream `seed` of one of DOMAINS, without held-out pairs;
+    or of `classes`, single objects of every pair, the held-out ones too.
 
     `size` is the picture's side in pixels; everything in it grows along. ValueError for another domain.
     """
+    if domain == "classes":
+        return _draw_class(Chance(len(DOMAINS) + len(TASKS) + 1, seed, index), size)
     if domain not in DOMAINS:
         raise ValueError(f"no domain {domain!r}; choose one of {', '.join(DOMAINS)}")
     chance = Chance(DOMAINS.index(domain), seed, index)
@@ -233,6 +238,15 @@ def _draw_objects(chance: Chance, size: int) -> Sample:
     image = _paint(_plain(chance, size), objects)
     questions = _some(chance, _questions(chance, objects))
     return Sample(image, metadata["prompt"], objects, metadata["tag"], questions, None, metadata)
+
+
+def _draw_class(chance: Chance, size: int) -> Sample:
+    label = chance.integer(len(PAIRS))
+    shape, color = PAIRS[label]
+    objects = _place(chance, [{"class": shape, "count": 1, "color": color}], size, gap=2.5)
+    image = _paint(_plain(chance, size), objects)
+    questions = tuple(_questions(chance, objects))
+    return Sample(image, an(f"{color} {shape}"), objects, None, questions, None, label=label)
 
 
 def _draw_scene(chance: Chance, size: int) -> Sample:

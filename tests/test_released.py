@@ -418,7 +418,7 @@ def test_text_to_image_with_a_vae(vae_folder, parts, tmp_path):
     )
     model.save_pretrained(tmp_path / "t2i")
     where = common.Launch(torch.device("cpu"), 0, 1, torch.float32)
-    model = common.load_text_to_image(str(tmp_path / "t2i"), "", where)
+    model = common.load_model(rae.TextToImage, str(tmp_path / "t2i"), "", where)
     assert isinstance(model.autoencoder, rae.VAE)
 
 

@@ -162,7 +162,7 @@ def test_a_missing_tensor_is_no_model(parts, tmp_path):
     del weights["dit.final_layer.linear.bias"]
     save_file(weights, tmp_path / "t2i/model.safetensors")
     with pytest.raises(ValueError, match="cannot load"):
-        common.load_text_to_image(str(tmp_path / "t2i"), "", where)
+        common.load_model(rae.TextToImage, str(tmp_path / "t2i"), "", where)
 
 
 def test_learning_rate_and_average():
