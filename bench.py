@@ -3,6 +3,8 @@
     python bench.py                        # the nano sizes, on this machine
     python bench.py encode sample          # some of them
     python bench.py decoder-step --decoder ViT-XL --checkpoint-blocks --batch 32
+    python bench.py class-step class-sample class-sample-cfg class-sample-auto \\
+        --dit DiT-DH-XL --guide DiT-DH-S
     python bench.py --compile --json bench.json
 
 Each loop is warmed up, then timed for --seconds. Random weights of the preset's sizes are as fast as trained
@@ -18,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -36,7 +38,8 @@ from nano import shapes
 class Config:
     what: list[str] = flag(
         (),
-        "loader, jpeg, encode, decode, decoder-step, t2i-step, sample; all if none is named",
+        "loader, jpeg, encode, decode, decoder-step, t2i-step, class-step, sample, class-sample, and with "
+        "guidance class-sample-cfg, class-sample-auto; all if none is named",
         nargs="*",
         metavar="WHAT",
     )
@@ -46,6 +49,8 @@ class Config:
     )
     checkpoint_blocks: bool = flag(False, "compute the decoder's layers twice, to save memory")
     model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id")
+    dit: str = flag("nano", "size of the class-conditional DiT", choices=rae.DITS)
+    guide: str = flag("nano-guide", "size of its guide, for AutoGuidance", choices=rae.DITS)
     data: str = flag("nano", "source of the pictures and captions")
     batch: int = flag(64, "pictures at once", at_least=4)
     seconds: float = flag(5.0, "to time each loop", at_least=0.01)
@@ -102,13 +107,45 @@ def trained_autoencoder(config: Config, autoencoder: rae.RAE) -> rae.RAE:
     return rae.RAE(**autoencoder._hub_mixin_config | {"decoder_config": size, "encoder_size": side})
 
 
-def loops(config: Config, where: common.Launch) -> dict[str, tuple[Callable[[], object], int]]:
-    """Every loop by name: what to call, and the images in one call."""
+def class_model(size: str, shape: tuple[int, int], where: common.Launch) -> rae.ClassToImage:
+    arguments = {name: value for name, value in rae.DITS[size].items() if name != "condition_width"}
+    return rae.ClassToImage(arguments | {"num_classes": 1000}, shape).to(where.device)
+
+
+def network(run: Callable[[], object], images: int, models: dict[str, rae.ClassToImage]) -> dict:
+    """Evaluations of each DiT in a call, and GFLOP a picture, counted by torch."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts = dict.fromkeys(models, 0)
+
+    def count(name: str, *_) -> None:
+        counts[name] += 1
+
+    hooks = [model.dit.register_forward_hook(partial(count, name)) for name, model in models.items()]
+    with FlopCounterMode(display=False) as counter:
+        run()
+    for hook in hooks:
+        hook.remove()
+    return {"evaluations": counts, "gflop_per_image": counter.get_total_flops() / images / 1e9}
+
+
+def loops(
+    config: Config, where: common.Launch
+) -> tuple[dict[str, tuple[Callable[[], object], int]], dict[str, rae.ClassToImage]]:
+    """Every loop by name: what to call, and the images in one call; and the models of classes."""
     autoencoder = common.load_autoencoder(config.autoencoder, where)
     trained = trained_autoencoder(config, autoencoder).to(where.device)
     model = common.load_model(rae.TextToImage, config.model, config.autoencoder, where)
+    shape = model.latent_shape if config.dit == "nano" else (256, 768)  # DINOv2-B's
+    classes, guide = (class_model(size, shape, where) for size in (config.dit, config.guide))
     common.compile_blocks(
-        {*model.blocks, *autoencoder.decoder.decoder_layers, *trained.decoder.decoder_layers},
+        {
+            *model.blocks,
+            *classes.blocks,
+            *guide.blocks,
+            *autoencoder.decoder.decoder_layers,
+            *trained.decoder.decoder_layers,
+        },
         config.compile,
         where,
     )
@@ -125,7 +162,7 @@ def loops(config: Config, where: common.Launch) -> dict[str, tuple[Callable[[], 
     t, dropped = rae.sample_time(u, model.alpha).to(where.device), (v < 0.1).to(where.device)
     optimizers = {
         part: torch.optim.AdamW([p for p in part.parameters() if p.requires_grad], lr=0.0, fused=True)
-        for part in (trained, model)
+        for part in (trained, model, classes)
     }
 
     def train(part: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> None:
@@ -142,6 +179,12 @@ def loops(config: Config, where: common.Launch) -> dict[str, tuple[Callable[[], 
         text, flow = model(chat, autoencoder.encode(images), noise, t, dropped)
         return text / len(chat.targets) + 2 * flow.mean()
 
+    labels = torch.arange(config.batch, device=where.device) % 1000
+    x = torch.randn(config.batch, *shape, device=where.device)
+
+    def class_loss() -> torch.Tensor:  # of latents from the disk
+        return classes(labels, x, x.flip(0), t, dropped).mean()
+
     folder = tempfile.TemporaryDirectory()
 
     @cache
@@ -152,6 +195,9 @@ def loops(config: Config, where: common.Launch) -> dict[str, tuple[Callable[[], 
         with torch.no_grad(), where.autocast():
             return call(*args, **kwargs)
 
+    drawn = {"inputs": list(range(4)), "noise": x[:4]}
+    guided = partial(infer, classes.generate, guidance=1.42, **drawn)
+
     return {
         "loader": (lambda: next(stream), config.batch),
         "jpeg": (lambda: next(jpeg()), config.batch),
@@ -159,14 +205,18 @@ def loops(config: Config, where: common.Launch) -> dict[str, tuple[Callable[[], 
         "decode": (lambda: infer(autoencoder.decode, latents), config.batch),
         "decoder-step": (lambda: train(trained, decoder_loss), config.batch),
         "t2i-step": (lambda: train(model, t2i_loss), config.batch),
+        "class-step": (lambda: train(classes, class_loss), config.batch),
         "sample": (lambda: infer(model.generate, batch["caption"][:4], guidance=3.0, noise=noise[:4]), 4),
-    }
+        "class-sample": (partial(infer, classes.generate, **drawn), 4),
+        "class-sample-cfg": (guided, 4),
+        "class-sample-auto": (partial(guided, guide=guide), 4),
+    }, {"own": classes, "guide": guide}
 
 
 def main() -> None:
     config = common.parse(Config, __doc__)
     where = common.launch(config.dtype)
-    every = loops(config, where)
+    every, models = loops(config, where)
     if unknown := set(config.what) - set(every):
         raise ValueError(f"unknown loop {', '.join(unknown)}: choose from {', '.join(every)}")
     print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {config.batch}")
@@ -174,9 +224,16 @@ def main() -> None:
     for name in config.what or every:
         run, images = every[name]
         results[name] = measure(run, images, config.seconds, where)
+        if name.startswith("class-sample"):
+            results[name] |= network(run, images, models)
         shown = f"{results[name]['ms']:9.1f} ms {results[name]['images_per_second']:9.1f} images/s"
         peak = f"{results[name]['peak_gb']:7.1f} GB" if "peak_gb" in results[name] else ""
-        print(f"{name:14} {shown} {peak}", flush=True)
+        counts = results[name].get("evaluations", {})
+        counted = ", ".join(f"{count} {whose}" for whose, count in counts.items() if count)
+        counted = (
+            f"{counted} evaluations, {results[name]['gflop_per_image']:.1f} GFLOP/image" if counts else ""
+        )
+        print(f"{name:17} {shown} {peak} {counted}", flush=True)
     if config.json:
         about = {
             "where": str(where),

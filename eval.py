@@ -1,13 +1,18 @@
 """Pictures to numbers.
 
-    python eval.py                         # the shipped nano models: everything below
+    python eval.py                         # the shipped nano models: recon and shapes
     python eval.py recon                   # reconstruction of unseen pictures: PSNR, SSIM, rFID
     python eval.py shapes --limit 5        # text to image: the six GenEval tasks, 5 prompts each
     python eval.py shapes --model runs/t2i/model --out runs/t2i/shapes.json
+    python eval.py fid --samples samples --reference nano:objects  # FID, sFID, precision and recall
 
     # the papers' table of reconstructions, on 8 GPUs
     torchrun --nproc-per-node 8 eval.py recon --autoencoder runs/decoder/model --features inception \\
         --lpips vgg --data imagenet=path/to/val,yfcc=path/to/yfcc,text=path/to/text --limit 50000
+
+    # the papers' table of generated pictures, on 8 GPUs: FID, sFID, Inception score, precision, recall
+    torchrun --nproc-per-node 8 eval.py fid --features inception --samples fid.npz \\
+        --reference VIRTUAL_imagenet256_labeled.npz
 
 Prints a table and writes a list of results as JSON: metric, value, n, seed, command, versions, date. `recon`
 draws a strip beside it, originals above their reconstructions: results.png.
@@ -15,13 +20,17 @@ draws a strip beside it, originals above their reconstructions: results.png.
 rFID compares the reconstructions of a data set with its own originals, the centre crops that they were made
 from (ImageNet: the 50,000 of the validation set, not ADM's file of the training set), unless --reference
 names something else. Only rfid-inception is the papers' metric; rfid-encoder needs no download.
+
+fid compares as ADM's evaluator does. Samples and reference are each a .npz (pictures arr_0, or statistics mu,
+sigma, mu_s, sigma_s, or both, as ADM's file of the training set) or a source of data.py. Samples are taken as
+they are, in one size; pictures of a reference that is no .npz are cropped to it, as those of ADM's file were.
 """
 
 import json
 import platform
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,6 +41,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from einops import rearrange
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,13 +51,22 @@ import data
 import rae
 from common import flag
 
-WHAT = ("recon", "shapes")
+WHAT = ("recon", "shapes", "fid")
 STRIP = 8  # pictures of each data set that are shown
+SPATIAL = 7  # channels that sFID compares at every place
+SPLIT = 5000  # pictures of an Inception score, of which the mean over all splits is given
+NEIGHBOURS = 3  # the nearest one that a manifold reaches as far as
+MANIFOLD = (
+    10_000  # pictures of the reference that precision and recall compare with, as many as ADM's file has
+)
+ROWS = 1000  # of a matrix of distances at once
 
 
 @dataclass
 class Config:
-    what: list[str] = flag((), "recon, shapes; everything if none is named", nargs="*", metavar="WHAT")
+    what: list[str] = flag(
+        (), "recon, shapes, fid; the first two if none is named", nargs="*", metavar="WHAT"
+    )
     model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id, for shapes")
     autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE folder or hub id, for recon")
     data: str = flag(
@@ -55,22 +75,23 @@ class Config:
     )
     limit: int | None = flag(
         None,
-        "pictures a data set (recon; all, of nano 256) and prompts a task (shapes, 20) at most",
+        "pictures a data set (recon, fid; all, of nano 256) and prompts a task (shapes, 20) at most",
         at_least=2,
     )
     features: str = flag(
         "encoder",
-        "what rFID compares: features of Inception, or of the nano world's encoder",
+        "what FID and rFID compare: features of Inception, or of the nano world's encoder",
         choices=["inception", "encoder"],
     )
     inception: str = flag("", "file of Inception's weights, if torch-fidelity is not to download them")
     lpips: str = flag(
         "none", "network of LPIPS; torchvision downloads its weights", choices=["vgg", "alex", "none"]
     )
+    samples: str = flag("", "what fid compares with --reference: a .npz as ADM's, or a source of pictures")
     reference: str = flag(
-        "", "what rFID compares with instead of the originals: a .npz as ADM's, or a source of pictures"
+        "", "for fid, and for rFID instead of the originals: a .npz as ADM's, or a source of pictures"
     )
-    save_reference: str = flag("", "write the statistics that rFID compared with to this .npz")
+    save_reference: str = flag("", "write the statistics that samples were compared with to this .npz")
     npz: str = flag("", "write the reconstructions to this .npz, as ADM's: arr_0 uint8 (N, H, W, 3)")
     pictures: int = flag(4, "for each prompt", at_least=1)
     steps: int = flag(50, "steps of the sampler", at_least=1)
@@ -127,23 +148,37 @@ def loading(name: str):
 
 
 class Features(NamedTuple):
-    """A frozen network by whose features pictures are compared: uint8 (B, 3, H, W) -> (B, width)."""
+    """A frozen network by which pictures are compared: uint8 (B, 3, H, W) -> what FID sees (B, width), and
+    what sFID sees (B, spatial), a few channels at every place."""
 
     name: str
     width: int
-    extract: Callable[[Tensor], Tensor]
+    spatial: int
+    extract: Callable[[Tensor], tuple[Tensor, Tensor]]
+    classifier: Tensor | None = None  # (classes, width): what makes logits of the first, without a bias
 
 
 def load_features(name: str, weights: str, where: common.Launch) -> Features:
-    """inception: the 2048 pooled features by which FID is defined, in torch-fidelity's port, which resizes
-    pictures as TensorFlow did; `weights` is a file of them. encoder: the mean token of the encoder in
-    nano/weights, whatever is evaluated, so that numbers of different autoencoders can be compared."""
-    if name == "encoder":
-        folder = str(common.WEIGHTS / "encoder")
-        with common.loading(folder):
-            model = rae.RAE(folder, rae.DECODERS["nano"]).to(where.device)
-        width = model.latent_shape[1]
-        return Features(name, width, lambda x: model.encode(data.to_unit(x, where.device)).mean(dim=1))
+    """inception: see `load_inception`. encoder: the mean token of the encoder in nano/weights, whatever is
+    evaluated, so that numbers of different autoencoders can be compared, and the first channels of each."""
+    if name == "inception":
+        return load_inception(weights, where)
+    folder = str(common.WEIGHTS / "encoder")
+    with common.loading(folder):
+        model = rae.RAE(folder, rae.DECODERS["nano"]).to(where.device)
+    tokens, width = model.latent_shape
+
+    def extract(images: Tensor) -> tuple[Tensor, Tensor]:
+        x = model.encode(data.to_unit(images, where.device))
+        return x.mean(dim=1), x[:, :, :SPATIAL].flatten(1)
+
+    return Features(name, width, tokens * SPATIAL, extract)
+
+
+def load_inception(weights: str, where: common.Launch) -> Features:
+    """The 2048 pooled features by which FID is defined, in torch-fidelity's port, which resizes pictures as
+    TensorFlow did; `weights` is a file of them. Spatial features and classifier are those of ADM's evaluator:
+    7 channels of mixed_6/conv, its rows of pixels one after the other, and 1008 logits without their bias."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     with loading("Inception"):
@@ -151,7 +186,16 @@ def load_features(name: str, weights: str, where: common.Launch) -> Features:
             torch.load(weights, weights_only=True)  # the library itself would run code out of the file
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights or None)
     network.to(where.device)
-    return Features(name, 2048, lambda x: network(x.to(where.device))[0])
+    # In TensorFlow's graph a scope of convolution, batch norm and ReLU (mixed_6/conv/Conv2D, .../batchnorm)
+    # gives its own name, mixed_6/conv, to its last operation, the ReLU: the output of the whole BasicConv2d.
+    kept = {}
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, x: kept.update(x=x[:, :SPATIAL]))
+
+    def extract(images: Tensor) -> tuple[Tensor, Tensor]:
+        [pooled] = network(images.to(where.device))
+        return pooled, rearrange(kept.pop("x"), "b c h w -> b (h w c)")
+
+    return Features("inception", 2048, 17 * 17 * SPATIAL, extract, network.fc.weight.cpu())
 
 
 class Gaussian(NamedTuple):
@@ -165,16 +209,14 @@ class Gaussian(NamedTuple):
 class FeatureSums:
     """Features of pictures, kept only as sums, in float64 on the CPU."""
 
-    def __init__(self, features: Features):
-        self.extract = features.extract
+    def __init__(self, width: int):
         self.count = torch.zeros(1, dtype=torch.float64)
-        self.total = torch.zeros(features.width, dtype=torch.float64)
-        self.products = torch.zeros(features.width, features.width, dtype=torch.float64)
+        self.total = torch.zeros(width, dtype=torch.float64)
+        self.products = torch.zeros(width, width, dtype=torch.float64)
 
-    @torch.no_grad()
-    def add(self, images: Tensor) -> None:
-        """uint8 (B, 3, H, W)."""
-        x = self.extract(images).cpu().double()
+    def add(self, features: Tensor) -> None:
+        """(B, width)."""
+        x = features.cpu().double()
         self.count += len(x)
         self.total += x.sum(dim=0)
         self.products += x.T @ x
@@ -205,63 +247,213 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     return max(0.0, float(np.square(one.mean - other.mean).sum() + traces - 2 * cross))
 
 
-def save_gaussian(path: str, gaussian: Gaussian, features: str) -> None:
-    """A .npz with ADM's keys mu and sigma; and n, and the name of the features."""
-    with common.replacing(Path(path)) as temporary, temporary.open("wb") as file:
-        np.savez(file, mu=gaussian.mean, sigma=gaussian.covariance, n=gaussian.count, features=features)
+def warn_of_few(name: str, gaussian: Gaussian, features: Features) -> None:
+    if gaussian.count is not None and gaussian.count < features.width:
+        print(
+            f"{name}: {gaussian.count} pictures are few for a FID of {features.width} features: compare it "
+            "with others of as many only",
+            file=sys.stderr,
+        )
 
 
-def load_reference(
-    source: str, features: Features, size: int, config: Config, where: common.Launch
-) -> Gaussian:
-    """The statistics in a .npz, or those of its pictures, or of a whole source of pictures. Raises ValueError
-    for a file that is damaged or holds other features."""
-    sums = FeatureSums(features)
-    if not source.endswith(".npz"):
-        for batch in open_once(source, size, None, config, where):
-            sums.add(batch["image"])
-        return sums.gaussian()
-    arrays = read_npz(source)
-    if "mu" in arrays:
-        return check_gaussian(source, arrays, features)
-    own = torch.from_numpy(arrays["arr_0"][where.rank :: where.world]).permute(0, 3, 1, 2)
-    for part in own.split(config.batch) if len(own) else ():
-        sums.add(part)
-    return sums.gaussian()
+# -----------------------------------------------------------------------------------------------------------
+# Inception score, precision and recall
 
 
-def read_npz(path: str) -> dict[str, np.ndarray]:
-    """Statistics as `save_gaussian` or ADM wrote them, or pictures {"arr_0": uint8 (N, H, W, 3)}."""
+def inception_score(logits: Tensor) -> float:
+    """exp of the mean KL divergence of p(class | picture) from their mean, of logits (n, classes): of every
+    5,000 in the order given, the last ones also if they are fewer, and then the mean (ADM)."""
+    scores = []
+    for part in logits.split(SPLIT):
+        log_p = part.double().log_softmax(dim=1)
+        p = log_p.exp()
+        scores.append((p * (log_p - p.mean(dim=0).log())).sum(dim=1).mean().exp().item())
+    return float(np.mean(scores))
+
+
+def precision_recall(samples: Tensor, reference: Tensor, device: torch.device) -> tuple[float, float]:
+    """Share of the samples (n, D) on the manifold of the reference (m, D), and the other way round
+    (Kynkaanniemi et al., 2019, arXiv 1904.06991).
+
+    Distances are of float64, for ADM's own, of float16 where they are not too large, depend on rounding.
+    """
+    device = torch.device("cpu") if device.type == "mps" else device  # it has no float64
+    samples, reference = samples.to(device).double(), reference.to(device).double()
+    return on_manifold(samples, reference), on_manifold(reference, samples)
+
+
+def on_manifold(points: Tensor, others: Tensor) -> float:
+    """Share of the points (n, D) that lie in a ball around one of the others (m, D), each of which reaches as
+    far as its third nearest neighbour."""
+    pairs = (torch.cdist(part, others) for part in others.split(ROWS))
+    radii = torch.cat([pair.kthvalue(NEIGHBOURS + 1, dim=1).values for pair in pairs])  # the first is itself
+    inside = [(torch.cdist(part, others) <= radii).any(dim=1) for part in points.split(ROWS)]
+    return torch.cat(inside).double().mean().item()
+
+
+# -----------------------------------------------------------------------------------------------------------
+# what is compared: files and sources of pictures
+
+
+class Whole:
+    """Instead of a data.View: pictures as they are, all of the size (height, width) of the first."""
+
+    size = None
+
+    def pixels(self, image: Image.Image, *draws: float) -> np.ndarray:
+        own = (image.height, image.width)
+        self.size = self.size or own
+        if own != self.size:
+            raise ValueError(
+                f"pictures of mixed sizes: one has {pixels_of(own)} pixels, the first {pixels_of(self.size)}"
+            )
+        return np.array(image)
+
+
+class Compared(NamedTuple):
+    """What there is to compare: the statistics in a .npz (of pictures {}), and pictures."""
+
+    source: str
+    statistics: dict[str, np.ndarray]
+    size: tuple[int, int] | None = None  # height, width
+    batches: Iterable[tuple[Iterable, Tensor]] = ()  # this process's: numbers, uint8 (B, 3, H, W)
+
+
+def pixels_of(size: tuple[int, int]) -> str:
+    return f"{size[1]} x {size[0]}"
+
+
+def open_compared(
+    source: str, size: int | None, limit: int | None, config: Config, where: common.Launch
+) -> Compared:
+    """A .npz, or a source of pictures, of which centred squares of `size` are taken, or all of each (None).
+    Pictures are read later. Raises ValueError for a file that is damaged, or holds no such thing."""
+    if source.endswith(".npz"):
+        statistics, shape = read_npz(source)
+        if shape is None:
+            return Compared(source, statistics)
+        return Compared(source, statistics, shape[1:3], npz_batches(source, shape, limit, config, where))
+    opened = data.open_source(source, size or 48, config.seed)
+    found = (size, size) if size else take_whole(source, opened, limit)
+    once = data.Once(opened, config.batch, limit, config.workers, where.rank, where.world)
+    return Compared(source, {}, found, source_batches(source, once))
+
+
+def take_whole(source: str, opened: data.Mixture, limit: int | None) -> tuple[int, int]:
+    """Makes a source give its pictures as they are, and returns their size."""
+    whole = Whole()
+    for part in opened.sources:
+        part.view = whole  # the nano world has no use for it: it draws in the size that it was opened with
+    first = next((sample for sample in opened.once(limit, 0, 1) if "image" in sample), None)
+    if first is None:
+        raise ValueError(f"{source} holds no picture that can be used")
+    whole.size = first["image"].shape[:2]
+    return whole.size
+
+
+def source_batches(source: str, once: data.Once) -> Iterator[tuple[list, Tensor]]:
+    for batch in once:
+        yield batch["index"], batch["image"]
+    if once.skipped:
+        print(f"{source}: left out {len(once.skipped)} pictures: {once.skipped[0]}", file=sys.stderr)
+
+
+def npz_batches(
+    path: str, shape: tuple[int, ...], limit: int | None, config: Config, where: common.Launch
+) -> Iterator[tuple[range, Tensor]]:
+    """Every world-th batch of the pictures in a file: 50,000 of 256 px are 10 GB, of which no process holds
+    more than a batch."""
+    count = min(shape[0], limit or shape[0])
+    with reading(path), np.load(path, allow_pickle=False) as file, file.zip.open("arr_0.npy") as pictures:
+        read_header(pictures)
+        for number, start in enumerate(range(0, count, config.batch)):
+            rows = range(start, min(start + config.batch, count))
+            content = pictures.read(len(rows) * int(np.prod(shape[1:])))
+            if number % where.world == where.rank:
+                images = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(len(rows), *shape[1:])
+                yield rows, rearrange(images, "b h w c -> b c h w")
+
+
+def read_npz(path: str) -> tuple[dict[str, np.ndarray], tuple[int, ...] | None]:
+    """Statistics as `save_gaussian` or ADM wrote them, {} if there are none, and the shape (N, H, W, 3) of
+    the pictures, None if there are none."""
+    with reading(path), np.load(path, allow_pickle=False) as file:
+        pairs = [pair for pair in (("mu", "sigma"), ("mu_s", "sigma_s")) if pair[0] in file]
+        statistics = {key: file[key] for pair in pairs for key in pair}
+        if "features" in file:
+            statistics["features"] = file["features"]
+        if "mu" in file and "arr_0" not in file:
+            return statistics, None
+        with file.zip.open("arr_0.npy") as pictures:
+            shape, by_columns, dtype = read_header(pictures)
+    if dtype != np.uint8 or shape[3:] != (3,) or by_columns:
+        order = ", in Fortran's order" if by_columns else ""
+        raise ValueError(f"{path}: arr_0 is {dtype} {shape}{order}, not uint8 (N, H, W, 3)")
+    return statistics, shape
+
+
+def read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran's order, and dtype of the .npy whose numbers follow in the file."""
+    formats = np.lib.format
+    one = formats.read_magic(file) == (1, 0)
+    return formats.read_array_header_1_0(file) if one else formats.read_array_header_2_0(file)
+
+
+@contextmanager
+def reading(path: str):
+    """Around whatever reads a .npz: an error that a user understands."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if "mu" in file:
-                given = {"features": file["features"]} if "features" in file else {}
-                return {"mu": file["mu"], "sigma": file["sigma"]} | given
-            pictures = file["arr_0"]
+        yield
     except Exception as error:  # from numpy, zipfile or zlib
         raise ValueError(
             f"cannot read statistics or pictures from {path}: {common.one_line(error)}"
         ) from error
-    if pictures.dtype != np.uint8 or pictures.shape[3:] != (3,):
-        raise ValueError(f"{path}: arr_0 is {pictures.dtype} {pictures.shape}, not uint8 (N, H, W, 3)")
-    return {"arr_0": pictures}
 
 
-def check_gaussian(path: str, arrays: dict[str, np.ndarray], features: Features) -> Gaussian:
-    """Of the arrays of a file, which is ADM's, with Inception's features, if it does not say which."""
+def save_gaussian(path: str, gaussian: Gaussian, features: str, spatial: Gaussian | None = None) -> None:
+    """A .npz with ADM's keys mu, sigma, mu_s, sigma_s; with n, if it is known, and the features' name."""
+    arrays = {"mu": gaussian.mean, "sigma": gaussian.covariance, "features": features}
+    if spatial:
+        arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
+    if gaussian.count:
+        arrays["n"] = gaussian.count
+    with common.replacing(Path(path)) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def check_gaussian(
+    path: str, arrays: dict[str, np.ndarray], features: Features, spatial: bool = False
+) -> Gaussian:
+    """Of the arrays of a file, which is ADM's, with Inception's features, if it does not say which. Raises
+    ValueError for other features than those, and for numbers that are not finite."""
     known = str(arrays.get("features", "inception"))
     if known != features.name:
         raise ValueError(
             f"{path} holds statistics of {known} features, not of {features.name}: see --features"
         )
-    mean, covariance, width = arrays["mu"], arrays["sigma"], features.width
+    kind, width = ("_s", features.spatial) if spatial else ("", features.width)
+    mean, covariance = arrays[f"mu{kind}"], arrays[f"sigma{kind}"]
     if mean.shape != (width,) or covariance.shape != (width, width):
         raise ValueError(
-            f"{path} holds mu {mean.shape} and sigma {covariance.shape} of {width} {known} features"
+            f"{path} holds mu{kind} {mean.shape} and sigma{kind} {covariance.shape} of {width} {known} "
+            "features"
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ValueError(f"{path} holds numbers that are not finite")
     return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
+
+
+def load_reference(
+    source: str, features: Features, size: int, config: Config, where: common.Launch
+) -> Gaussian:
+    """For rFID: the statistics in a .npz, or those of its pictures, or of a whole source of pictures."""
+    compared = open_compared(source, size, None, config, where)
+    if "mu" in compared.statistics:
+        return check_gaussian(source, compared.statistics, features)
+    sums = FeatureSums(features.width)
+    for _, images in compared.batches:
+        sums.add(features.extract(images)[0])
+    return sums.gaussian()
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -277,9 +469,8 @@ def data_sets(names: str) -> dict[str, str]:
     return sets
 
 
-def open_once(source: str, size: int, limit: int | None, config: Config, where: common.Launch) -> data.Once:
-    opened = data.open_source(source, size, config.seed)
-    return data.Once(opened, config.batch, limit, config.workers, where.rank, where.world)
+def limit_of(source: str, config: Config) -> int | None:
+    return config.limit or (256 if source.startswith("nano") else None)
 
 
 def in_order(items: list[tuple], where: common.Launch) -> list[tuple]:
@@ -330,10 +521,10 @@ def reconstruct(
 ) -> tuple[dict[str, float], int, Tensor]:
     """One data set, of which every process takes its share: means of the metrics and the FID, the number of
     pictures, and the first originals and reconstructions (2, n, 3, H, W) uint8, on the main process."""
-    limit = config.limit or (256 if source.startswith("nano") else None)
-    batches = open_once(source, model.image_size, limit, config, where)
-    sums, originals, decoded_sums = dict.fromkeys(metrics, 0.0), FeatureSums(features), FeatureSums(features)
-    first, written = [], []
+    opened, limit = data.open_source(source, model.image_size, config.seed), limit_of(source, config)
+    batches = data.Once(opened, config.batch, limit, config.workers, where.rank, where.world)
+    sums, first, written = dict.fromkeys(metrics, 0.0), [], []
+    originals, decoded_sums = FeatureSums(features.width), FeatureSums(features.width)
     for batch in tqdm(batches, desc=f"recon {name}", leave=False, disable=not where.main):
         original = data.to_unit(batch["image"], where.device)
         with where.autocast():
@@ -341,9 +532,9 @@ def reconstruct(
         decoded = data.to_unit(rounded, where.device)
         for key, metric in metrics.items():
             sums[key] += sum(metric(decoded, original).tolist())
-        decoded_sums.add(rounded)
+        decoded_sums.add(features.extract(rounded)[0])
         if reference is None:
-            originals.add(batch["image"])
+            originals.add(features.extract(batch["image"])[0])
         first += zip(batch["index"], batch["image"].numpy(), rounded.numpy(), strict=True)
         first = sorted(first, key=lambda item: item[0])[:STRIP]
         if config.npz:
@@ -359,18 +550,106 @@ def reconstruct(
     if not where.main:
         return values, gaussian.count, torch.empty(0)
     values[f"rfid-{features.name}"] = frechet_distance(gaussian, reference)
-    if gaussian.count < features.width:
-        print(
-            f"{name}: {gaussian.count} pictures are few for a FID of {features.width} features: compare it "
-            "with others of as many only",
-            file=sys.stderr,
-        )
+    warn_of_few(name, gaussian, features)
     if config.save_reference:
         save_gaussian(config.save_reference, reference, features.name)
     if config.npz:
         with common.replacing(Path(config.npz)) as temporary, temporary.open("wb") as file:
             np.savez(file, arr_0=np.stack([picture for _, picture in written]))
     return values, gaussian.count, torch.from_numpy(np.stack([pair for _, *pair in first], axis=1))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# generated pictures
+
+
+class Survey(NamedTuple):
+    """What is compared of the pictures of all processes: Gaussians of what FID and sFID see, and on the main
+    process, if there are pictures, what FID sees of each, (n, width) float32 in the order of their numbers."""
+
+    source: str
+    pooled: Gaussian
+    spatial: Gaussian | None
+    rows: Tensor | None
+
+
+@torch.no_grad()
+def survey(compared: Compared, features: Features, most: int | None, where: common.Launch) -> Survey:
+    """Statistics in a file go before those of its pictures, as they do with ADM. Rows are kept of `most`
+    pictures, drawn by their numbers, whatever the number of processes."""
+    source, given = compared.source, compared.statistics
+    if "mu" in given:
+        pooled = check_gaussian(source, given, features)
+        spatial = check_gaussian(source, given, features, spatial=True) if "mu_s" in given else None
+        if compared.size is None:
+            return Survey(source, pooled, spatial, None)
+    sums, spatial_sums, rows = FeatureSums(features.width), FeatureSums(features.spatial), []
+    for numbers, images in tqdm(compared.batches, desc=f"fid {source}", leave=False, disable=not where.main):
+        x, y = features.extract(images)
+        sums.add(x)
+        spatial_sums.add(y)
+        keys = [data.mix(number) for number in numbers] if most else numbers
+        rows += zip(keys, map(np.copy, x.cpu().numpy()), strict=True)
+        if most and len(rows) > 2 * most:
+            rows = sorted(rows, key=lambda row: row[0])[:most]
+    if "mu" not in given:
+        pooled, spatial = sums.gaussian(), spatial_sums.gaussian()
+    rows = in_order(rows, where)[:most]
+    return Survey(source, pooled, spatial, torch.from_numpy(np.stack([x for _, x in rows])) if rows else None)
+
+
+def fid(config: Config, where: common.Launch) -> list[dict]:
+    """FID, sFID, Inception score, precision and recall of the samples, as ADM's evaluator has them (Dhariwal
+    and Nichol, 2021, guided-diffusion/evaluations). What the files cannot give is left out, and said."""
+    if not (config.samples and config.reference):
+        raise ValueError("fid compares pictures with others: give both --samples and --reference")
+    samples = open_compared(config.samples, None, limit_of(config.samples, config), config, where)
+    height, width = samples.size or (None, None)
+    if height != width:
+        raise ValueError(f"{config.samples} holds pictures of {pixels_of(samples.size)} pixels: no squares")
+    reference = open_compared(config.reference, height, limit_of(config.reference, config), config, where)
+    if None not in (samples.size, reference.size) and samples.size != reference.size:
+        raise ValueError(
+            f"{config.samples} holds pictures of {pixels_of(samples.size)} pixels, "
+            f"{config.reference} of {pixels_of(reference.size)}: compare those of one size"
+        )
+    features = load_features(config.features, config.inception, where)
+    reference = survey(reference, features, MANIFOLD, where)
+    samples = survey(samples, features, None, where)
+    if not where.main:
+        return []
+    for one in (samples, reference):
+        warn_of_few(one.source, one.pooled, features)
+    if config.save_reference:
+        save_gaussian(config.save_reference, reference.pooled, features.name, reference.spatial)
+    column, count = Path(config.samples).name, samples.pooled.count
+    values = scores(samples, reference, features, where.device)
+    return [
+        {"metric": f"{key}-{features.name}/{column}", "value": v, "n": count} for key, v in values.items()
+    ]
+
+
+def scores(samples: Survey, reference: Survey, features: Features, device: torch.device) -> dict[str, float]:
+    """The numbers that there are statistics and pictures for; the others are named on stderr."""
+    values, missing = {"fid": frechet_distance(samples.pooled, reference.pooled)}, {}
+    if without := [one.source for one in (samples, reference) if one.spatial is None]:
+        missing["sFID"] = f"no mu_s and sigma_s in {without[0]}"
+    else:
+        values["sfid"] = frechet_distance(samples.spatial, reference.spatial)
+    if features.classifier is not None and samples.rows is not None:
+        values["inception-score"] = inception_score(samples.rows @ features.classifier.T)
+    elif features.classifier is not None:
+        missing["Inception score"] = f"no pictures in {samples.source}"
+    if without := [one.source for one in (samples, reference) if one.rows is None]:
+        missing["precision and recall"] = f"no pictures in {without[0]}"
+    elif min(len(samples.rows), len(reference.rows)) <= NEIGHBOURS:
+        missing["precision and recall"] = f"they need {NEIGHBOURS + 1} pictures of each at least"
+    else:
+        both = precision_recall(samples.rows, reference.rows, device)
+        values["precision"], values["recall"] = both
+    for name, reason in missing.items():
+        print(f"left out {name}: {reason}", file=sys.stderr)
+    return values
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -459,9 +738,9 @@ def main() -> None:
     if where.main:
         print(where)
     results = []
-    for name in config.what or WHAT:
-        if name == "recon":
-            part = recon(config, where)
+    for name in config.what or ("recon", "shapes"):
+        if name in ("recon", "fid"):
+            part = {"recon": recon, "fid": fid}[name](config, where)
         elif where.main:  # alone: it is not split
             part = shapes(config, where)
         if where.main:

@@ -1305,6 +1305,7 @@ DITS = {  # RAE, Scale-RAE table 10, and the laptop's
     "5.5B": {"width": 3072, "depth": 32, "heads": 32},
     "9.8B": {"width": 4096, "depth": 32, "heads": 32},
     "nano": {"width": 256, "depth": 6, "heads": 4, "condition_width": 128},
+    "nano-guide": {"width": 128, "depth": 4, "heads": 4, "condition_width": 128},  # for AutoGuidance
 }
 
 

@@ -8,10 +8,8 @@ folders.
     python -m nano.prepare ship                 # runs/decoder and runs/t2i, as bf16
 
 The encoder learns with the sigmoid contrastive loss of SigLIP (arXiv 2303.15343) and needs the tokenizer for
-its text tower, which is thrown away. SigLIP-2 adds losses that keep its tokens local; here a small decoder
-has to draw the picture from them, through noise, and the channels are kept from saying the same (VICReg's
-covariance term, arXiv 2105.04906). Without these two nearly all variance of so small an encoder lies in a
-dozen directions, outlines live in what is left, and a flow model finds them only in its last steps.
+its text tower, which is thrown away. SigLIP-2 adds losses that keep its tokens local; here each token must
+also tell its own patch through one linear layer, without which details below a patch are lost to the decoder.
 The language model learns next tokens of requests, captions and questions with answers. It answers a request
 with the caption once more, so that what follows a request looks back at it: the latent queries, which take
 the caption's place later, could not learn that from the pictures alone. The VAE learns with L1, of pixels and
@@ -27,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from einops import rearrange
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -40,9 +39,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SIZE, PATCH = 48, 12  # pixels of a picture and of the square of one token
-WIDTH = 160  # channels of a token
-NOISE = 0.8  # the largest sigma at which the encoder's tokens must still tell the picture
+SIZE, PATCH = 48, 8  # pixels
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -122,7 +119,6 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int) -> None:
 
     tokenizer.save_pretrained(out)
     train(model, loss, steps, lr=2e-3, out=out)
-    model.bfloat16().save_pretrained(out)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -134,19 +130,17 @@ def train_encoder(out: Path, tokenizer_folder: Path, steps: int, batch: int, see
     if not tokenizer_folder.is_dir():
         raise ValueError(f"no tokenizer at {tokenizer_folder}: make the language-model first")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
-    text = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_attention_heads": 4}
-    vision = text | {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": PATCH}
-    text |= {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 32}
+    width = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
+    text = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 32, **width}
+    vision = {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": PATCH, **width}
     model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
     with torch.no_grad():
         model.logit_scale.fill_(2.3)  # SigLIP's initial temperature and bias
         model.logit_bias.fill_(-10.0)
-        for layer in model.vision_model.encoder.layers:  # starts near the patches themselves
+        for layer in model.vision_model.encoder.layers:  # starts near the patches themselves, see the top
             layer.self_attn.out_proj.weight.mul_(0.1)
             layer.mlp.fc2.weight.mul_(0.1)
-    model.decoder = rae.Decoder(
-        ((SIZE // PATCH) ** 2, WIDTH), PATCH, width=160, depth=2, heads=5, mlp_width=640
-    )
+    model.patch_head = torch.nn.Linear(128, 3 * PATCH**2)
     batches = data.Loader(data.open_source("nano", SIZE, seed), batch)
 
     def loss(step: int) -> torch.Tensor:
@@ -154,17 +148,11 @@ def train_encoder(out: Path, tokenizer_folder: Path, steps: int, batch: int, see
         text = tokenizer(samples["caption"], padding="max_length", truncation=True, max_length=32)
         pixels = data.to_unit(samples["image"], torch.device("cpu")) * 2 - 1
         out = model(input_ids=torch.tensor(text.input_ids), pixel_values=pixels, return_loss=True)
-        tokens = F.layer_norm(out.vision_model_output.last_hidden_state, (WIDTH,))  # as RAE takes them
-        correlation = torch.corrcoef(tokens.flatten(0, 1).T)
-        alike = (correlation.square().sum() - WIDTH) / WIDTH
-        noisy = tokens + NOISE * torch.rand(batch, 1, 1) * torch.randn_like(tokens)
-        return out.loss + 50 * F.l1_loss(model.decoder(noisy), pixels) + 0.1 * alike
+        patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
+        local = F.l1_loss(model.patch_head(out.vision_model_output.last_hidden_state), patches)
+        return out.loss + 50 * local
 
-    train(model, loss, steps, lr=1e-3, out=out)
-    vision = model.vision_model
-    del vision.head  # its pooling is for the contrastive loss alone
-    vision.use_head = vision.config.vision_use_head = False
-    vision.bfloat16().save_pretrained(out)
+    train(model, loss, steps, lr=1e-3, out=out, save=model.vision_model)
     half = [0.5, 0.5, 0.5]
     transformers.SiglipImageProcessor(
         size={"height": SIZE, "width": SIZE}, image_mean=half, image_std=half
@@ -199,7 +187,6 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
         return error.abs().mean() + edges + 1e-6 * posterior.kl().mean()
 
     train(model, loss, steps, lr=1e-3, out=out)
-    model.bfloat16().save_pretrained(out)
     with torch.no_grad():
         latents = torch.cat([model.float().encode(pixels()).latent_dist.mean for _ in range(8)])
     model.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
@@ -252,8 +239,8 @@ def ship(out: Path, runs: Path) -> None:
         (out / name / "log.jsonl").write_text("\n".join([*rows[9:-1:10], rows[-1]]) + "\n")
 
 
-def train(model, loss, steps: int, lr: float, out: Path) -> None:
-    """AdamW with warm-up and cosine; writes its log into `out`."""
+def train(model, loss, steps: int, lr: float, out: Path, save=None) -> None:
+    """AdamW with warm-up and cosine; writes the model (bf16) and its log into `out`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     out.mkdir(parents=True, exist_ok=True)
@@ -274,6 +261,7 @@ def train(model, loss, steps: int, lr: float, out: Path) -> None:
             }
             log.append(row)
             bar.set_postfix(loss=f"{row['loss']:.3f}")
+    (model if save is None else save).bfloat16().save_pretrained(out)
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
 
 

@@ -1,7 +1,8 @@
-"""Metrics against other ways to compute them, and `eval.py recon` as a user runs it."""
+"""Metrics against other ways to compute them, and `eval.py recon` and `fid` as a user runs them."""
 
 import functools
 import json
+import zipfile
 from pathlib import Path
 
 import lpips
@@ -10,6 +11,7 @@ import pytest
 import scipy.linalg
 import torch
 from PIL import Image
+from torch_fidelity import metric_fid, metric_isc, metric_prc
 
 import common
 import data
@@ -18,7 +20,13 @@ from eval import Config, Features, FeatureSums, Gaussian, frechet_distance
 
 SIZE = 32
 CPU = common.Launch(torch.device("cpu"), 0, 1, torch.float32)
-PIXELS = Features("pixels", 12, lambda x: x[:, :, :2, :2].flatten(1).float())  # of uint8 (B, 3, H, W)
+
+
+def pixels(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x[:, :, :2, :2].flatten(1).float(), x[:, 0, :2, :2].flatten(1).float()
+
+
+PIXELS = Features("pixels", 12, 4, pixels)  # of uint8 (B, 3, H, W)
 
 
 def write_pictures(folder: Path, count: int, first: int = 0) -> Path:
@@ -35,6 +43,25 @@ def recon(world, parts, out: Path, *flags, processes=1, code=0) -> dict[str, dic
     run = world(processes, "eval.py", "recon", "--autoencoder", parts / "rae", "--out", out, *flags)
     printed = run.wait(code)
     return printed if code else {r["metric"]: r for r in json.loads(out.read_text())}
+
+
+def write_npz(path: Path, count: int, first: int = 0, side: int = 40, **statistics) -> Path:
+    """Pictures of the nano world as ADM keeps them."""
+    source = data.open_source("nano", side, seed=5)
+    pictures = [source[first + i]["image"] for i in range(count)]
+    np.savez(path, arr_0=np.stack(pictures), **statistics)
+    return path
+
+
+def fid_of(samples, reference, *, features: Features = PIXELS, where=CPU, **flags) -> dict[str, float]:
+    """As `eval.py fid` in this process, with any features."""
+    flags = {"batch": 4, "workers": 0} | flags
+    config = Config(samples=str(samples), reference=str(reference), **flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "load_features", lambda *args: features)
+        results = evaluation.fid(config, where)
+    assert {result["metric"].partition("/")[2] for result in results} == {Path(samples).name}
+    return {result["metric"].split("-pixels")[0]: result["value"] for result in results}
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -73,10 +100,11 @@ def test_frechet_distance_is_that_of_the_general_matrix_root():
 @pytest.mark.parametrize("batch", [1, 7, 50])
 def test_sums_give_the_mean_and_covariance_whatever_the_batch(batch):
     images = torch.randint(0, 256, (50, 3, 4, 4), dtype=torch.uint8)
-    sums = FeatureSums(PIXELS)
-    for part in images.split(batch):
+    features, _ = PIXELS.extract(images)
+    sums = FeatureSums(PIXELS.width)
+    for part in features.split(batch):
         sums.add(part)
-    features = PIXELS.extract(images).double().numpy()
+    features = features.double().numpy()
     gaussian = sums.gaussian()
     np.testing.assert_allclose(gaussian.mean, features.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(gaussian.covariance, np.cov(features, rowvar=False), rtol=1e-9, atol=1e-9)
@@ -84,8 +112,8 @@ def test_sums_give_the_mean_and_covariance_whatever_the_batch(batch):
 
 
 def test_one_picture_has_no_covariance():
-    sums = FeatureSums(PIXELS)
-    sums.add(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+    sums = FeatureSums(PIXELS.width)
+    sums.add(torch.zeros(1, 12))
     with pytest.raises(ValueError, match="at least 2 pictures, but only 1"):
         sums.gaussian()
 
@@ -97,9 +125,10 @@ def test_one_picture_has_no_covariance():
 def test_features_of_the_encoder_are_its_mean_token():
     features = evaluation.load_features("encoder", "", CPU)
     images = torch.randint(0, 256, (5, 3, 48, 48), dtype=torch.uint8)
-    x = features.extract(images)
-    assert x.shape == (5, features.width) == (5, 128)
-    torch.testing.assert_close(features.extract(images[3:]), x[3:])
+    x, spatial = features.extract(images)
+    assert x.shape == (5, features.width) == (5, 128) and spatial.shape == (5, features.spatial) == (5, 252)
+    torch.testing.assert_close(features.extract(images[3:])[0], x[3:])
+    assert features.classifier is None
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +148,36 @@ def inception_file(tmp_path_factory):
 def test_features_of_inception(inception_file):
     features = evaluation.load_features("inception", str(inception_file), CPU)
     images = torch.randint(0, 256, (3, 3, SIZE, SIZE), dtype=torch.uint8)
-    sums = FeatureSums(features)
-    sums.add(images)
-    sums.add(images[:1])
+    x, spatial = features.extract(images)
+    sums = FeatureSums(features.width)
+    sums.add(x)
+    sums.add(x[:1])
     gaussian = sums.gaussian()
     assert gaussian.mean.shape == (2048,) and gaussian.covariance.any() and gaussian.count == 4
-    x = features.extract(images)
-    torch.testing.assert_close(features.extract(images[2:]), x[2:], rtol=1e-3, atol=1e-5)
+    alone, spatial_alone = features.extract(images[2:])
+    torch.testing.assert_close(alone, x[2:], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(spatial_alone, spatial[2:], rtol=1e-3, atol=1e-4)
+    assert spatial.shape == (3, features.spatial) == (3, 2023)
+
+
+def test_spatial_features_and_logits_of_inception_are_those_of_adm(inception_file):
+    """mixed_6/conv: convolution, batch norm and ReLU of the 1x1 branch, in TensorFlow's order of values; and
+    the unbiased logits."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    features = evaluation.load_features("inception", str(inception_file), CPU)
+    names = ["2048", "logits_unbiased"]
+    network, before = FeatureExtractorInceptionV3("inception-v3-compat", names, inception_file), []
+    network.Mixed_6c.register_forward_hook(lambda module, args, output: before.append(output))
+    images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    pooled, logits = network(images)
+    x, spatial = features.extract(images)
+    torch.testing.assert_close(x, pooled)
+    torch.testing.assert_close(x @ features.classifier.T, logits)
+    branch = network.Mixed_6d.branch1x1
+    expected = branch.bn(branch.conv(before[0])).relu().permute(0, 2, 3, 1)[..., :7].reshape(2, -1)
+    torch.testing.assert_close(spatial, expected)
+    assert spatial.std() > 0
 
 
 def test_inception_files_that_are_none(tmp_path):
@@ -182,13 +234,14 @@ def test_reference_files(tmp_path):
     assert np.load(path)["n"] == 9
 
     images = torch.randint(0, 256, (8, 3, 4, 4), dtype=torch.uint8)
-    sums = FeatureSums(PIXELS)
-    sums.add(images)
+    sums = FeatureSums(PIXELS.width)
+    sums.add(PIXELS.extract(images)[0])
     np.savez(path, arr_0=images.permute(0, 2, 3, 1).numpy())
     np.testing.assert_allclose(load().covariance, sums.gaussian().covariance, rtol=1e-9)
 
     inception = PIXELS._replace(name="inception")
-    np.savez(path, mu=gaussian.mean, sigma=gaussian.covariance, arr_0=np.zeros(3))  # as ADM's
+    pictures = np.zeros((2, 4, 4, 3), np.uint8)
+    np.savez(path, mu=gaussian.mean, sigma=gaussian.covariance, arr_0=pictures)  # as ADM's
     assert (load(features=inception).mean == gaussian.mean).all()
     with pytest.raises(ValueError, match="of inception features, not of pixels"):
         load()
@@ -200,6 +253,7 @@ def test_reference_files(tmp_path):
         "not finite": {"mu": gaussian.mean * np.nan, "sigma": gaussian.covariance},
         "float64 .2, 4, 4, 3.": {"arr_0": np.zeros((2, 4, 4, 3))},
         "uint8 .2, 3, 4, 4.": {"arr_0": np.zeros((2, 3, 4, 4), np.uint8)},
+        "Fortran": {"arr_0": np.asfortranarray(np.zeros((2, 4, 4, 3), np.uint8))},
         "Object arrays|pickle": {"mu": np.array([print]), "sigma": gaussian.covariance},
     }
     for message, arrays in cases.items():
@@ -213,6 +267,16 @@ def test_reference_files(tmp_path):
             load()
     with pytest.raises(ValueError, match="cannot read"):
         load(tmp_path / "missing.npz")
+
+
+def test_a_file_that_ends_early(tmp_path):
+    """Its header promises more pictures than there are."""
+    with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive, archive.open("arr_0.npy", "w") as entry:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (4, 2, 2, 3)}
+        np.lib.format.write_array_header_1_0(entry, header)
+        entry.write(bytes(3 * 2 * 2 * 3))
+    with pytest.raises(ValueError, match="cannot read"):
+        evaluation.load_reference(str(tmp_path / "short.npz"), PIXELS, SIZE, Config(batch=3), CPU)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -286,3 +350,205 @@ def test_the_table_has_a_column_for_each_data_set():
     assert cells[0] == ["", "imagenet", "yfcc", "shapes/model"]
     assert cells[2:] == [["psnr", "0.000", "2.000", ""], ["ssim", "1.000", "3.000", ""],
                          ["overall", "", "", "4.000"]]  # fmt: skip
+
+
+# -----------------------------------------------------------------------------------------------------------
+# fid
+
+
+def clouds(count: int = 60, other: int = 50, width: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    chance = torch.Generator().manual_seed(0)
+    one = torch.randn(count, width, generator=chance)
+    return one, torch.randn(other, width, generator=chance) * 0.8 + 0.3
+
+
+def brute_force(points: np.ndarray, others: np.ndarray) -> float:
+    """Share of the points within the third neighbour's distance of any of the others."""
+    inside = 0
+    for point in points:
+        for i, other in enumerate(others):
+            neighbours = sorted(np.linalg.norm(x - other) for j, x in enumerate(others) if j != i)
+            if np.linalg.norm(point - other) <= neighbours[2]:
+                inside += 1
+                break
+    return inside / len(points)
+
+
+def test_precision_and_recall(monkeypatch):
+    samples, reference = clouds()
+    precision, recall = evaluation.precision_recall(samples, reference, torch.device("cpu"))
+    assert precision == pytest.approx(brute_force(samples.numpy(), reference.numpy()))
+    assert recall == pytest.approx(brute_force(reference.numpy(), samples.numpy()))
+    assert 0.2 < precision < recall < 1
+    theirs = metric_prc.prc_features_to_metric(samples, reference, verbose=False)
+    assert (precision, recall) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-4)
+    monkeypatch.setattr(evaluation, "ROWS", 7)
+    assert evaluation.precision_recall(samples, reference, torch.device("cpu")) == (precision, recall)
+    assert evaluation.precision_recall(samples, samples, torch.device("cpu")) == (1, 1)
+    assert evaluation.precision_recall(samples, samples + 100, torch.device("cpu")) == (0, 0)
+
+
+def test_inception_score(monkeypatch):
+    logits = 3 * torch.randn(10_000, 9, generator=torch.Generator().manual_seed(0))
+    score = evaluation.inception_score(logits)
+    theirs = metric_isc.isc_features_to_metric(logits, splits=2, shuffle=False)
+    assert score == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    p = np.exp(logits.double().numpy())
+    p /= p.sum(axis=1, keepdims=True)
+    parts = [p[:5000], p[5000:]]
+    expected = [np.exp((q * np.log(q / q.mean(axis=0))).sum(axis=1).mean()) for q in parts]
+    assert score == pytest.approx(np.mean(expected), rel=1e-9)
+    monkeypatch.setattr(evaluation, "SPLIT", 6000)  # the second one is shorter, and counts as much
+    parts = [p[:6000], p[6000:]]
+    expected = [np.exp((q * np.log(q / q.mean(axis=0))).sum(axis=1).mean()) for q in parts]
+    assert evaluation.inception_score(logits) == pytest.approx(np.mean(expected), rel=1e-9)
+    assert evaluation.inception_score(100 * torch.eye(4).repeat(25, 1)) == pytest.approx(4)
+    assert evaluation.inception_score(torch.ones(10, 4)) == pytest.approx(1)
+
+
+def test_fid_is_that_of_torch_fidelity():
+    gaussians, theirs = [], []
+    for x in clouds(200, 150, 12):
+        sums = FeatureSums(12)
+        sums.add(x)
+        gaussians.append(sums.gaussian())
+        theirs.append(metric_fid.fid_features_to_statistics(x.double()))
+    expected = metric_fid.fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(*gaussians) == pytest.approx(expected, rel=1e-4)
+
+
+def test_fid_between_files_of_pictures(tmp_path):
+    """Against numpy and scipy, on features that are pixels, with a classifier of them."""
+    classes = torch.randn(5, 12, generator=torch.Generator().manual_seed(0)) / 200
+    samples, reference = (write_npz(tmp_path / f"{i}.npz", 24, first=50 * i) for i in range(2))
+    values = fid_of(samples, reference, features=PIXELS._replace(classifier=classes))
+    assert list(values) == ["fid", "sfid", "inception-score", "precision", "recall"]
+    pictures = [torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2) for path in (samples, reference)]
+    for key, i in (("fid", 0), ("sfid", 1)):
+        x, y = (pixels(part)[i].double().numpy() for part in pictures)
+        roots = np.sqrt(np.linalg.eigvals(np.cov(x.T) @ np.cov(y.T)).astype(complex)).real.sum()
+        traces = np.trace(np.cov(x.T)) + np.trace(np.cov(y.T))
+        expected = np.square(x.mean(axis=0) - y.mean(axis=0)).sum() + traces - 2 * roots
+        assert values[key] == pytest.approx(expected, rel=1e-6)
+    x, y = (pixels(part)[0] for part in pictures)
+    assert values["precision"] == pytest.approx(brute_force(x.numpy(), y.numpy()))
+    assert values["recall"] == pytest.approx(brute_force(y.numpy(), x.numpy()))
+    theirs = metric_isc.isc_features_to_metric(x @ classes.T, splits=1, shuffle=False)
+    assert values["inception-score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+
+
+def test_what_files_cannot_give_is_left_out_and_said(tmp_path, capsys):
+    one, two = random_gaussian(0, 12), random_gaussian(1, 4)
+    features = PIXELS._replace(name="inception", classifier=torch.ones(5, 12))
+    samples = write_npz(tmp_path / "samples.npz", 12)
+    statistics = {"mu": one.mean.astype(np.float32), "sigma": one.covariance}
+    spatial = {"mu_s": two.mean, "sigma_s": two.covariance}
+    np.savez(tmp_path / "only.npz", **statistics, **spatial)
+    np.savez(tmp_path / "old.npz", **statistics)
+    write_npz(tmp_path / "adm.npz", 8, first=20, **statistics, **spatial)
+    write_npz(tmp_path / "few.npz", 3)
+
+    def names(one, other) -> tuple[list[str], str]:
+        values = fid_of(tmp_path / one, tmp_path / other, features=features)
+        return [name.removesuffix("-inception").partition("-inception/")[0] for name in values], (
+            capsys.readouterr().err
+        )
+
+    assert names("samples.npz", "only.npz")[0] == ["fid", "sfid", "inception-score"]
+    assert names("only.npz", "samples.npz")[0] == ["fid", "sfid"]
+    found, printed = names("samples.npz", "old.npz")
+    assert found == ["fid", "inception-score"]
+    assert "left out sFID: no mu_s and sigma_s in" in printed
+    assert "left out precision and recall: no pictures in" in printed
+    assert names("samples.npz", "adm.npz")[0] == ["fid", "sfid", "inception-score", "precision", "recall"]
+    found, printed = names("few.npz", "adm.npz")
+    assert found == ["fid", "sfid", "inception-score"]
+    assert "need 4 pictures" in printed and "3 pictures are few for a FID of 12 features" in printed
+    assert "Inception score: no pictures in" in names("only.npz", "adm.npz")[1]
+
+    values = fid_of(samples, tmp_path / "adm.npz", features=features)  # statistics go before pictures
+    expected = fid_of(samples, tmp_path / "only.npz", features=features)
+    assert {key: values[key] for key in expected} == expected
+
+
+def test_of_a_large_reference_a_part_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "MANIFOLD", 5)
+    write_npz(tmp_path / "reference.npz", 30)
+    kept = []
+    for batch in (2, 30):
+        config = Config(batch=batch)
+        compared = evaluation.open_compared(str(tmp_path / "reference.npz"), None, None, config, CPU)
+        survey = evaluation.survey(compared, PIXELS, evaluation.MANIFOLD, CPU)
+        assert survey.pooled.count == 30 and survey.rows.shape == (5, 12)
+        kept.append(survey.rows)
+    assert (kept[0] == kept[1]).all()
+
+
+def test_pictures_of_a_reference_are_cropped_and_samples_are_not(tmp_path):
+    folder = write_pictures(tmp_path / "samples", 8)  # of 40 px
+    write_npz(tmp_path / "samples.npz", 8)
+    assert fid_of(folder, tmp_path / "samples.npz")["fid"] == pytest.approx(0, abs=1e-6)
+    Image.fromarray(np.zeros((90, 120, 3), np.uint8)).save(folder / "large.png")
+    fid_of(tmp_path / "samples.npz", folder)
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match="pictures of mixed sizes: one has .* pixels, the first"):
+            fid_of(folder, tmp_path / "samples.npz", workers=workers)
+
+
+def test_references_of_fid_are_saved_and_used_again(tmp_path):
+    samples, reference = (write_npz(tmp_path / f"{i}.npz", 12, first=20 * i) for i in range(2))
+    values = fid_of(samples, reference, save_reference=str(tmp_path / "saved.npz"))
+    assert np.load(tmp_path / "saved.npz")["n"] == 12
+    again = fid_of(samples, tmp_path / "saved.npz", save_reference=str(tmp_path / "again.npz"))
+    assert again == pytest.approx({key: values[key] for key in ("fid", "sfid")})
+    assert "n" not in np.load(tmp_path / "again.npz")
+
+
+def test_mistakes_of_fid(tmp_path):
+    samples, gaussian = write_npz(tmp_path / "samples.npz", 8), random_gaussian(0, 12)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/00.png").write_bytes(b"junk")
+    np.savez(tmp_path / "wide.npz", arr_0=np.zeros((4, 8, 6, 3), np.uint8))
+    np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 40, 40, 3), np.uint8))
+    np.savez(tmp_path / "other.npz", mu=gaussian.mean, sigma=gaussian.covariance, features="encoder")
+    np.savez(tmp_path / "half.npz", mu=gaussian.mean, sigma=gaussian.covariance, mu_s=gaussian.mean)
+    statistics = {"mu": gaussian.mean, "sigma": gaussian.covariance, "features": "pixels"}
+    np.savez(tmp_path / "spatial.npz", **statistics, mu_s=gaussian.mean, sigma_s=gaussian.covariance)
+    small = write_npz(tmp_path / "small.npz", 8, side=32)
+    cases = [
+        ("", samples, "give both --samples and --reference"),
+        (samples, "", "give both --samples and --reference"),
+        (samples, small, "pictures of 40 x 40 pixels, .*small.npz of 32 x 32: compare those of one size"),
+        (tmp_path / "wide.npz", samples, "pictures of 6 x 8 pixels: no squares"),
+        (samples, tmp_path / "other.npz", "of encoder features, not of pixels"),
+        (samples, tmp_path / "half.npz", "cannot read .*sigma_s"),
+        (samples, tmp_path / "spatial.npz", r"mu_s \(12,\) and sigma_s \(12, 12\) of 4 pixels features"),
+        (tmp_path / "one.npz", samples, "at least 2 pictures, but only 1"),
+        (tmp_path / "broken", samples, "holds no picture that can be used"),
+        (tmp_path / "missing.npz", samples, "cannot read"),
+        (samples, "nowhere", "no data source"),
+    ]
+    for one, other, message in cases:
+        with pytest.raises(ValueError, match=message) as caught:
+            fid_of(one, other)
+        assert "\n" not in str(caught.value)
+
+
+def test_processes_do_not_change_fid(world, tmp_path):
+    """As a user runs it, with the encoder in nano/weights."""
+    folder = write_pictures(tmp_path / "samples", 11)
+    (folder / "03.png").write_bytes(b"junk")
+    write_npz(tmp_path / "reference.npz", 14, first=20)
+    out, outcomes = tmp_path / "r.json", []
+    for processes, batch in ((1, 64), (2, 3)):
+        flags = ["--samples", folder, "--reference", tmp_path / "reference.npz", "--batch", batch]
+        run = world(processes, "eval.py", "fid", *flags, "--workers", 0, "--out", out)
+        printed = run.wait()
+        assert "left out 1 pictures" in printed and "10 pictures are few for a FID of 128" in printed
+        outcomes.append({r["metric"]: r for r in json.loads(out.read_text())})
+    one, two = outcomes
+    keys = [f"{name}-encoder/samples" for name in ("fid", "sfid", "precision", "recall")]
+    assert list(one) == list(two) == keys and one[keys[0]]["value"] > 0.01
+    for key in keys:
+        assert one[key]["value"] == pytest.approx(two[key]["value"], rel=1e-4, abs=1e-6)
+        assert one[key]["n"] == two[key]["n"] == 10

@@ -32,14 +32,40 @@ def test_scale_rae_sizes(name, count):
     assert round(sum(p.numel() for p in model.parameters()) / 1e9, 3) == count
 
 
-def test_published_parameter_counts():
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("DiT-XL", 677_248_384),
+        ("DiT-DH-S", 196_455_764),
+        ("DiT-DH-B", 294_295_892),
+        ("DiT-DH-L", 621_744_436),
+        ("DiT-DH-XL", 838_675_796),
+    ],
+)
+def test_rae_sizes(name, count):
     with torch.device("meta"):
-        dit = rae.DiT((256, 768), 1152, 28, 16, num_classes=1000)
-        wide = rae.DiT((256, 768), 1152, 28, 16, head=(2048, 2, 16), num_classes=1000, readd_time=True)
-        scale = rae.DiT((256, 1152), 1280, 16, 32, head=(2688, 2, 16), condition_width=1280)
-    counts = [sum(p.numel() for p in model.parameters()) for model in (dit, wide, scale)]
-    assert counts[:2] == [677_248_384, 838_675_796]
-    assert round(counts[2] / 1e9, 3) == 0.761
+        model = rae.DiT((256, 768), num_classes=1000, **rae.DITS[name])
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_size_of_a_wide_head():
+    with torch.device("meta"):
+        model = rae.DiT((256, 1152), 1280, 16, 32, head=(2688, 2, 16), condition_width=1280)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 3) == 0.761
+
+
+def test_initialisations_differ_as_published():
+    dit = rae.DiT((16, 24), num_classes=3, **rae.DITS["DiT-S"])
+    wide = rae.DiT((16, 24), num_classes=3, **rae.DITS["DiT-DH-S"] | {"head": (96, 2, 4)})
+    for model, xavier in ((dit, True), (wide, False)):
+        qkv = model.blocks[0].attn.qkv
+        bound = math.sqrt(6 / (384 + 3 * 384)) if xavier else 1 / math.sqrt(384)
+        assert qkv.weight.abs().max().item() == pytest.approx(bound, rel=1e-2)
+        assert (qkv.bias == 0).all() == xavier
+        assert model.y_embedder.embedding_table.weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert not model.final_layer.linear.weight.any()
+        assert not model.blocks[-1].adaLN_modulation[1].weight.any()
+    assert wide.readd_time and wide.silu_condition and not (dit.readd_time or dit.silu_condition)
 
 
 def test_fourier_frequencies_are_the_published_ones():

@@ -1,0 +1,222 @@
+"""Why a DiT must be at least as wide as the tokens: RAE's experiment (arXiv 2510.11690, section 4) on one
+picture.
+
+    python -m nano.width                        # the shipped autoencoder: docs/width.png, docs/width.json
+    python -m nano.width --autoencoder runs/decoder/model --out runs/width.png
+
+Overfits the latents of one picture, with fresh noise and times in every step, by DiTs that are narrower than,
+as wide as and wider than the C channels of a token, by deeper narrow ones, and by a narrow one with the wide
+shallow head of DiT-DH. Takes about 6 minutes on two cores. Prints a table, and writes the losses over the
+steps as a picture and the results as JSON beside it: metric, value, n, seed, command, versions, date.
+
+The bound: the last layer is linear, so that all of the output for one token lies in a plane of d dimensions,
+d the width in front of it. The target, noise - x, fills all C, since the noise does. What lies outside of the
+best plane is lost, whatever stands before that layer: of the C eigenvalues of the target's covariance the
+smallest C - d. The noise makes the covariance I + Cov(x), the second over the tokens of the picture, of which
+N span N - 1 directions at most: from d = N - 1 on these eigenvalues are all 1 and the bound of the loss, a
+mean over channels, is (C - d) / C. Behind a wide head d is the head's width, the backbone's no longer counts.
+"""
+
+import json
+import platform
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import common
+import data
+import rae
+from common import flag
+from nano import shapes
+
+HEADS = 2
+ALPHA = 6.0  # of the timestep shift: that of train_t2i.py's nano preset
+DRAWS = 1024  # of noise and time, to measure a trained model with
+
+
+@dataclass
+class Config:
+    autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE or VAE folder or hub id")
+    steps: int = flag(1000, "optimizer steps of each model", at_least=2)
+    batch: int = flag(32, "noises and times in a step", at_least=1)
+    seed: int = flag(0, "of the picture, weights, noise and times")
+    out: str = flag("docs/width.png", "the picture; the results are beside it, as .json")
+
+
+class Size(NamedTuple):
+    """Of a DiT: width and depth of its backbone, and of its head, if it has one."""
+
+    width: int
+    depth: int
+    head: tuple[int, int] | None = None
+
+    @property
+    def last_width(self) -> int:
+        return self.head[0] if self.head else self.width
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.depth}" + (f"+{self.head[0]}x{self.head[1]}" if self.head else "")
+
+
+def sizes(channels: int) -> list[Size]:
+    """The models to compare. Widths are rounded to what rotary positions can be given."""
+    quarter, half, most, equal, wide = (
+        max(1, round(part * channels / (4 * HEADS))) * 4 * HEADS for part in (0.25, 0.5, 0.75, 1.0, 1.5)
+    )
+    plain = [Size(width, 2) for width in (quarter, half, most, equal, wide)]
+    return list(dict.fromkeys([*plain, Size(half, 4), Size(half, 8), Size(half, 2, (wide, 2))]))
+
+
+def lower_bound(latents: Tensor, width: int) -> float:
+    """The least flow loss on one picture's latents (N, C) of a model whose output for every token lies in a
+    plane of `width` dimensions: the sum of the target's C - width smallest eigenvalues, divided by C."""
+    channels = latents.shape[1]
+    covariance = torch.cov(latents.double().T, correction=0) + torch.eye(channels, dtype=torch.float64)
+    smallest = torch.linalg.eigvalsh(covariance)[: max(0, channels - width)]  # in ascending order
+    return smallest.sum().item() / channels
+
+
+# -----------------------------------------------------------------------------------------------------------
+# one model
+
+
+def loss(model: rae.DiT, latents: Tensor, seed: int, first: int, count: int) -> Tensor:
+    """Mean flow loss on the latents (N, C) over the draws of noise and time number first, first + 1, ..."""
+    noise, u, _ = data.flow_draws(latents.shape, seed, range(first, first + count), latents.device)
+    t = rae.sample_time(u, ALPHA).to(latents.device)
+    return rae.flow_loss(model, latents.expand(count, -1, -1), None, ALPHA, noise, t).mean()
+
+
+def train(size: Size, latents: Tensor, config: Config) -> tuple[rae.DiT, list[float]]:
+    """An unconditional DiT that has seen nothing but these latents (N, C), and its loss in every step."""
+    torch.manual_seed(config.seed)
+    head = (*size.head, HEADS) if size.head else None
+    model = rae.DiT(tuple(latents.shape), size.width, size.depth, HEADS, head).to(latents.device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=config.steps, pct_start=0.05)
+    losses = []
+    for step in (bar := tqdm(range(config.steps), desc=str(size), leave=False, dynamic_ncols=True)):
+        value = loss(model, latents, config.seed, step * config.batch, config.batch)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(value.item())
+        bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+    return model, losses
+
+
+@torch.no_grad()
+def measure(model: rae.DiT, latents: Tensor, config: Config) -> float:
+    """The loss over draws that come after all of the training's."""
+    first = config.steps * config.batch
+    parts = [loss(model, latents, config.seed, first + start, 64) for start in range(0, DRAWS, 64)]
+    return torch.stack(parts).mean().item()
+
+
+# -----------------------------------------------------------------------------------------------------------
+# results
+
+
+class Result(NamedTuple):
+    size: Size
+    parameters: int  # that are trained
+    losses: list[float]  # in every step
+    loss: float  # in the end, on fresh draws
+    bound: float
+
+
+def table(results: list[Result], channels: int) -> str:
+    """Markdown."""
+    lines = [["width", "depth", "head", "parameters", "loss", "lower bound"], ["---"] * 6]
+    for size, parameters, _, value, bound in results:
+        head = f"{size.head[0]} x {size.head[1]}" if size.head else ""
+        width = f"{size.width} ({size.width / channels:.2f} C)"
+        lines.append([width, str(size.depth), head, f"{parameters:,}", f"{value:.4f}", f"{bound:.3f}"])
+    return "\n".join("| " + " | ".join(f"{cell:12}" for cell in line) + " |" for line in lines)
+
+
+def plot(results: list[Result], latents: Tensor, path: Path) -> None:
+    """On the left the loss over the steps, on the right the final loss over the width, above its bound."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # needs no screen
+    from matplotlib import pyplot
+
+    channels = latents.shape[1]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
+    window = max(1, len(results[0].losses) // 50)  # steps, whose mean is shown
+    for i, (size, _, losses, value, _) in enumerate(results):
+        smooth = torch.tensor(losses).unfold(0, window, 1).mean(dim=1)
+        label = f"{size.width} wide, {size.depth} deep"
+        label += f", head {size.head[0]} wide, {size.head[1]} deep" if size.head else ""
+        style = {"color": f"C{i}", "label": label}
+        left.plot(range(window, len(losses) + 1), smooth, **style, linestyle="--" if size.head else "-")
+        right.plot(size.width, value, **style, linestyle="", marker="*" if size.head else "o", markersize=8)
+    widest = max(result.size.width for result in results)
+    bounds = [lower_bound(latents, width) for width in range(widest + 1)]
+    right.plot(bounds, color="black", linewidth=1, label="lower bound, without a head")
+    right.axvline(channels, color="gray", linestyle=":", label=f"width of a token, {channels}")
+    left.set(xlabel="step", ylabel="flow loss", yscale="log")
+    top = 1.05 * max(1.0, *(result.loss for result in results))
+    right.set(
+        xlabel="width of the backbone", ylabel="final flow loss", xlim=(0, 1.05 * widest), ylim=(-0.03, top)
+    )
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    with common.replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100, bbox_inches="tight")
+    pyplot.close(figure)
+    print(path)
+
+
+def save(results: list[Result], tokens: int, config: Config, path: Path) -> None:
+    """As JSON, in the format of eval.py; n of a loss are its draws, of a bound the tokens of the picture."""
+    packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    about = {
+        "seed": config.seed,
+        "command": " ".join(["python -m nano.width", *sys.argv[1:]]),
+        "versions": packages | {"python": platform.python_version()},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    rows = [{"metric": f"loss/{r.size}", "value": r.loss, "n": DRAWS} for r in results]
+    rows += [{"metric": f"bound/{r.size}", "value": r.bound, "n": tokens} for r in results]
+    with common.replacing(path) as temporary:
+        temporary.write_text(json.dumps([row | about for row in rows], indent=1) + "\n")
+    print(path)
+
+
+def main() -> None:
+    config = common.parse(Config, __doc__)
+    where = common.launch("fp32")
+    autoencoder = common.load_autoencoder(config.autoencoder, where)
+    sample = shapes.draw("objects", config.seed, 0, autoencoder.image_size)
+    image = data.to_unit(torch.from_numpy(sample.image).permute(2, 0, 1)[None], where.device)
+    with torch.no_grad():
+        latents = autoencoder.encode(image)[0]
+    tokens, channels = latents.shape
+    print(f"{where}\n{sample.caption!r}, {tokens} tokens of {channels} channels, C")
+    results = []
+    for size in sizes(channels):
+        model, losses = train(size, latents, config)
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        final, bound = measure(model, latents, config), lower_bound(latents, size.last_width)
+        results.append(Result(size, parameters, losses, final, bound))
+    print(f"\n{table(results, channels)}\n")
+    out = Path(config.out)
+    plot(results, latents, out)
+    save(results, tokens, config, out.with_suffix(".json"))
+
+
+if __name__ == "__main__":
+    common.main(main)

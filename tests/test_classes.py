@@ -1,0 +1,369 @@
+"""Class labels to pictures: labels of data, training, latents on disk, sampling, guidance, released files."""
+
+import json
+import math
+import signal
+import tarfile
+import time
+from collections import Counter
+from functools import partial
+from io import BytesIO
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import common
+import data
+import rae
+import sample
+from nano import shapes
+
+TINY = {"width": 32, "depth": 2, "heads": 2}
+
+
+def tiny(num_classes=48, **changes) -> rae.ClassToImage:
+    """With weights of some size everywhere: a new DiT's velocity is zero."""
+    model = rae.ClassToImage(TINY | {"num_classes": num_classes} | changes, (16, 24))
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def trainer(monkeypatch, parts):
+    """Flags of a training on tiny parts, of which `nano` is the size of the DiT."""
+    monkeypatch.setitem(rae.DITS, "nano", TINY)
+    return ["train_t2i.py", "--condition", "class", "--autoencoder", parts / "rae", "--batch", 8,
+            "--warmup", 2, "--log-every", 1, "--save-every", 2, "--sample-steps", 2]  # fmt: skip
+
+
+def shrink() -> None:
+    """In the processes of a world."""
+    rae.DITS["nano"] = TINY
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, parts):
+    """Folder of an untrained model of eight classes."""
+    folder = tmp_path_factory.mktemp("classes") / "model"
+    model = tiny(8)
+    model.autoencoder_path = str(parts / "rae")
+    model.save_pretrained(folder)
+    return folder
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# -- labels
+
+
+def png(color) -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (40, 36), color).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_labels_of_folders_tars_and_json(tmp_path):
+    for number, name in enumerate(("n01", "n02", "n03")):
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        (tmp_path / "folders" / name / "a.png").write_bytes(png((number, 0, 0)))
+    source = data.open_source(str(tmp_path / "folders"), 32, 0)
+    assert source.classes == 3
+    for number in range(3):
+        assert source[number]["label"] == source[number]["image"][0, 0, 0]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        files = {"0.png": png("red"), "0.cls": b"7", "1.png": png("red"), "1.json": b'{"label": 5}',
+                 "2.png": png("red"), "3.png": png("red"), "3.cls": b"seven"}  # fmt: skip
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, BytesIO(content))
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "0.tar").rename(tmp_path / "tars/0.tar")
+    source = data.open_source(str(tmp_path / "tars"), 32, 0)
+    assert source.classes is None
+    [batch] = data.Once(source, 8, workers=0)
+    assert sorted(map(str, batch["label"])) == ["5", "7", "None"]
+    assert "damaged cls" in batch["skipped"][0]
+
+
+def test_nano_classes_are_single_objects_of_every_pair():
+    source = data.open_source("nano:classes", 48, 3)
+    drawn = [source[number] for number in range(400)]
+    assert source.classes == 48 and {one["label"] for one in drawn} == set(range(48))
+    for number, one in enumerate(drawn[:40]):
+        [thing] = shapes.draw("classes", 3, number).objects
+        assert (thing.shape, thing.color) == shapes.PAIRS[one["label"]]
+        assert one["caption"] == shapes.an(f"{thing.color} {thing.shape}")
+
+
+# -- training
+
+
+def test_training_resumes_bit_for_bit(world, trainer, tmp_path):
+    world(1, *trainer, "--steps", 4, "--out", tmp_path / "a", patch=shrink).wait()
+    world(1, *trainer, "--steps", 4, "--out", tmp_path / "b", "--save-every", 3, patch=shrink).wait()
+    (tmp_path / "b/checkpoints/0000004").rename(tmp_path / "gone")
+    world(1, "train_t2i.py", "--resume", "--out", tmp_path / "b", patch=shrink).wait()
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") and len(losses(tmp_path / "a")) == 4
+    one, other = (load_file(tmp_path / name / "model/model.safetensors") for name in "ab")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("flags", [["--accumulate", 3, "--checkpoint-blocks"], ["--shard", "full"]])
+def test_processes_and_accumulation_change_nothing(flags, world, trainer, tmp_path):
+    size = 2 if "--shard" in flags else 1
+    trainer = [*trainer, "--steps", 3, "--schedule", "linear", "--time", "uniform"]
+    world(1, *trainer, "--out", tmp_path / "a", patch=shrink).wait()
+    world(size, *trainer, *flags, "--out", tmp_path / "b", patch=shrink).wait()
+    np.testing.assert_allclose(losses(tmp_path / "a"), losses(tmp_path / "b"), atol=1e-5)
+
+
+def test_unconditional_training_and_the_average(world, trainer, tmp_path):
+    trainer = [*trainer, "--condition", "none", "--data", "nano:objects", "--steps", 3]
+    world(1, *trainer, "--dit-lr", 0.01, "--out", tmp_path, patch=shrink).wait()
+    average = rae.ClassToImage.from_pretrained(tmp_path / "model")
+    assert average.num_classes is None and average.generate([0, 0], 2).shape == (2, 16, 24)
+    with pytest.raises(ValueError, match="give a guide"):
+        average.generate([0, 0], 2, guidance=2.0)
+    online = load_file(next((tmp_path / "checkpoints/0000003").glob("*.safetensors")))
+    name = "dit.blocks.0.attn.proj.weight"  # the average lags behind
+    assert not torch.equal(online[f"model.{name}"], online[f"average.{name}"])
+    assert torch.equal(average.state_dict()[name], online[f"average.{name}"])
+
+
+def test_latents_on_disk_are_those_of_the_pictures(world, trainer, parts, tmp_path):
+    out = tmp_path / "latents"
+    flags = ["--autoencoder", parts / "rae", "--limit", 21, "--batch", 4, "--flip", "--out", out]
+    world(2, "encode.py", *flags).wait()
+    source = data.open_source(str(out), 32, 0)
+    autoencoder = rae.RAE.from_pretrained(parts / "rae")
+    pictures, found = data.open_source("nano:classes", 32, 0), []
+    for number in range(21):  # in whatever order they lie
+        image = torch.from_numpy(pictures[number]["image"]).permute(2, 0, 1)[None] / 255
+        views = torch.cat([autoencoder.encode(view) for view in (image, image.flip(3))])
+        found.append((views, pictures[number]["label"]))
+    for sample_ in [source[number] for number in range(63)]:
+        near = [
+            label for views, label in found
+            if (views - torch.from_numpy(sample_["latents"]).float()).abs().amax(dim=(1, 2)).min() < 5e-3
+        ]  # fmt: skip
+        assert sample_["label"] in near
+    assert len({source.sources[0].shuffled.row(number) for number in range(21)}) == 21
+    world(1, *trainer, "--data", out, "--steps", 2, "--out", tmp_path / "run", patch=shrink).wait()
+    assert len(losses(tmp_path / "run")) == 2
+    assert "is there already" in world(1, "encode.py", *flags).wait(code=1)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--data", "nano:objects"], "does not say how many classes"),
+        (["--data", "nano:objects", "--classes", 4], "without labels"),
+        (["--data", "nano:classes", "--classes", 4], "has 48 classes, not --classes 4"),
+        (["--data", "nano:classes", "--preset", "dit-dh-s-imagenet256"], "not --classes 1000"),
+    ],
+)
+def test_wrong_classes(flags, message, world, trainer, tmp_path):
+    text = world(1, *trainer, "--steps", 1, *flags, "--out", tmp_path, patch=shrink).wait(code=1)
+    assert message in text.splitlines()[-1]
+
+
+def test_wrong_latents(tmp_path):
+    source = SimpleNamespace(latents=[{"latent_shape": [16, 24], "autoencoder": "a"}])
+    import train_t2i
+
+    with pytest.raises(ValueError, match="give the autoencoder that made them"):
+        train_t2i.check_latents(train_t2i.Config(data="x"), source, (16, 32))
+    train_t2i.check_latents(train_t2i.Config(data="x"), source, (16, 24))
+
+
+def test_the_published_schedule():
+    import train_t2i
+
+    recipe = train_t2i.Config(**train_t2i.PRESETS["dit-dh-xl-imagenet256"])
+    ends = (recipe.decay_start, recipe.decay_end, recipe.final_lr)
+    rates = [recipe.dit_lr * common.linear(step * 1251, *ends) for step in (0, 40, 420, 800, 1000)]
+    assert rates == pytest.approx([2e-4, 2e-4, 1.1e-4, 2e-5, 2e-5])
+    assert (recipe.batch, recipe.ema, recipe.dropout, recipe.time) == (1024, 0.9995, 0.1, "logit-normal")
+
+
+# -- sampling
+
+
+def jobs(n, classes="all", labels="equal", seed=0):
+    config = sample.Config(classes=classes, labels=labels, n=n, seed=seed, model="m")
+    return sample.class_jobs(config, 1000)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_labels_are_balanced_for_every_world(world_size):
+    everything = jobs(50_000)
+    shares = [everything[rank::world_size] for rank in range(world_size)]
+    together = Counter(job.input for share in shares for job in share)
+    assert set(together.values()) == {50} and len(together) == 1000
+    assert len({job.name for share in shares for job in share}) == 50_000
+    assert len({job.seed for share in shares for job in share}) == 50_000
+
+
+def test_random_labels_depend_on_the_seed_and_number_alone():
+    some, more = jobs(500, labels="random"), jobs(1234, labels="random")
+    assert some == more[:500] and some != jobs(500, labels="random", seed=1)
+    counts = Counter(job.input for job in jobs(20_000, "3,5", "random"))
+    assert abs(counts[3] - 10_000) < 400 and set(counts) == {3, 5}
+    with pytest.raises(ValueError, match="equal shares"):
+        jobs(1001)
+
+
+def pictures(folder) -> dict[str, bytes]:
+    return {path.name: np.asarray(Image.open(path)) for path in folder.glob("[0-9]*.png")}
+
+
+def test_a_killed_run_ends_with_the_same_pictures(world, model, tmp_path):
+    flags = ["sample.py", "--model", model, "--classes", "all", "--n", 1000, "--steps", 1, "--batch", 8,
+             "--guidance", 1]  # fmt: skip
+    world(1, *flags, "--out", tmp_path / "a", "--npz", tmp_path / "a.npz").wait()
+    killed = world(2, *flags, "--out", tmp_path / "b")
+    while len(list((tmp_path / "b").glob("[0-9]*.png"))) < 200:
+        time.sleep(0.02)
+        assert any(process.is_alive() for process in killed.processes), killed.output()
+    for rank in range(2):
+        killed.signal(signal.SIGKILL, rank)
+    killed.wait(code=None)
+    assert len(pictures(tmp_path / "b")) < 1000
+    world(2, *flags, "--out", tmp_path / "b", "--npz", tmp_path / "b.npz", "--resume").wait()
+    one, other = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "ab")
+    assert one.shape == (1000, 32, 32, 3) and len(np.unique(one, axis=0)) == 1000
+    assert np.abs(one.astype(int) - other).max() <= 1  # another batch size rounds otherwise
+    assert len(pictures(tmp_path / "b")) == 1000 and not list((tmp_path / "b").glob(".*"))
+    wrong = world(1, *flags, "--out", tmp_path / "b", "--resume", "--seed", 1).wait(code=1)
+    assert "was drawn with label" in wrong or "was drawn with seed" in wrong
+
+
+def test_pictures_do_not_depend_on_the_batch(world, model, tmp_path):
+    flags = ["sample.py", "--model", model, "--classes", "1,6,2", "--n", 6, "--steps", 3]
+    world(1, *flags, "--out", tmp_path / "a", "--batch", 4).wait()
+    world(2, *flags, "--out", tmp_path / "b", "--batch", 1).wait()
+    one, other = pictures(tmp_path / "a"), pictures(tmp_path / "b")
+    assert one.keys() == other.keys() and len(one) == 6
+    for name, picture in one.items():
+        assert np.abs(picture.astype(int) - other[name]).max() <= 1
+    metadata = data.open_metadata(str(tmp_path / "a/000004.png"))
+    assert (metadata["label"], metadata["seed"], metadata["steps"]) == ("6", "4", "3")
+    assert (tmp_path / "a/grid.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--classes", "3,8"], "label 8: this model has the classes 0 to 7"),
+        (["--classes", "3,x"], "give labels like 3,17"),
+        (["--classes", "none"], "has 8 classes"),
+        (["--classes", "all", "--n", 9], "equal shares"),
+        (["--classes", "all", "--interval", "0.5"], "give two times"),
+        (["--classes", "all", "--guide", "GUIDE", "--guidance", "2"], "makes latents (4, 24)"),
+    ],
+)
+def test_sampling_mistakes(flags, message, world, model, parts, tmp_path):
+    guide = rae.ClassToImage(TINY | {"num_classes": 8}, (4, 24), str(parts / "rae"))
+    guide.save_pretrained(tmp_path / "guide")
+    flags = [tmp_path / "guide" if flag == "GUIDE" else flag for flag in flags]
+    text = world(1, "sample.py", "--model", model, "--out", tmp_path / "out", *flags).wait(code=1)
+    assert message in text.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+# -- guidance
+
+
+def counted(model: rae.ClassToImage) -> list[float]:
+    """The times at which its DiT is evaluated, filled in by the calls."""
+    times = []
+    model.dit.register_forward_pre_hook(
+        lambda _, args, kwargs: times.append(args[1][0].item()), with_kwargs=True
+    )
+    return times
+
+
+def test_guidance_is_the_formula_and_wastes_nothing():
+    torch.manual_seed(0)
+    model, guide, labels = tiny(), tiny(width=16), torch.tensor([3, 40])
+    x = torch.randn(2, 16, 24)
+    given = {"noise": x, "steps": 2, "guidance": 1.42}
+    [(one, dt), (two, rest)] = rae.time_grid(2, model.alpha)
+
+    def by_hand(weaker, inside):
+        state = x
+        for t, step in ((one, dt), (two, rest)):
+            time = torch.full((2,), t)
+            v = model.dit(state, time, labels)
+            if inside(t):
+                base = weaker(state, time)
+                v = base + 1.42 * (v - base)
+            state = state + step * v
+        return state
+
+    null = torch.tensor([48, 48])
+    for kwargs, weaker, inside in (
+        ({}, partial(model.dit, condition=null), lambda t: True),
+        ({"guide": guide}, partial(guide.dit, condition=labels), lambda t: True),
+        ({"guide": guide, "interval": (0.0, 0.9)}, partial(guide.dit, condition=labels), lambda t: t <= 0.9),
+    ):
+        with torch.no_grad():
+            expected = by_hand(weaker, inside)
+        torch.testing.assert_close(model.generate(labels, **given, **kwargs), expected, atol=1e-5, rtol=1e-5)
+
+    own, others = counted(model), counted(guide)
+    model.generate(labels, 10, noise=x)
+    assert (len(own), len(others)) == (10, 0)
+    model.generate(labels, 10, 1.42, noise=x)
+    assert (len(own), len(others)) == (30, 0)
+    model.generate(labels, 10, 1.42, noise=x, guide=guide, interval=(0.0, 0.9))
+    assert len(own) == 40 and others == [t for t in own[-10:] if t <= 0.9] and 0 < len(others) < 10
+    model.generate(labels, 10, 1.0, noise=x, guide=guide)
+    assert len(own) == 50 and len(others) < 10  # a scale of one needs no guide
+
+
+# -- released files
+
+
+@pytest.mark.parametrize("layout", ["flat", "ema"])
+def test_released_files(layout, parts, tmp_path):
+    torch.manual_seed(1)
+    dit = {"head": (48, 2, 2), "readd_time": True, "xavier": False}
+    model = tiny(5, **dit)
+    model.dit.pos_embed.data += 0.1 * torch.randn_like(model.dit.pos_embed)  # the authors trained both
+    model.dit.t_embedder.W.data.mul_(1.1)
+    weights = {}
+    for name, tensor in model.dit.state_dict().items():
+        if name in ("x_embedder.weight", "s_embedder.weight"):
+            tensor = tensor[:, :, None, None]
+        weights[name.replace("embedder.", "embedder.proj.") if name[:2] in ("x_", "s_") else name] = tensor
+    for name, table in (("enc", model.dit.rope), ("dec", model.dit.head_rope)):
+        weights |= {f"{name}_feat_rope.freqs_cos": table[0], f"{name}_feat_rope.freqs_sin": table[1]}
+    torch.save(weights if layout == "flat" else {"ema": weights, "step": 3}, tmp_path / "stage2_model.pt")
+    loaded = rae.ClassToImage.from_pretrained(tmp_path / "stage2_model.pt", str(parts / "rae"))
+    noise, labels = torch.randn(3, 16, 24), [0, 4, 2]
+    expected = model.generate(labels, 3, 1.5, noise=noise)
+    torch.testing.assert_close(loaded.generate(labels, 3, 1.5, noise=noise), expected)
+    assert loaded.alpha == math.sqrt(16 * 24 / 4096) and loaded.autoencoder.latent_shape == (16, 24)
+    loaded.save_pretrained(tmp_path / "folder")
+    again = rae.ClassToImage.from_pretrained(tmp_path / "folder")
+    torch.testing.assert_close(again.generate(labels, 3, 1.5, noise=noise), expected)
+    assert again.autoencoder.latent_shape == (16, 24)
+
+
+def test_presets_name_what_is_released():
+    for name in ("rae-256", "rae-512"):
+        preset = sample.PRESETS[name]
+        file, autoencoder = rae.RELEASED_DITS[preset["model"]]
+        guide, same = rae.RELEASED_DITS[preset["guide"]]
+        assert file.endswith("stage2_model.pt") and "DiTDH-S" in guide
+        assert autoencoder == same and autoencoder in rae.RELEASED
+    assert (sample.PRESETS["rae-256"]["guidance"], sample.PRESETS["rae-512"]["guidance"]) == (1.42, 1.5)
