@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -15,7 +16,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -341,6 +344,20 @@ def picture_grid(pictures: Tensor, columns: int, gap: int = 2, scale: int = 1) -
     pictures = nn.functional.pad(pictures, (0, gap, 0, gap, 0, 0, 0, missing), value=1.0)
     rows = [torch.cat(list(row), dim=2) for row in pictures.split(columns)]
     return torch.cat(rows, dim=1)[:, :-gap, :-gap]
+
+
+def save_results(results: list[dict], seed: int, path: Path) -> None:
+    """Numbers {"metric", "value", "n"} as JSON, each with what it takes to make it again."""
+    packages = ("torch", "transformers", "numpy", "torchmetrics", "torch-fidelity")
+    about = {
+        "seed": seed,
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps([result | about for result in results], indent=1) + "\n")
+    print(f"\n{path}")
 
 
 @contextmanager

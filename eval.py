@@ -26,15 +26,11 @@ sigma, mu_s, sigma_s, or both, as ADM's file of the training set) or a source of
 they are, in one size; pictures of a reference that is no .npz are cropped to it, as those of ADM's file were.
 """
 
-import json
-import platform
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -565,7 +561,7 @@ def reconstruct(
 
 class Survey(NamedTuple):
     """What is compared of the pictures of all processes: Gaussians of what FID and sFID see, and on the main
-    process, if there are pictures, what FID sees of each, (n, width) float32 in the order of their numbers."""
+    process, where there are pictures, what FID sees of each: (n, width) float32, in the order of numbers."""
 
     source: str
     pooled: Gaussian
@@ -598,9 +594,8 @@ def survey(compared: Compared, features: Features, most: int | None, where: comm
     return Survey(source, pooled, spatial, torch.from_numpy(np.stack([x for _, x in rows])) if rows else None)
 
 
-def fid(config: Config, where: common.Launch) -> list[dict]:
-    """FID, sFID, Inception score, precision and recall of the samples, as ADM's evaluator has them (Dhariwal
-    and Nichol, 2021, guided-diffusion/evaluations). What the files cannot give is left out, and said."""
+def open_both(config: Config, where: common.Launch) -> tuple[Compared, Compared]:
+    """--samples and --reference, in one size."""
     if not (config.samples and config.reference):
         raise ValueError("fid compares pictures with others: give both --samples and --reference")
     samples = open_compared(config.samples, None, limit_of(config.samples, config), config, where)
@@ -613,6 +608,13 @@ def fid(config: Config, where: common.Launch) -> list[dict]:
             f"{config.samples} holds pictures of {pixels_of(samples.size)} pixels, "
             f"{config.reference} of {pixels_of(reference.size)}: compare those of one size"
         )
+    return samples, reference
+
+
+def fid(config: Config, where: common.Launch) -> list[dict]:
+    """FID, sFID, Inception score, precision and recall of the samples, as ADM's evaluator has them (Dhariwal
+    and Nichol, 2021, guided-diffusion/evaluations). What the files cannot give is left out, and said."""
+    samples, reference = open_both(config, where)
     features = load_features(config.features, config.inception, where)
     reference = survey(reference, features, MANIFOLD, where)
     samples = survey(samples, features, None, where)
@@ -624,18 +626,17 @@ def fid(config: Config, where: common.Launch) -> list[dict]:
         save_gaussian(config.save_reference, reference.pooled, features.name, reference.spatial)
     column, count = Path(config.samples).name, samples.pooled.count
     values = scores(samples, reference, features, where.device)
-    return [
-        {"metric": f"{key}-{features.name}/{column}", "value": v, "n": count} for key, v in values.items()
-    ]
+    return [{"metric": f"{key}/{column}", "value": v, "n": count} for key, v in values.items()]
 
 
 def scores(samples: Survey, reference: Survey, features: Features, device: torch.device) -> dict[str, float]:
     """The numbers that there are statistics and pictures for; the others are named on stderr."""
-    values, missing = {"fid": frechet_distance(samples.pooled, reference.pooled)}, {}
+    kind, missing = features.name, {}
+    values = {f"fid-{kind}": frechet_distance(samples.pooled, reference.pooled)}
     if without := [one.source for one in (samples, reference) if one.spatial is None]:
         missing["sFID"] = f"no mu_s and sigma_s in {without[0]}"
     else:
-        values["sfid"] = frechet_distance(samples.spatial, reference.spatial)
+        values[f"sfid-{kind}"] = frechet_distance(samples.spatial, reference.spatial)
     if features.classifier is not None and samples.rows is not None:
         values["inception-score"] = inception_score(samples.rows @ features.classifier.T)
     elif features.classifier is not None:
@@ -646,7 +647,7 @@ def scores(samples: Survey, reference: Survey, features: Features, device: torch
         missing["precision and recall"] = f"they need {NEIGHBOURS + 1} pictures of each at least"
     else:
         both = precision_recall(samples.rows, reference.rows, device)
-        values["precision"], values["recall"] = both
+        values |= zip((f"precision-{kind}", f"recall-{kind}"), both, strict=True)
     for name, reason in missing.items():
         print(f"left out {name}: {reason}", file=sys.stderr)
     return values
@@ -727,7 +728,7 @@ def table(results: list[dict]) -> str:
         cells[row][column] = f"{result['value']:.3f}"
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
     lines += [[row, *(values.get(column, "") for column in columns)] for row, values in cells.items()]
-    return "\n".join("| " + " | ".join(f"{cell:16}" for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(f"{cell:19}" for cell in line) + " |" for line in lines)
 
 
 def main() -> None:
@@ -747,23 +748,7 @@ def main() -> None:
             print(f"\n{table(part)}", flush=True)
             results += part
     if where.main:
-        save(results, config)
-
-
-def save(results: list[dict], config: Config) -> None:
-    """As JSON, each result with what it takes to make it again."""
-    packages = {
-        name: version(name) for name in ("torch", "transformers", "numpy", "torchmetrics", "torch-fidelity")
-    }
-    about = {
-        "seed": config.seed,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": packages | {"python": platform.python_version()},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    with common.replacing(Path(config.out)) as temporary:
-        temporary.write_text(json.dumps([result | about for result in results], indent=1) + "\n")
-    print(f"\n{config.out}")
+        common.save_results(results, config.seed, Path(config.out))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ PRESETS = {
         "grid": "rae",
     },
 }
+SETTINGS = ("model", "autoencoder", "steps", "guidance", "guide", "interval", "solver", "grid")  # in a PNG
 SHOWN = 256  # pictures at most of a run that also makes a grid
 
 
@@ -186,20 +187,22 @@ def draw(config: Config, where: common.Launch) -> None:
         model.plain_text(config.prompts)
         jobs = prompt_jobs(config)
     model.condition([job.input for job in jobs[:1]])  # a mistake shows before the work begins
-    out, keys = Path(config.out), ("model", "steps", "guidance", "guide", "interval", "solver", "grid")
-    settings = {name: getattr(config, name) for name in keys}
-    left = missing(jobs, out, settings) if config.resume else jobs
-    own = left[where.rank :: where.world]
+    out = Path(config.out)
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    own = jobs[where.rank :: where.world]
+    own = missing(own, out, settings) if config.resume else own
 
-    with ThreadPoolExecutor() as pool:
-        saved = []
+    def save(job: Job, picture: torch.Tensor) -> None:
+        common.save_picture(out / f"{job.name}.png", picture, **written(job, settings))
+
+    with ThreadPoolExecutor() as pool:  # writes a batch while the next one is drawn
+        saved = iter(())
         for start in tqdm(range(0, len(own), config.batch), desc="draw", disable=not where.main):
             batch = own[start : start + config.batch]
-            for job, picture in zip(batch, pictures_of(batch, model, guide, config, where), strict=True):
-                path, text = out / f"{job.name}.png", written(job, settings)
-                saved.append(pool.submit(common.save_picture, path, picture, **text))
-        for future in saved:
-            future.result()
+            pictures = pictures_of(batch, model, guide, config, where)
+            list(saved)  # raises what went wrong
+            saved = pool.map(save, batch, pictures)
+        list(saved)
     common.global_sum(0)  # waits for all processes
     if where.main:
         show(jobs, out, config)

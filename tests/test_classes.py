@@ -137,6 +137,22 @@ def test_unconditional_training_and_the_average(world, trainer, tmp_path):
     name = "dit.blocks.0.attn.proj.weight"  # the average lags behind
     assert not torch.equal(online[f"model.{name}"], online[f"average.{name}"])
     assert torch.equal(average.state_dict()[name], online[f"average.{name}"])
+    new = rae.DiT((16, 24), **TINY)  # the authors trained these two unknowingly, and their average moved them
+    assert torch.equal(average.dit.pos_embed, new.pos_embed)
+    assert torch.equal(average.dit.t_embedder.W, new.t_embedder.W)
+
+
+def test_labels_are_dropped_in_training_only_where_asked():
+    model, noise = tiny(), torch.randn(64, 16, 24)
+    labels, t = torch.full((64,), 7), torch.full((64,), 0.5)
+    model.train()  # in the authors' code an evaluation in this mode loses a tenth of its labels
+    given = model.forward(labels, noise, noise.flip(0), t, torch.zeros(64, dtype=torch.bool))
+    model.eval()
+    null = model.forward(torch.full((64,), 48), noise, noise.flip(0), t, torch.zeros(64, dtype=torch.bool))
+    dropped = torch.arange(64) % 2 == 0
+    mixed = model.forward(labels, noise, noise.flip(0), t, dropped)
+    torch.testing.assert_close(mixed, torch.where(dropped, null, given))
+    assert not torch.allclose(null, given)
 
 
 def test_latents_on_disk_are_those_of_the_pictures(world, trainer, parts, tmp_path):

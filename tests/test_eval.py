@@ -60,8 +60,12 @@ def fid_of(samples, reference, *, features: Features = PIXELS, where=CPU, **flag
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "load_features", lambda *args: features)
         results = evaluation.fid(config, where)
-    assert {result["metric"].partition("/")[2] for result in results} == {Path(samples).name}
-    return {result["metric"].split("-pixels")[0]: result["value"] for result in results}
+    values = {}
+    for result in results:
+        name, _, column = result["metric"].partition("/")
+        assert column == Path(samples).name
+        values[name.removesuffix(f"-{features.name}")] = result["value"]
+    return values
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -448,11 +452,9 @@ def test_what_files_cannot_give_is_left_out_and_said(tmp_path, capsys):
     write_npz(tmp_path / "adm.npz", 8, first=20, **statistics, **spatial)
     write_npz(tmp_path / "few.npz", 3)
 
-    def names(one, other) -> tuple[list[str], str]:
-        values = fid_of(tmp_path / one, tmp_path / other, features=features)
-        return [name.removesuffix("-inception").partition("-inception/")[0] for name in values], (
-            capsys.readouterr().err
-        )
+    def names(one: str, other: str) -> tuple[list[str], str]:
+        found = list(fid_of(tmp_path / one, tmp_path / other, features=features))
+        return found, capsys.readouterr().err
 
     assert names("samples.npz", "only.npz")[0] == ["fid", "sfid", "inception-score"]
     assert names("only.npz", "samples.npz")[0] == ["fid", "sfid"]
@@ -490,9 +492,10 @@ def test_pictures_of_a_reference_are_cropped_and_samples_are_not(tmp_path):
     assert fid_of(folder, tmp_path / "samples.npz")["fid"] == pytest.approx(0, abs=1e-6)
     Image.fromarray(np.zeros((90, 120, 3), np.uint8)).save(folder / "large.png")
     fid_of(tmp_path / "samples.npz", folder)
+    Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(folder / "large.png")
     for workers in (0, 1):
         with pytest.raises(ValueError, match="pictures of mixed sizes: one has .* pixels, the first"):
-            fid_of(folder, tmp_path / "samples.npz", workers=workers)
+            fid_of(folder, folder, workers=workers)
 
 
 def test_references_of_fid_are_saved_and_used_again(tmp_path):
