@@ -158,7 +158,7 @@ def loops(
     pictures = F.interpolate(images, (trained.image_size, trained.image_size), mode="bilinear")
     latents = autoencoder.encode(images)
     chat = model.chat(batch["conversation"]).to(where.device)
-    noise, u, v = data.flow_draws(model.latent_shape, 0, batch["index"], where.device)
+    noise, u, v = data.flow_draws(model.latent_shape, 0, batch["pictures"], where.device)
     t, dropped = rae.sample_time(u, model.alpha).to(where.device), (v < 0.1).to(where.device)
     optimizers = {
         part: torch.optim.AdamW([p for p in part.parameters() if p.requires_grad], lr=0.0, fused=True)

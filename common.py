@@ -363,11 +363,12 @@ def save_results(results: list[dict], seed: int, path: Path) -> None:
 @contextmanager
 def loading(source: str | Path):
     """Around whatever reads a model: an error that a user understands (ValueError)."""
-    folder, file = Path(source), str(source).endswith(".pt")
+    folder, file = Path(source), str(source).endswith((".pt", ".zstd"))
     if folder.exists() and not file and not (folder / "config.json").is_file():
         raise ValueError(f"{source} is no model folder: it has no config.json")
     on_hub = str(source).count("/") == 1 and not str(source).startswith((".", "/"))
-    if not (folder.exists() or on_hub or file or str(source) in {**rae.RELEASED, **rae.RELEASED_DITS}):
+    released = {**rae.RELEASED, **rae.RELEASED_DITS, **rae.RELEASED_TEXT_TO_IMAGE}
+    if not (folder.exists() or on_hub or file or str(source) in released):
         raise ValueError(
             f"no model at {source}: give a folder made by save_pretrained, or a hub id like org/name"
         )

@@ -1,4 +1,4 @@
-"""Pictures and captions in, batches out.
+"""Pictures, captions and conversations in, batches out.
 
 A source is named by --data, several by a list with weights:
 
@@ -8,8 +8,15 @@ A source is named by --data, several by a list with weights:
                                    or a folder for each class, as ImageNet has them
     path/to/shards                 a folder of .tar (jpg, png or webp beside txt, cls or json) or of .parquet
     path/to/latents                what encode.py wrote: latents instead of pictures
+    path/to/file.jsonl             conversations: lines of {"image": a path from the file's folder, or null,
+                                   "conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}
+    path/to/wds_manifest.json      {"dataset_name": ..., "tars": [paths from its folder, or URLs]}
     org/name                       a data set of the Hugging Face hub, streamed
     web=0.7,synthetic=0.2,nano=0.1 a mixture
+
+A json in a tar and a row of a table may have "conversations" instead of a caption. Where the picture belongs
+in a conversation it says <image>: in an answer it is to be drawn, in a question to be looked at. Captions
+become conversations in which they are asked for.
 
 Every sample has a number, place j of step s of a training of global batch B the number s B + j, and what it
 is depends on the seed and its number alone, whatever the number of processes and workers. `nano` and folders
@@ -48,7 +55,10 @@ PIXELS = 2**26  # a picture of more is refused before it is decoded
 STRIP = 50  # and so is one of that ratio of sides: resized by its short one it would fill the memory
 BYTES = 2**26  # and so is a file in a tar of more
 CHARACTERS = 1000  # of a caption; the rest is cut off
-LISTS = ("caption", "label", "conversation", "index")  # of a batch; its pictures or latents are a tensor
+CONVERSATION = 2**15  # characters of one; of more it is left out. Tokens are for the trainer to count
+SPECIAL = r"<\|\w+\|>|<im_\w+>"  # looks like a token of a language model; <image> is text
+LISTS = ("caption", "label", "conversation", "index")  # of a batch, one for each sample
+PICTURED = ("pictures", "image", "latents")  # and one for each picture: numbers of samples, and a tensor
 DRAWS = 4  # uniform numbers for a sample: wording of the request, place of the crop (2), mirroring
 BLOCK = 64  # rows of a shard that are shuffled together
 STALL = 300  # seconds without data after which a training gives up
@@ -85,10 +95,57 @@ def request(caption: str, uniform: float) -> list[tuple[str, str]]:
     return [("user", template.format(caption)), ("assistant", "Here you go:\n<image>")]
 
 
+def wish(conversation: list[tuple[str, str]]) -> str | None:
+    """What picture a conversation asks for: the turn before the answer with it, without the wording of
+    `request`. None if it asks for none."""
+    for (_, text), (role, answer) in itertools.pairwise(conversation):
+        if role == "assistant" and "<image>" in answer:
+            for head, tail in (template.split("{}") for template in REQUESTS):
+                if text.startswith(head):
+                    return clean(text.removeprefix(head).removesuffix(tail))
+            return clean(text)
+    return None
+
+
+def shows(sample: dict) -> bool:
+    """Whether there is a picture in it. The rule of every source: one picture, one <image>, or neither."""
+    return any("<image>" in text for _, text in sample["conversation"])
+
+
 def clean(caption: str) -> str:
     """Its first 1,000 characters, without anything that looks like a special token, such as <image> or
-    <|im_end|>."""
-    return re.sub(r"<\|?\w+\|?>", " ", caption[:CHARACTERS]).strip()
+    <|im_end|>, or cannot be written as UTF-8."""
+    return re.sub(r"<\|?\w+\|?>", " ", writable(caption[:CHARACTERS])).strip()
+
+
+def writable(text: str) -> str:
+    """Half a surrogate pair, which JSON can say and tokenizers raise at, becomes a question mark."""
+    return text.encode(errors="replace").decode()
+
+
+def turns_of(row: dict) -> list[tuple[str, str]]:
+    """The (role, text) turns of a row's "conversations", human and gpt by turns. Raises Unusable for any
+    others, and for another number of <image> than of pictures. A first turn that is not the human's is
+    dropped, as in the reference: every chat gets the same system turn."""
+    name, roles = row["name"], {"human": "user", "gpt": "assistant"}
+    try:
+        turns = [(turn["from"], writable(turn["value"])) for turn in row["conversations"]]
+    except (TypeError, KeyError, AttributeError):
+        raise Unusable(f"{name}: its conversation is no list of turns {{from, value}}") from None
+    turns = turns[1:] if turns and turns[0][0] != "human" else turns
+    texts = [text for _, text in turns]
+    if not turns or [speaker for speaker, _ in turns] != [*roles] * (len(turns) // 2):
+        raise Unusable(f"{name}: its turns are not those of human and gpt by turns")
+    if not all(map(str.strip, texts)):
+        raise Unusable(f"{name}: a turn is empty")
+    if (length := sum(map(len, texts))) > CONVERSATION:
+        raise Unusable(f"{name}: its conversation has {length:,} characters, the limit is {CONVERSATION:,}")
+    if found := re.search(SPECIAL, "\n".join(texts)):
+        raise Unusable(f"{name}: its conversation contains the special token {found[0]}")
+    placeholders, pictures = sum(text.count("<image>") for text in texts), int(bool(row.get("image")))
+    if placeholders != pictures:
+        raise Unusable(f"{name}: its conversation has {placeholders} <image> for {pictures} pictures")
+    return [(roles[speaker], text) for speaker, text in turns]
 
 
 def open_picture(source: str | bytes, name: str = "") -> Image.Image:
@@ -160,6 +217,7 @@ class View(NamedTuple):
     size: int
     crop: str = "centre"  # or random
     flip: bool = False
+    text_only: bool = False  # conversations without a picture are samples too
 
     def pixels(self, image: Image.Image, across: float, down: float, mirror: float) -> np.ndarray:
         """(size, size, 3) uint8 of an RGB picture, decided by three uniform numbers."""
@@ -170,26 +228,32 @@ class View(NamedTuple):
         return np.ascontiguousarray(square[:, ::-1]) if self.flip and mirror < 0.5 else square
 
 
-def captioned(row: dict, view: View, uniform: np.ndarray) -> dict:
-    """A sample from a row {"name", "image": path or bytes, perhaps a caption or label} and DRAWS uniform
-    numbers; or Unusable."""
-    if "error" in row or not row.get("image"):
-        raise Unusable(f"{row['name']}: {row.get('error', 'no picture')}")
-    caption = clean(next((row[key] for key in CAPTIONS if isinstance(row.get(key), str)), ""))
+def sample_of(row: dict, view: View, uniform: np.ndarray) -> dict:
+    """A sample from a row {"name", perhaps "image": path or bytes, perhaps conversations, or a caption and a
+    label} and DRAWS uniform numbers; or Unusable. One that is only text has a black picture, which `collate`
+    leaves out, and one of a conversation has no caption."""
+    if "error" in row:
+        raise Unusable(f"{row['name']}: {row['error']}")
+    talks, caption = "conversations" in row, None
+    if talks:
+        conversation = turns_of(row)
+    else:
+        caption = clean(next((row[key] for key in CAPTIONS if isinstance(row.get(key), str)), ""))
+        conversation = request(caption, uniform[0])
+    if row.get("image"):
+        picture = view.pixels(open_picture(row["image"], row["name"]), *uniform[1:])
+    elif talks and view.text_only:
+        picture = np.zeros((view.size, view.size, 3), np.uint8)
+    else:
+        raise Unusable(f"{row['name']}: no picture")
     label = next((row[key] for key in LABELS if isinstance(row.get(key), int)), None)
-    picture = view.pixels(open_picture(row["image"], row["name"]), *uniform[1:])
-    return {
-        "image": picture,
-        "caption": caption,
-        "label": label,
-        "conversation": request(caption, uniform[0]),
-    }
+    return {"image": picture, "caption": caption, "label": label, "conversation": conversation}
 
 
 def attempt(row: dict, view: View, *keys: int) -> dict:
     """A sample whose draws depend on the keys, or without one only {"skipped": [the reason]}."""
     try:
-        return captioned(row, view, np.random.default_rng(mix(*keys)).random(DRAWS))
+        return sample_of(row, view, np.random.default_rng(mix(*keys)).random(DRAWS))
     except Unusable as error:
         return {"skipped": [str(error)]}
 
@@ -250,46 +314,94 @@ class Shuffled:
         return int(self.order[position])
 
 
-class Pictures:
-    """A folder of pictures, through the `imagefolder` reader of `datasets`: a map that starts over without
-    an end, in another order each time. For a picture that cannot be used another one is drawn."""
+class Folder:
+    """The rows of a folder of pictures, through the `imagefolder` reader of `datasets`."""
 
-    def __init__(self, path: str, view: View, seed: int):
+    def __init__(self, path: str):
         from datasets import Image as Column
         from datasets import load_dataset
 
         rows = load_dataset("imagefolder", data_dir=path, split="train")
-        if not len(rows):
-            raise ValueError(f"{path} holds no pictures")
         self.classes = getattr(rows.features.get("label"), "num_classes", None)  # by the folders' names
         self.rows = rows.cast_column("image", Column(decode=False))
-        self.path, self.view, self.seed, self.shuffled = path, view, seed, Shuffled(len(self.rows), seed)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict:
+        path = self.rows[row]["image"]["path"]
+        return self.rows[row] | {"image": path, "name": path}
+
+
+class Lines:
+    """The rows of a .jsonl of conversations, of which only the places are kept in memory."""
+
+    classes = None
+
+    def __init__(self, path: Path):
+        with path.open("rb") as file:
+            lengths = np.fromiter((len(line) if line.strip() else -len(line) for line in file), np.int64)
+        self.path, self.starts = path, np.cumsum(abs(lengths)) - abs(lengths)
+        self.lines = np.flatnonzero(lengths > 0)  # without blank ones
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, row: int) -> dict:
+        line = int(self.lines[row])
+        name = f"{self.path}: line {line + 1}"
+        with self.path.open("rb") as file:
+            file.seek(self.starts[line])
+            text = file.readline()
+        try:
+            fields = json.loads(text)
+            images = fields.get("image")
+        except (ValueError, AttributeError, RecursionError) as error:
+            return {"name": name, "error": f"damaged json: {error}"}
+        images = images if isinstance(images, list) else [images]
+        images = [image for image in images if image not in (None, "", "None", "nan")]  # as in the reference
+        if len(images) > 1 or not all(isinstance(image, str) for image in images):
+            return {"name": name, "error": "its image is not one path"}
+        picture = str(self.path.parent / images[0]) if images else None
+        return {"name": name, "image": picture, "conversations": fields.get("conversations")}
+
+
+class Pictures:
+    """Rows that have a number: a map that starts over without an end, in another order each time. For a row
+    that cannot be used another one is drawn.
+
+    rows: see `sample_of`.
+    """
+
+    def __init__(self, name: str, rows: Folder | Lines, view: View, seed: int):
+        if not len(rows):
+            raise ValueError(f"{name} is empty")
+        self.name, self.rows, self.view, self.seed, self.classes = name, rows, view, seed, rows.classes
+        self.shuffled = Shuffled(len(rows), seed)
 
     def __getitem__(self, number: int) -> dict:
         skipped, chance = [], np.random.default_rng(mix(self.seed, number, 0))
         row = self.shuffled.row(number)
         while len(skipped) < 100:
             try:
-                return captioned(self.row(row), self.view, chance.random(DRAWS)) | {"skipped": skipped}
+                return sample_of(self.rows[row], self.view, chance.random(DRAWS)) | {"skipped": skipped}
             except Unusable as error:
                 skipped.append(str(error))
                 row = int(chance.integers(len(self.rows)))
-        raise ValueError(f"{self.path}: 100 pictures in a row cannot be used, the last: {skipped[-1]}")
-
-    def row(self, row: int) -> dict:
-        path = self.rows[row]["image"]["path"]
-        return self.rows[row] | {"image": path, "name": path}
+        raise ValueError(
+            f"{self.name}: 100 pictures or conversations in a row cannot be used, the last: {skipped[-1]}"
+        )
 
     def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
         order = np.random.default_rng(mix(self.seed)).permutation(len(self.rows)).tolist()
         for row in order[:limit][rank::world]:  # the first files of a folder are one class
-            yield attempt(self.row(row), self.view, self.seed, row) | {"index": (row,)}
+            yield attempt(self.rows[row], self.view, self.seed, row) | {"index": (row,)}
 
 
 class Stream:
     """Shards that are read in order: rows are shuffled within blocks, and shards before each pass over them.
 
-    shards: functions that yield rows, see `captioned`.
+    shards: functions that yield rows, see `sample_of`.
     """
 
     classes = None  # labels are numbers, nobody says how many
@@ -324,7 +436,7 @@ class Stream:
             order, uniform = chance.permutation(len(block)).tolist(), chance.random((len(block), DRAWS))
             for done, row in enumerate(order[taken:], start=taken + 1):
                 try:
-                    yield captioned(block[row], self.view, uniform[row]) | {"position": (first, done)}
+                    yield sample_of(block[row], self.view, uniform[row]) | {"position": (first, done)}
                 except Unusable as error:
                     skipped.append(str(error))
             first, taken = first + len(block), 0
@@ -395,15 +507,17 @@ class Tail:
 
 
 def text_fields(text: bytes, extension: str) -> dict:
-    """The captions and the label among the fields of a json file, the label of a cls, the text of others."""
+    """The captions, conversations and the label among the fields of a json file, the label of a cls, the text
+    of others."""
     if extension not in ("cls", "json"):
         return {"text": text.decode("utf-8", errors="replace")}
     try:
         if extension == "cls":
             return {"label": int(text)}
         fields = json.loads(text)
-        captions = {key: fields[key] for key in CAPTIONS if isinstance(fields.get(key), str)}
-        return captions | {key: fields[key] for key in LABELS if isinstance(fields.get(key), int)}
+        found = {key: fields[key] for key in CAPTIONS if isinstance(fields.get(key), str)}
+        found |= {key: fields[key] for key in LABELS if isinstance(fields.get(key), int)}
+        return found | ({"conversations": fields["conversations"]} if "conversations" in fields else {})
     except (ValueError, AttributeError, RecursionError) as error:
         return {"error": f"damaged {extension}: {error}"}
 
@@ -446,7 +560,8 @@ class Latents:
     """What encode.py wrote, a map that starts over without an end, in another order each time.
 
     A folder with latents.json, and for each process that wrote it a NAME.npy (rows, 1 or 2, N, C) float16,
-    whose second entry is of the mirrored picture, beside a NAME.jsonl of captions and labels.
+    whose second entry is of the mirrored picture, beside a NAME.jsonl of captions and labels, and of the
+    conversations of pictures that had no caption.
     """
 
     def __init__(self, folder: Path, seed: int):
@@ -469,10 +584,21 @@ class Latents:
         part = int(np.searchsorted(self.ends, row, side="right"))
         views = self.parts[part][row - self.ends[part]]  # counted from the part's end
         sample = {"latents": np.array(views[int(uniform[0] * len(views))]), **self.rows[row]}
-        return sample | {"conversation": request(sample["caption"], uniform[1])}
+        return {"conversation": request(sample["caption"], uniform[1])} | sample
 
     def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
         raise ValueError(f"{self.folder} holds latents, not pictures")
+
+
+def manifest(path: Path) -> list[str]:
+    """The tars that a wds_manifest.json names, from its folder on if they are not absolute or URLs."""
+    try:
+        tars = json.loads(path.read_text())["tars"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no manifest of tars: {type(error).__name__} {error}") from None
+    if not (tars and isinstance(tars, list) and all(isinstance(tar, str) for tar in tars)):
+        raise ValueError(f'{path}: "tars" has to be a list of paths')
+    return [tar if "://" in tar else str(path.parent / tar) for tar in tars]
 
 
 def open_one(name: str, view: View, seed: int, understanding: float) -> Nano | Pictures | Stream | Latents:
@@ -482,6 +608,10 @@ def open_one(name: str, view: View, seed: int, understanding: float) -> Nano | P
     path = Path(name)
     if (path / "latents.json").is_file():
         return Latents(path, seed)
+    if path.suffix == ".jsonl" and path.is_file():
+        return Pictures(name, Lines(path), view, seed)
+    if path.suffix == ".json" and path.is_file():
+        return Stream(name, [partial(tar_rows, url) for url in manifest(path)], view, seed)
     if path.is_dir():
         tars = sorted(
             str(file) for file in path.rglob("*.tar*") if re.search(r"\.tar(\.\w?z2?)?$", file.name)
@@ -491,10 +621,11 @@ def open_one(name: str, view: View, seed: int, understanding: float) -> Nano | P
             return Stream(name, [partial(tar_rows, url) for url in tars], view, seed)
         if tables:
             return Stream(name, open_table(name, path="parquet", data_files=tables), view, seed)
-        return Pictures(name, view, seed)
+        return Pictures(name, Folder(name), view, seed)
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise ValueError(
-            f"no data source {name!r}: give nano, a folder of pictures or shards, or a hub id like org/name"
+            f"no data source {name!r}: give nano, a folder of pictures or shards, a .jsonl of conversations, "
+            f"a wds_manifest.json, or a hub id like org/name"
         )
     from huggingface_hub import HfFileSystem
 
@@ -548,17 +679,24 @@ class Mixture:
 
 
 def open_source(
-    names: str, size: int, seed: int, understanding: float = 0.0, crop: str = "centre", flip: bool = False
+    names: str,
+    size: int,
+    seed: int,
+    understanding: float = 0.0,
+    crop: str = "centre",
+    flip: bool = False,
+    text_only: bool = False,
 ) -> Mixture:
     """The sources of a --data flag, see the top of this file. Raises ValueError for a name that is none.
 
     understanding: share of the nano world's samples that are a question about the picture.
     crop, flip: of each picture its centre or a random square, see `centre_crop` and `random_crop`, and half
         of them mirrored. The nano world draws its pictures as they should be.
+    text_only: conversations without a picture are samples too, instead of being left out.
     """
     if crop not in ("centre", "random"):
         raise ValueError(f"no crop {crop!r}: choose from centre, random")
-    view = View(size, crop, flip)
+    view = View(size, crop, flip, text_only)
     parts = []
     for part in names.split(","):
         name, _, weight = part.partition("=")
@@ -632,20 +770,23 @@ class Batches(IterableDataset):
 
 
 def collate(samples: list[dict]) -> dict:
-    """images (B, 3, H, W) uint8, or latents (B, N, C); lists of captions, labels, conversations and numbers;
+    """Of B samples, P of which have a picture: lists of captions, labels, conversations and numbers, (B,);
+    images (P, 3, H, W) uint8, or latents (P, N, C), and the list "pictures" of their samples' numbers, (P,);
     the positions of streams; and what was skipped."""
     batch = {key: [sample[key] for sample in samples] for key in LISTS}
-    if "latents" in samples[0]:
-        batch["latents"] = torch.from_numpy(np.stack([s["latents"] for s in samples])).float()
-    else:
-        batch["image"] = torch.from_numpy(np.stack([s["image"] for s in samples])).permute(0, 3, 1, 2)
+    pictured = [sample for sample in samples if shows(sample)]
+    batch["pictures"] = [sample["index"] for sample in pictured]
+    kind = "latents" if "latents" in samples[0] else "image"
+    stack = torch.from_numpy(np.stack([sample[kind] for sample in pictured or samples]))[: len(pictured)]
+    batch[kind] = stack.float() if kind == "latents" else stack.permute(0, 3, 1, 2)
     batch["positions"] = {k: v for s in samples for k, v in s.get("position", {}).items()}
     batch["skipped"] = [message for s in samples for message in s.get("skipped", ())]
     return batch
 
 
 class Loader:
-    """Batches without an end, one for each step, made ahead by worker processes (0: in this one).
+    """Batches (see `collate`) without an end, one for each step, made ahead by worker processes (0: in this
+    one).
 
     positions: how far the lanes of streams have come with the batches that were handed out; goes into a
         checkpoint, and back in as `positions`.
@@ -668,7 +809,7 @@ class Loader:
         started = time.perf_counter()
         with reading():
             parts = [next(self.loader) for _ in range(self.parts)]
-        batch = {k: [x for part in parts for x in part[k]] for k in LISTS}
+        batch = {k: [x for part in parts for x in part[k]] for k in (*LISTS, "pictures")}
         [kind] = {"image", "latents"} & parts[0].keys()
         batch[kind] = torch.cat([part[kind] for part in parts])
         if torch.cuda.is_available():
@@ -739,10 +880,16 @@ def reading():
 
 
 def pieces(batch: dict, count: int) -> list[dict]:
-    """The batch cut into that many pieces, as equal as they can be, one at least of a sample each."""
+    """The batch cut into that many pieces, as equal as they can be, one at least of a sample each; the
+    pictures go with their samples."""
     edges = np.linspace(0, len(batch["index"]), count + 1).astype(int)
-    cuts = [slice(a, b) for a, b in itertools.pairwise(edges) if a < b]
-    return [{key: values[cut] for key, values in batch.items()} for cut in cuts]
+    pictured = set(batch["pictures"])
+    before = np.cumsum([0] + [number in pictured for number in batch["index"]])  # pictures before a sample
+    cuts = [(slice(a, b), slice(before[a], before[b])) for a, b in itertools.pairwise(edges) if a < b]
+    return [
+        {key: values[of_pictures if key in PICTURED else of_samples] for key, values in batch.items()}
+        for of_samples, of_pictures in cuts
+    ]
 
 
 def leave_signals(worker: int) -> None:

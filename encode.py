@@ -78,8 +78,11 @@ def write_share(
     with (folder / f"{where.rank:05d}.jsonl").open("w") as about:
         for batch in tqdm(batches, desc="encode", unit="batch", disable=not where.main):
             rows.add(encode(autoencoder, batch["image"], config.flip, where))
-            for caption, label in zip(batch["caption"], batch["label"], strict=True):
-                about.write(json.dumps({"caption": caption, "label": label}) + "\n")
+            for caption, label, turns in zip(
+                batch["caption"], batch["label"], batch["conversation"], strict=True
+            ):
+                row = {"caption": caption, "label": label}
+                about.write(json.dumps(row if caption is not None else row | {"conversation": turns}) + "\n")
     rows.close()
     if batches.skipped:
         print(f"left out {len(batches.skipped)} pictures: {batches.skipped[0]}", flush=True)

@@ -23,18 +23,20 @@ import json
 import math
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import transformers
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download, save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -1029,7 +1031,7 @@ class ClassToImage(LatentModel, library_name="rae"):
             model = super().from_pretrained(source, revision=revision)
             model.autoencoder_path = autoencoder or model.autoencoder_path
             return model
-        weights = read_pickle(source, revision)
+        weights = read_tensors(source, revision)
         dit = from_official(weights["ema"] if isinstance(weights.get("ema"), dict) else weights)
         given = {name: value for name, value in dit._hub_mixin_config.items() if name != "latent_shape"}
         with torch.device("meta"):  # the DiT is there already
@@ -1083,13 +1085,14 @@ class TextToImage(LatentModel, library_name="rae"):
     ):
         super().__init__(latent_shape, autoencoder, alpha)
         self.tokenizer = None  # `from_pretrained` sets it where language_model is a config
+        self.im_start = self.im_end = None  # its ids of the tokens around a picture
         if isinstance(language_model, dict):
             config = transformers.AutoConfig.for_model(**language_model)
             self.language_model = transformers.AutoModelForCausalLM.from_config(config)
         else:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(language_model)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(language_model)
             self.language_model = transformers.AutoModelForCausalLM.from_pretrained(language_model)
-            self.add_image_tokens()
+            self.add_image_tokens(tokenizer)
         self.language_model.float()  # files are often bf16
         config = self.language_model.config
         self._hub_mixin_config["language_model"] = config.to_diff_dict() | {"model_type": config.model_type}
@@ -1111,11 +1114,20 @@ class TextToImage(LatentModel, library_name="rae"):
 
     # -- tokens
 
-    def add_image_tokens(self) -> None:
+    def set_tokenizer(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+        """Raises ValueError for a vocabulary without <im_start> and <im_end>."""
+        vocabulary = tokenizer.get_vocab()
+        if missing := {"<im_start>", "<im_end>"} - vocabulary.keys():
+            raise ValueError(f"the tokenizer has no {' and no '.join(sorted(missing))}")
+        self.tokenizer = tokenizer
+        self.im_start, self.im_end = vocabulary["<im_start>"], vocabulary["<im_end>"]
+
+    def add_image_tokens(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         """Adds <im_start> and <im_end> (not Qwen's <|im_start|>); their rows start as the mean of all
         others."""
-        self.tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
-        self.language_model.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)  # exactly
+        tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
+        self.set_tokenizer(tokenizer)
+        self.language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # exactly
         for embeddings in (
             self.language_model.get_input_embeddings(),
             self.language_model.get_output_embeddings(),
@@ -1139,11 +1151,10 @@ class TextToImage(LatentModel, library_name="rae"):
         }
         ids, labels = [], []
         for role, text in [("system", SYSTEM), *turns]:
-            text = text.replace("<image>", "<im_start><image><im_end>")
             first, *rest = f"<|im_start|>{role}\n{text}<|im_end|>\n".split("<image>")
             turn = self.tokens(first)
             for piece in rest:
-                turn += [IMAGE] * self.latent_shape[0] + self.tokens(piece)
+                turn += [self.im_start, *[IMAGE] * self.latent_shape[0], self.im_end, *self.tokens(piece)]
             ids += turn
             learned = (i != IMAGE and (role == "assistant" or i in always) for i in turn)
             labels += [i if yes else IGNORED for i, yes in zip(turn, learned, strict=True)]
@@ -1156,9 +1167,8 @@ class TextToImage(LatentModel, library_name="rae"):
     def collate(self, encoded: list[tuple[list[int], list[int]]]) -> Chat:
         """A batch from (ids, labels) pairs. A picture is an answer where the token before it, its <im_start>,
         is learned; otherwise it is something to read."""
-        pad = self.tokenizer.pad_token_id or 0
         longest = max(len(ids) for ids, _ in encoded)
-        ids = torch.tensor([i + [pad] * (longest - len(i)) for i, _ in encoded])
+        ids = torch.tensor([i + [0] * (longest - len(i)) for i, _ in encoded])  # nobody reads the padding
         labels = torch.tensor([i + [IGNORED] * (longest - len(i)) for _, i in encoded])
         next_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
         predict = (next_labels != IGNORED).nonzero().flatten()
@@ -1256,10 +1266,40 @@ class TextToImage(LatentModel, library_name="rae"):
         super()._save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)
 
+    def save_official(self, folder: str | Path) -> None:
+        """Writes a folder as the authors released theirs: keys and shapes of the weights, config.json and the
+        tokenizer. An autoencoder that is not theirs has its own path where their config names an encoder.
+        Raises ValueError for a model that their code does not build."""
+        write_scale_rae(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, autoencoder: str | None = None, revision: str | None = None
+    ) -> "TextToImage":
+        """A folder of `save_pretrained` or a hub id; a name in RELEASED_TEXT_TO_IMAGE, such as
+        "scale-rae-1.5b-2.4b"; or the authors' own: a folder or hub id with their config.json, the tokenizer
+        and the weights (safetensors or pickles, whole or in shards), or their trainer's `model.pth.zstd` with
+        the other two beside it, by its path or its folder's.
+
+        No file of theirs has the vision encoder, which their code keeps out of the state dict: it comes with
+        the autoencoder, which follows from the encoder that their config names, unless it is given. Raises
+        ValueError for a config, keys or shapes that this model has no place for.
+        """
+        source = str(source)
+        source = RELEASED_TEXT_TO_IMAGE.get(source, source)
+        folder = os.path.dirname(source) if source.endswith(".zstd") else source
+        config, _ = read_config(folder, revision)
+        if "diffusion_model_hidden_size" in config:
+            model = read_scale_rae(source, folder, config, revision)
+        else:
+            model = super().from_pretrained(source, revision=revision)
+        model.autoencoder_path = autoencoder or model.autoencoder_path
+        return model
+
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: dict | None = None, **kwargs):
         model = super()._from_pretrained(model_id=model_id, config=config, **kwargs)
-        model.tokenizer = transformers.AutoTokenizer.from_pretrained(model_id)
+        model.set_tokenizer(transformers.AutoTokenizer.from_pretrained(model_id))
         return model
 
 
@@ -1345,21 +1385,35 @@ RELEASED_DITS = {  # file, autoencoder; S are the guides
 }
 
 
+RELEASED_TEXT_TO_IMAGE = {  # hub ids; 64ep: finetuned for 64 epochs
+    "scale-rae-1.5b-2.4b": "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B",
+    "scale-rae-1.5b-2.4b-64ep": "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B-64ep",
+    "scale-rae-1.5b-2.4b-webssl": "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B-WebSSL",
+    "scale-rae-7b-9.8b": "nyu-visionx/Scale-RAE-Qwen7B_DiT9.8B",
+    "scale-rae-7b-9.8b-64ep": "nyu-visionx/Scale-RAE-Qwen7B_DiT9.8B-64ep",
+}
+
+
 def from_official(state_dict: dict[str, Tensor], **given) -> nn.Module:
     """The module of a state dict that the authors released, in eval mode, recognised by its keys: a whole
-    RAE or its decoder, LightningDiT or DiT-DH, or Scale-RAE's diffusion head in both forms (without
-    `diff_head.model.`).
+    RAE or its decoder, LightningDiT or DiT-DH, Scale-RAE's diffusion head in both forms (without
+    `diff_head.model.`), or a whole Scale-RAE model. What trainers wrap around names is removed.
 
     Sizes are read from the tensors; `given` adds what they cannot tell and is checked where they can: heads=,
     needed for a decoder that is not of a size in DECODERS, and where a DiT's RoPE tables were left out. With
     the wide head, heads=, width= and depth= are pairs (backbone, head), and one number of heads stands for
     both. A whole RAE needs encoder=, a config or model of `transformers`, image_mean= and image_std=, and
-    takes encoder_size= and stats=, {"mean", "var"} of its latents, each (C, h, w) or None. Raises ValueError,
-    with the first keys that do not fit, for a dict that is unknown or damaged, and for a keyword that
-    contradicts it.
+    takes encoder_size= and stats=, {"mean", "var"} of its latents, each (C, h, w) or None. A whole Scale-RAE
+    needs language_model=, a config or model of `transformers`, and takes im_start= and im_end=, the ids of
+    the tokens around a picture; tokenizer and autoencoder are set later, neither is in the dict. Raises
+    ValueError, with the first keys that do not fit, for a dict that is unknown or damaged, and for a keyword
+    that contradicts it.
     """
+    state_dict = {unwrapped(name): tensor for name, tensor in state_dict.items()}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     parts = {name.split(".")[0] for name in state_dict}
+    if "diff_head" in parts:
+        return official_text_to_image(state_dict, given)
     if {"encoder", "decoder"} <= parts:
         return official_rae(state_dict, given)
     if "decoder_layers" in parts:
@@ -1367,6 +1421,19 @@ def from_official(state_dict: dict[str, Tensor], **given) -> nn.Module:
     if parts & {"blocks", "dit_blocks"}:
         return official_dit(state_dict, given, scale="dit_blocks" in parts, wide="s_embedder" in parts)
     raise ValueError(f"unknown state dict, no decoder_layers, blocks or dit_blocks: {list(state_dict)[:5]}")
+
+
+def unwrapped(name: str) -> str:
+    wrappers = ("_orig_module", "module", "_fsdp_wrapped_module", "_fpw_module")  # of torch_xla, DDP, FSDP
+    return ".".join(part for part in name.split(".") if part not in wrappers)
+
+
+def config_of(model) -> dict | None:
+    """The config of a model of `transformers`; a config, or a dict of it, may be given itself."""
+    config = getattr(model, "config", model)
+    if isinstance(config, transformers.PretrainedConfig):
+        config = config.to_diff_dict() | {"model_type": config.model_type}
+    return config
 
 
 def official_decoder(weights: dict[str, Tensor], given: dict) -> Decoder:
@@ -1392,10 +1459,7 @@ def decoder_sizes(weights: dict[str, Tensor], given: dict, prefix: str = "") -> 
 
 
 def official_rae(weights: dict[str, Tensor], given: dict) -> RAE:
-    encoder = getattr(given.get("encoder"), "config", given.get("encoder"))  # of a model
-    if isinstance(encoder, transformers.PretrainedConfig):
-        encoder = encoder.to_diff_dict() | {"model_type": encoder.model_type}
-    model = rae_of_decoder(weights, given | {"encoder": encoder}, "decoder.")
+    model = rae_of_decoder(weights, given | {"encoder": config_of(given.get("encoder"))}, "decoder.")
     dino = model.encoder.config.model_type.startswith("dinov2")
     return load_rae(model, weights, "encoder.encoder." if dino else "encoder.model.")
 
@@ -1472,9 +1536,16 @@ def old_encoder_name(name: str, prefix: str) -> str:
     return prefix + key
 
 
-def official_dit(weights: dict[str, Tensor], given: dict, scale: bool, wide: bool) -> DiT:
-    """scale: Scale-RAE's, not RAE's; wide: with the wide head, sizes are then (backbone, head)."""
-    size = partial(official_size, weights)
+class DiTNames(NamedTuple):
+    """The authors' names in a DiT."""
+
+    embedders: list[str]  # of the latents, for the backbone and for the wide head
+    ropes: list[str]  # likewise
+    rename: Callable[[str], str]  # our key -> theirs
+
+
+def dit_names(scale: bool, wide: bool, prefix: str = "") -> DiTNames:
+    """scale: Scale-RAE's, not RAE's; wide: with the wide head."""
     embedders, ropes = ["x_embedder.proj"], ["feat_rope"]
     if wide:
         embedders, ropes = ["s_embedder.proj", "x_embedder.proj"], ["enc_feat_rope", "dec_feat_rope"]
@@ -1482,11 +1553,20 @@ def official_dit(weights: dict[str, Tensor], given: dict, scale: bool, wide: boo
         embedders, ropes = embedders[::-1], ["enc_rope", "dec_rope"]
     blocks = "dit_blocks" if scale else "blocks"
     names = {"s_embedder": embedders[0], "x_embedder": embedders[-1], "blocks": blocks}
-    rename = partial(re.sub, r"^\w+", lambda first: names.get(first[0], first[0]))
+
+    def rename(name: str) -> str:
+        return prefix + re.sub(r"^\w+", lambda first: names.get(first[0], first[0]), name)
+
+    return DiTNames([prefix + name for name in embedders], [prefix + name for name in ropes], rename)
+
+
+def dit_sizes(weights: dict[str, Tensor], given: dict, scale: bool, wide: bool, names: DiTNames) -> dict:
+    """The arguments of `DiT`. With the wide head, the sizes given are pairs (backbone, head)."""
+    size, (embedders, ropes, rename) = partial(official_size, weights), names
     tuples = {name: (given[name],) * len(ropes) for name in given if isinstance(given[name], int)}
     given = given | {name: tuples[name] for name in ("width", "depth", "heads") if name in tuples}
 
-    width = tuple(size(f"{name}.weight") for name in embedders)
+    width, blocks = tuple(size(f"{name}.weight") for name in embedders), rename("blocks")
     widths = [size(f"{blocks}.{i}.norm1.weight") for i in range(official_depth(weights, blocks))]
     in_head = widths.count(width[-1])
     depth = (len(widths) - in_head, in_head) if wide else (len(widths),)
@@ -1495,37 +1575,89 @@ def official_dit(weights: dict[str, Tensor], given: dict, scale: bool, wide: boo
     heads = given.get("heads", ())
     if f"{ropes[0]}.freqs_cos" in weights:
         heads = tuple(w // size(f"{rope}.freqs_cos", 1) for w, rope in zip(width, ropes, strict=True))
-    patch = size(f"{embedders[0]}.weight", 3)
+    channels = size(f"{embedders[0]}.weight", 1) * size(f"{embedders[0]}.weight", 3) ** 2
     sizes = {
-        "latent_shape": (math.isqrt(size("pos_embed", 1)) ** 2, size(f"{embedders[0]}.weight", 1) * patch**2),
-        "num_classes": None if scale else size("y_embedder.embedding_table.weight") - 1,
-        "condition_width": size("y_embedder.dropout_embedding") if scale else None,
+        "latent_shape": (math.isqrt(size(rename("pos_embed"), 1)) ** 2, channels),
+        "num_classes": None if scale else size(rename("y_embedder.embedding_table.weight")) - 1,
+        "condition_width": size(rename("y_embedder.dropout_embedding")) if scale else None,
     }
     check_given(given, sizes | {"width": width, "depth": depth, "heads": heads}, width, heads)
-    model = DiT(
-        **sizes,
-        width=width[0],
-        depth=depth[0],
-        heads=heads[0],
-        head=(width[1], depth[1], heads[1]) if wide else None,
-        silu_condition=scale or wide,
-        readd_time=wide and not scale,
-        xavier=scale or not wide,
-        qk_norm=any(".q_norm." in name for name in weights),
-        swiglu=not any(".mlp.fc1." in name for name in weights),
-    )
-    weights = dict(weights)
+    return sizes | {
+        "width": width[0],
+        "depth": depth[0],
+        "heads": heads[0],
+        "head": (width[1], depth[1], heads[1]) if wide else None,
+        "silu_condition": scale or wide,
+        "readd_time": wide and not scale,
+        "xavier": scale or not wide,
+        "qk_norm": any(".q_norm." in name for name in weights),
+        "swiglu": not any(".mlp.fc1." in name for name in weights),
+    }
+
+
+def dit_weights(weights: dict[str, Tensor], scale: bool, names: DiTNames) -> dict[str, Tensor]:
+    """The authors' weights in our shapes."""
+    weights, patch = dict(weights), weights[f"{names.embedders[0]}.weight"].shape[3]
     if scale:  # its files leave the frequencies out
-        weights.setdefault("t_embedder.W", model.t_embedder.W)
-    for name in embedders:
+        weights.setdefault(names.rename("t_embedder.W"), TimeEmbedding(1).W)
+    for name in names.embedders:
         weights[f"{name}.weight"] = weights[f"{name}.weight"].flatten(1)
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):  # patches: our channels are (c p q)
-        if patch > 1 and name in weights and len(weights[name]) == sizes["latent_shape"][1]:
+    channels = weights[f"{names.embedders[0]}.weight"].shape[1]
+    for name in map(names.rename, ("final_layer.linear.weight", "final_layer.linear.bias")):
+        if patch > 1 and name in weights and len(weights[name]) == channels:  # patches: ours are (c p q)
             weights[name] = rearrange(weights[name], "(p q c) ... -> (c p q) ...", p=patch, q=patch)
-    tables = {}
-    for rope, table in zip(ropes, [model.rope, model.head_rope] if wide else [model.rope], strict=True):
-        tables |= {f"{rope}.freqs_cos": table[0], f"{rope}.freqs_sin": table[1]}
-    return load_official(model, weights, rename, tables)
+    return weights
+
+
+def dit_tables(dit: DiT, names: DiTNames) -> dict[str, Tensor]:
+    """The RoPE tables, which are in the authors' files and not in ours."""
+    tables = zip(names.ropes, [dit.rope, dit.head_rope] if dit.head else [dit.rope], strict=True)
+    return {
+        f"{name}.freqs_{part}": table[i] for name, table in tables for i, part in enumerate(("cos", "sin"))
+    }
+
+
+def official_dit(weights: dict[str, Tensor], given: dict, scale: bool, wide: bool) -> DiT:
+    names = dit_names(scale, wide)
+    dit = DiT(**dit_sizes(weights, given, scale, wide, names))
+    return load_official(dit, dit_weights(weights, scale, names), names.rename, dit_tables(dit, names))
+
+
+HEAD_PREFIX = "diff_head.model."  # of the DiT in a whole Scale-RAE model
+
+
+def scale_rae_name(dit: DiTNames, name: str) -> str:
+    """Our key of a TextToImage -> theirs."""
+    if name.startswith("dit."):
+        return dit.rename(name.removeprefix("dit."))
+    return re.sub("^(?=latent_queries|mm_projector)", "model.", name.removeprefix("language_model."))
+
+
+def official_text_to_image(weights: dict[str, Tensor], given: dict) -> TextToImage:
+    """What the released files have not is unknown here: statistics of the latents (`diff_head.data_mean`),
+    heads of other losses, a vision tower."""
+    language_model = config_of(given.pop("language_model", None))
+    tokens = {name: given.pop(name, None) for name in ("im_start", "im_end")}
+    if language_model is None:
+        raise ValueError("give language_model=, the config of the language model")
+    wide = any(name.startswith(f"{HEAD_PREFIX}s_embedder.") for name in weights)
+    names = dit_names(True, wide, HEAD_PREFIX)
+    sizes = dit_sizes(weights, given, True, wide, names)
+    shape = sizes.pop("latent_shape")
+    model = TextToImage({"model_type": "qwen2"} | language_model, sizes, shape)
+    weights = dit_weights(weights, True, names)
+    if model.language_model.config.tie_word_embeddings:  # files have one of them, or both
+        tied = ("model.embed_tokens.weight", "lm_head.weight")
+        for name, other in (tied, tied[::-1]):
+            if name in weights and not torch.equal(weights.setdefault(other, weights[name]), weights[name]):
+                raise ValueError(f"language_model= ties {other} to {name}, but they differ")
+    load_official(model, weights, partial(scale_rae_name, names), dit_tables(model.dit, names))
+    rows = model.language_model.config.vocab_size
+    for name, token in tokens.items():
+        if token is not None and not 0 <= token < rows:
+            raise ValueError(f"{name}={token}, but the state dict has {rows} tokens")
+        setattr(model, name, token)
+    return model
 
 
 def official_size(weights: dict[str, Tensor], name: str, axis: int = 0) -> int:
@@ -1602,31 +1734,173 @@ def read_config(source: str, revision: str | None = None) -> tuple[dict, str]:
     return json.loads(Path(path).read_text()), folder
 
 
-def read_pickle(path: str, revision: str | None) -> dict[str, Tensor]:
+def exists(path: str, revision: str | None) -> bool:
+    try:
+        return bool(fetch(path, revision))
+    except ValueError:
+        return False
+
+
+def read_tensors(path: str, revision: str | None) -> dict[str, Tensor]:
+    """A state dict from a file of safetensors, or of torch, which may be compressed (`.zstd`)."""
     path = fetch(path, revision)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of pickle, zipfile or torch
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        with unpacked(path) if path.endswith(".zstd") else open(path, "rb") as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of pickle, zipfile, torch, safetensors or zstandard
         raise ValueError(f"{path} is damaged, or holds more than tensors: {type(error).__name__}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
     return content
 
 
+def unpacked(path: str) -> BinaryIO:
+    """A temporary file, since torch jumps about in what it reads."""
+    import zstandard
+
+    file = tempfile.TemporaryFile()
+    with open(path, "rb") as packed:
+        reader = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
+        shutil.copyfileobj(reader, file, 2**20)
+    file.seek(0)
+    return file
+
+
+def read_weights(source: str, revision: str | None) -> dict[str, Tensor]:
+    """The state dict of a folder or hub id: as `transformers` writes it, in one file or in shards, or as
+    Scale-RAE's trainer does, a `.zstd` file, which may be given itself."""
+    names = ("model.safetensors", "pytorch_model.bin", "model.pth.zstd")
+    for file in [source] if source.endswith(".zstd") else [f"{source}/{name}" for name in names]:
+        if exists(f"{file}.index.json", revision):
+            index = json.loads(Path(fetch(f"{file}.index.json", revision)).read_text())
+            shards = [f"{source}/{shard}" for shard in sorted(set(index.get("weight_map", {}).values()))]
+            return {name: w for shard in shards for name, w in read_tensors(shard, revision).items()}
+        if exists(file, revision):
+            content = read_tensors(file, revision)
+            return content["model"] if isinstance(content.get("model"), dict) else content
+    raise ValueError(f"{source} has no weights: there is none of {', '.join(names)}")
+
+
+def check_config(source: str, config: dict, known: dict) -> None:
+    """Raises ValueError for another value of these switches than the one that this code has."""
+    for name, value in known.items():
+        if config.get(name) not in (value, None):
+            raise ValueError(f"{source}: config.json has {name} {config[name]}, only {value} is known")
+
+
 def read_decoder(source: str, config: dict, revision: str | None, given: dict) -> RAE:
     """An RAE of a decoder's file (its config is then {}) or repository. Of the config, a ViT-MAE's whose
     sizes may be placeholders, only what the tensors cannot tell is read."""
-    for name, value in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-12), ("qkv_bias", True)):
-        if config.get(name, value) != value:
-            raise ValueError(f"{source}: config.json has {name} {config[name]}, only {value} is known")
+    check_config(source, config, {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "qkv_bias": True})
     if "decoder_num_attention_heads" in config:
         given = {"heads": config["decoder_num_attention_heads"], **given}
     if "stats" in given:
-        given = given | {"stats": read_pickle(given["stats"], revision)}
-    weights = read_pickle(f"{source}/model.pt" if config else source, revision)
+        given = given | {"stats": read_tensors(given["stats"], revision)}
+    weights = read_tensors(f"{source}/model.pt" if config else source, revision)
     model = rae_of_decoder(weights, given)
     load_official(model.decoder, weights)
     return model.eval()
+
+
+SCALE_RAE_LANGUAGE_MODEL = (  # what is Qwen2's in their config.json
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta"),
+    *("tie_word_embeddings", "attention_dropout", "initializer_range"),
+)
+SCALE_RAE_DIT = {  # ours: theirs; lists of two with the wide head
+    "width": "diffusion_model_hidden_size",
+    "depth": "diffusion_model_depth",
+    "heads": "diffusion_model_heads",
+}
+SCALE_RAE_SWITCHES = {  # what this code has of them
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -1,
+    "mm_use_im_start_end": True,
+    "vision_loss_mode": "query",  # causal attention
+    "dit_cls": "DiT",
+    "use_sliding_window": False,
+    "aux_regression": False,
+    "diffusion_norm_stats_path": None,
+    "generation_alignment_tower": None,  # latents of a VAE, beside the vision encoder
+}
+SCALE_RAE_AUTOENCODERS = {  # by the encoder, which is all that their config.json names
+    parts["encoder"]: name for name, parts in RELEASED.items() if name.startswith("scale-rae-")
+}
+
+
+def read_scale_rae(source: str, folder: str, config: dict, revision: str | None) -> TextToImage:
+    """source: of the weights; folder: of the config and the tokenizer."""
+    check_config(folder, config, SCALE_RAE_SWITCHES)
+    language_model = {name: config[name] for name in SCALE_RAE_LANGUAGE_MODEL if name in config}
+    given = {ours: config[theirs] for ours, theirs in SCALE_RAE_DIT.items() if theirs in config}
+    model = from_official(read_weights(source, revision), language_model=language_model, **given)
+    language_model = model.language_model.config  # else it looks for one in config.json
+    model.set_tokenizer(
+        transformers.AutoTokenizer.from_pretrained(folder, config=language_model, revision=revision)
+    )
+    if len(model.tokenizer) > language_model.vocab_size:
+        raise ValueError(
+            f"{folder}: {len(model.tokenizer)} tokens, but weights of only {language_model.vocab_size}"
+        )
+    encoder = next(iter(config.get("mm_vision_tower_aux_list") or []), None)
+    model.autoencoder_path = SCALE_RAE_AUTOENCODERS.get(encoder, encoder)
+    if config.get("diffusion_base_dim"):
+        model.alpha = math.sqrt(math.prod(model.latent_shape) / config["diffusion_base_dim"])
+    model._hub_mixin_config.update(autoencoder=model.autoencoder_path, alpha=model.alpha)
+    return model
+
+
+def to_official(model: TextToImage) -> dict[str, Tensor]:
+    """The state dict with the authors' keys and shapes, as `from_official` reads it. Raises ValueError for a
+    model that their code does not build."""
+    dit, sizes = model.dit, model.dit._hub_mixin_config
+    for name, value in dict(silu_condition=True, readd_time=False, qk_norm=False, swiglu=True).items():
+        if sizes[name] != value:
+            raise ValueError(f"Scale-RAE has no DiT with {name} {sizes[name]}")
+    if (family := model.language_model.config.model_type) != "qwen2":
+        raise ValueError(f"Scale-RAE has no language model {family}, only qwen2")
+    if not torch.equal(dit.t_embedder.W.cpu(), TimeEmbedding(1).W):
+        raise ValueError("Scale-RAE's files have no place for frequencies of time other than its own")
+    names = dit_names(True, bool(dit.head), HEAD_PREFIX)
+    weights = {scale_rae_name(names, name): w for name, w in model.state_dict().items()}
+    del weights[names.rename("t_embedder.W")]
+    for name in names.embedders:  # convolutions of one pixel
+        weights[f"{name}.weight"] = weights[f"{name}.weight"][:, :, None, None]
+    shared = {"lm_head.weight": weights["lm_head.weight"]} | dit_tables(dit, names)  # with other tensors
+    return weights | {name: tensor.clone() for name, tensor in shared.items()}
+
+
+def write_scale_rae(model: TextToImage, folder: Path) -> None:
+    weights, language_model = to_official(model), model.language_model.config
+    sizes, (tokens, channels) = model.dit._hub_mixin_config, model.latent_shape
+    head = sizes["head"] and dict(zip(("width", "depth", "heads"), sizes["head"], strict=True))
+    encoders = {name: encoder for encoder, name in SCALE_RAE_AUTOENCODERS.items()}
+    encoder = encoders.get(model.autoencoder_path, model.autoencoder_path)
+    base = tokens * channels / model.alpha**2
+    config = {name: getattr(language_model, name, None) for name in SCALE_RAE_LANGUAGE_MODEL}
+    config |= {SCALE_RAE_DIT[n]: [sizes[n], head[n]] if head else sizes[n] for n in SCALE_RAE_DIT}
+    config |= SCALE_RAE_SWITCHES | {
+        "model_type": "cambrian_qwen",
+        "architectures": ["ScaleRAEQwenForCausalLM"],
+        "rope_theta": language_model.rope_parameters["rope_theta"],
+        "mm_vision_tower_aux_list": [encoder] if encoder else [],
+        "mm_vision_tower_aux_token_len_list": [tokens],
+        "mm_hidden_size": channels,
+        "image_aspect_ratio": "square",
+        "vision_loss": "diffusion-loss",
+        "vision_coef": 2.0,
+        "diffusion_model_channels": channels,
+        "diffusion_model_z_channels": sizes["condition_width"],
+        "diffusion_class_dropout_prob": 0.1,
+        "diffusion_base_dim": None if math.isclose(base, 4096) else base,
+        "tokenizer_padding_side": "right",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    save_torch_state_dict(weights, folder)
+    model.tokenizer.save_pretrained(folder)
 
 
 DIFFUSERS_ENCODERS = {  # what AutoencoderRAE builds, by encoder_type; image_size: of the position table

@@ -205,6 +205,8 @@ def draw(config: Config, where: common.Launch) -> None:
         list(saved)
     common.global_sum(0)  # waits for all processes
     if where.main:
+        for path in out.glob(".*.tmp"):  # of a run that was killed
+            path.unlink()
         show(jobs, out, config)
 
 

@@ -19,6 +19,7 @@ folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl and OUT/sampl
 """
 
 import copy
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -185,18 +186,24 @@ def main() -> None:
     # data: the training stream, and what to look at: captions of another seed, or some of the classes
     autoencoder = common.load_autoencoder(config.autoencoder, where)
     shape, size = autoencoder.latent_shape, autoencoder.image_size
-    source = data.open_source(config.data, size, config.seed, config.understanding * text, flip=config.flip)
+    source = data.open_source(
+        config.data, size, config.seed, config.understanding * text, flip=config.flip, text_only=text
+    )
     classes = count_classes(config, source)
     check_latents(config, source, shape)
     samples = [i * (classes or 16) // 16 for i in range(16)]
     if text:
-        other = data.open_source(config.data, size, config.seed + 1)
-        samples = next(data.Loader(other, 16, workers=0))["caption"]
+        other = data.open_source(config.data, size, config.seed + 1, text_only=True)
+        batches = itertools.islice(data.Loader(other, 16, workers=0), 64)
+        wishes = (data.wish(turns) for batch in batches for turns in batch["conversation"])
+        samples = list(itertools.islice((text for text in wishes if text is not None), 16))
+        if not samples:
+            raise ValueError(f"{config.data} asks for no picture in its first 1,024 samples")
         if not all(samples):
             raise ValueError(
                 f"{config.data} has pictures without captions: write them into its metadata.jsonl"
             )
-    fixed_noise, *_ = data.flow_draws(shape, config.seed + 1, list(range(16)), where.device)
+    fixed_noise, *_ = data.flow_draws(shape, config.seed + 1, list(range(len(samples))), where.device)
 
     # -------------------------------------------------------------------------------------------------------
     # model -> average -> shard -> compile -> optimizer
@@ -268,15 +275,19 @@ def main() -> None:
         tokens, pictures = common.global_sum(sum(of_tokens), sum(of_pictures))
         losses = torch.zeros(2, device=where.device)  # this process's share of the two
         for piece, condition in zip(pieces, inputs, strict=True):
-            noise, for_time, for_dropout = data.flow_draws(shape, config.seed, piece["index"], where.device)
+            noise, for_time, for_dropout = data.flow_draws(
+                shape, config.seed, piece["pictures"], where.device
+            )
             mean = 0.0 if config.time == "logit-normal" else None
             t = rae.sample_time(for_time, model.alpha, mean).to(where.device, non_blocking=True)
             dropped = (for_dropout < config.dropout).to(where.device, non_blocking=True)
             with where.autocast():
                 if "latents" in piece:
                     latents = piece["latents"].to(where.device, non_blocking=True)
-                else:
+                elif piece["pictures"]:
                     latents = autoencoder.encode(data.to_unit(piece["image"], where.device))
+                else:
+                    latents = noise  # none, of the right shape: text alone
                 out = model(condition, latents, noise, t, dropped)
             cross_entropy, velocity_errors = out if text else (torch.zeros((), device=where.device), out)
             text_loss, flow_loss = cross_entropy / max(tokens, 1), velocity_errors.sum() / max(pictures, 1)

@@ -39,7 +39,9 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SIZE, PATCH = 48, 8  # pixels
+SIZE, PATCH = 48, 8  # pixels of a picture and of the square of one token
+WIDTH = 64  # channels of a token
+NOISE = 0.3  # the largest sigma at which the encoder's tokens must still tell the picture
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def train_encoder(out: Path, tokenizer_folder: Path, steps: int, batch: int, see
     if not tokenizer_folder.is_dir():
         raise ValueError(f"no tokenizer at {tokenizer_folder}: make the language-model first")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
-    width = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
+    width = {"hidden_size": WIDTH, "intermediate_size": 6 * WIDTH, "num_attention_heads": 4}
     text = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 32, **width}
     vision = {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": PATCH, **width}
     model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
@@ -140,7 +142,7 @@ def train_encoder(out: Path, tokenizer_folder: Path, steps: int, batch: int, see
         for layer in model.vision_model.encoder.layers:  # starts near the patches themselves, see the top
             layer.self_attn.out_proj.weight.mul_(0.1)
             layer.mlp.fc2.weight.mul_(0.1)
-    model.patch_head = torch.nn.Linear(128, 3 * PATCH**2)
+    model.patch_head = torch.nn.Linear(WIDTH, 3 * PATCH**2)
     batches = data.Loader(data.open_source("nano", SIZE, seed), batch)
 
     def loss(step: int) -> torch.Tensor:
@@ -149,8 +151,11 @@ def train_encoder(out: Path, tokenizer_folder: Path, steps: int, batch: int, see
         pixels = data.to_unit(samples["image"], torch.device("cpu")) * 2 - 1
         out = model(input_ids=torch.tensor(text.input_ids), pixel_values=pixels, return_loss=True)
         patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
-        local = F.l1_loss(model.patch_head(out.vision_model_output.last_hidden_state), patches)
-        return out.loss + 50 * local
+        tokens = F.layer_norm(out.vision_model_output.last_hidden_state, (WIDTH,))  # as RAE takes them
+        noisy = tokens + NOISE * torch.rand(batch, 1, 1) * torch.randn_like(tokens)
+        correlation = torch.corrcoef(tokens.flatten(0, 1).T)
+        alike = (correlation.square().sum() - WIDTH) / WIDTH
+        return out.loss + 50 * F.l1_loss(model.patch_head(noisy), patches) + 0.1 * alike
 
     train(model, loss, steps, lr=1e-3, out=out, save=model.vision_model)
     half = [0.5, 0.5, 0.5]

@@ -166,11 +166,19 @@ def test_held_out_pairs_never_reach_the_training_stream():
 
 
 def test_pieces_of_a_batch():
-    batch = {"index": list(range(7)), "image": torch.arange(7)}
+    batch = {"index": list(range(7)), "pictures": list(range(7)), "image": torch.arange(7)}
     parts = data.pieces(batch, 3)
     assert [part["index"] for part in parts] == [[0, 1], [2, 3], [4, 5, 6]]
     assert torch.equal(torch.cat([part["image"] for part in parts]), batch["image"])
     assert [part["index"] for part in data.pieces(batch, 20)] == [[i] for i in range(7)]
+    batch = {"index": list(range(7)), "pictures": [1, 2, 6], "latents": torch.tensor([1, 2, 6])}
+    for count, pictures in ((1, [[1, 2, 6]]), (2, [[1, 2], [6]]), (3, [[1], [2], [6]]),
+                            (7, [[], [1], [2], [], [], [], [6]])):  # fmt: skip
+        parts = data.pieces(batch, count)
+        assert sum((part["index"] for part in parts), []) == batch["index"]
+        assert (
+            [part["pictures"] for part in parts] == [part["latents"].tolist() for part in parts] == pictures
+        )
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -316,6 +324,257 @@ def test_draws_depend_on_the_sample_and_not_on_its_batch():
     assert abs(u.mean() - 0.5) < 0.05 and abs(v.mean() - 0.5) < 0.05
     assert abs(torch.corrcoef(torch.stack([u, v]))[0, 1]) < 0.15
     assert not torch.equal(many[0], data.flow_draws((16, 24), 1, [0], torch.device("cpu"))[0][0])
+
+
+# -----------------------------------------------------------------------------------------------------------
+# conversations
+
+KINDS = ("request", "question", "text")
+
+
+def talk(i: int) -> list[dict]:
+    """A request for picture i, a question about it, or neither, after a system turn that is dropped."""
+    human, gpt = {
+        "request": (f"Can you draw picture {i}?", "Here you go:\n<image>"),
+        "question": (f"<image>\nwhich of {i}?", f"number {i}"),
+        "text": (f"say {i}", f"it is {i}"),
+    }[KINDS[i % 3]]
+    turns = [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
+    return [{"from": "system", "value": "Be brief."}, *turns][i % 2 :]
+
+
+def write_lines(path: Path, rows: list) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n\n")
+    return str(path)
+
+
+def write_jsonl(root: Path, count: int) -> str:
+    rows = []
+    for i in range(count):
+        (root / "pictures").mkdir(parents=True, exist_ok=True)
+        (root / f"pictures/{i}.png").write_bytes(png(i))
+        none = ({}, {"image": None}, {"image": ""}, {"image": []})[i % 4]
+        some = {"image": [f"pictures/{i}.png"] if i % 2 else f"pictures/{i}.png"}
+        rows.append({"conversations": talk(i), "metadata": {"id": i}} | (none if i % 3 == 2 else some))
+    return write_lines(root / "talks.jsonl", rows)
+
+
+def write_talking_tars(root: Path, shards: int, rows: int) -> str:
+    for shard in range(shards):
+        files = {}
+        for i in range(shard * rows, (shard + 1) * rows):
+            about = {"conversations": talk(i), "metadata": None, "image_filename": f"{i:03d}.png"}
+            files[f"{i:03d}.json"] = json.dumps(about).encode()
+            if i % 3 < 2:
+                files[f"{i:03d}.png"] = png(i)
+        write_tar(root / f"tars/{shard:02d}.tar", files)
+    return str(root / "tars")
+
+
+def write_manifest(root: Path, shards: int, rows: int) -> str:
+    write_talking_tars(root, shards, rows)
+    tars = [f"tars/{i:02d}.tar" if i % 2 else str(root / f"tars/{i:02d}.tar") for i in range(shards)]
+    (root / "wds_manifest.json").write_text(json.dumps({"dataset_name": "talks", "tars": tars}))
+    return str(root / "wds_manifest.json")
+
+
+def write_talking_tables(root: Path, shards: int, rows: int) -> str:
+    (root / "tables").mkdir()
+    for shard in range(shards):
+        numbers = range(shard * rows, (shard + 1) * rows)
+        pictures = [{"bytes": png(i), "path": None} if i % 3 < 2 else None for i in numbers]
+        Dataset.from_dict({"image": pictures, "conversations": [talk(i) for i in numbers]}).to_parquet(
+            root / f"tables/{shard:02d}.parquet"
+        )
+    return str(root / "tables")
+
+
+def check_talks(batch: dict) -> Counter:
+    """Every picture of a batch belongs to the conversation whose number it shows. How many of each kind."""
+    assert len(batch["image"]) == len(batch["pictures"]) and batch["image"].shape[1:] == (3, SIZE, SIZE)
+    shown, counts = dict(zip(batch["pictures"], batch["image"], strict=True)), Counter()
+    for index, caption, turns in zip(batch["index"], batch["caption"], batch["conversation"], strict=True):
+        if caption is None:  # not of the nano world or a caption of a tar
+            i = int("".join(c for c in turns[0][1] if c.isdigit()))
+            assert turns == [["user", talk(i)[-2]["value"]], ["assistant", talk(i)[-1]["value"]]]
+            assert data.wish(turns) == (f"picture {i}" if KINDS[i % 3] == "request" else None)
+            assert (index in shown) == (i % 3 < 2)
+            if index in shown:
+                assert (shown[index][0] == i).all()
+            counts[KINDS[i % 3]] += 1
+    return counts
+
+
+TALKS = {"jsonl": lambda root: write_jsonl(root, 48), "tar": lambda root: write_talking_tars(root, 8, 6),
+         "manifest": lambda root: write_manifest(root, 8, 6),
+         "parquet": lambda root: write_talking_tables(root, 8, 6)}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TALKS)
+def test_conversations_of_every_format(kind, tmp_path):
+    name = TALKS[kind](tmp_path)
+    loader = data.Loader(data.open_source(name, SIZE, 0, text_only=True), 8, workers=0)
+    batches = list(itertools.islice(loader, 6))
+    assert sum(map(check_talks, batches), Counter()) == dict.fromkeys(KINDS, 16)
+    assert len({turns[0][1] for batch in batches for turns in batch["conversation"]}) == 48
+    assert loader.skipped == []
+
+    source = data.open_source(name, SIZE, 0)  # where pictures are needed, text is left out and counted
+    loader = data.Loader(source, 8, workers=1)
+    for batch in itertools.islice(loader, 12):
+        assert batch["pictures"] == batch["index"] and set(check_talks(batch)) == {"request", "question"}
+    assert loader.skipped and all("no picture" in message for message in loader.skipped)
+    once = data.Once(source, 5)
+    assert sum(len(batch["image"]) for batch in once) == 32 and len(once.skipped) == 16
+
+
+def test_mixed_conversations_are_the_same_for_any_number_of_processes_and_workers(tmp_path):
+    write_jsonl(tmp_path, 48), write_manifest(tmp_path, 8, 6), write_tars(tmp_path / "captions", 8, 6)
+    names = f"{tmp_path}/talks.jsonl=3,{tmp_path}/wds_manifest.json=3,{tmp_path}/captions=1,nano:text=1"
+    names += f",{tmp_path}/words.jsonl=4"  # text alone, so that some workers have no picture at all
+    write_lines(tmp_path / "words.jsonl", [{"conversations": talk(i)} for i in range(2, 60, 3)])
+
+    def open_loader(rank=0, world=1, **kwargs) -> data.Loader:
+        source = data.open_source(names, SIZE, seed=3, text_only=True)
+        return data.Loader(source, 8, rank=rank, world=world, **kwargs)
+
+    def run(loaders: list[data.Loader], steps: int) -> list[dict]:
+        """The global batches of all processes."""
+        parts = [list(itertools.islice(loader, steps)) for loader in loaders]
+        keys = ("index", "pictures", "conversation", "caption")
+        return [
+            {key: [x for batch in batches for x in batch[key]] for key in keys}
+            | {"image": torch.cat([batch["image"] for batch in batches])}
+            for batches in zip(*parts, strict=True)
+        ]
+
+    def same(some: list[dict], others: list[dict]) -> None:
+        for one, other in zip(some, others, strict=True):
+            assert torch.equal(one.pop("image"), other["image"])
+            assert one == {key: other[key] for key in one}
+
+    whole = open_loader(workers=0)
+    first, second = run([whole], 6), run([whole], 6)
+    counts = Counter()
+    for batch in first + second:
+        counts += check_talks(batch)
+        assert batch["pictures"] == [
+            number for number, turns in zip(batch["index"], batch["conversation"], strict=True)
+            if "<image>" in turns[0][1] + turns[1][1]
+        ]  # fmt: skip
+    assert counts["text"] > 96 * 0.4 and min(counts["request"], counts["question"]) > 10
+    assert len({len(batch["pictures"]) for batch in first + second}) > 3
+    for world, workers in ((1, 3), (2, 0), (4, 2)):
+        same(run([open_loader(rank, world, workers=workers) for rank in range(world)], 6), first)
+
+    halves = [open_loader(rank, 2, workers=1) for rank in range(2)]  # stopped and resumed on another number
+    run(halves, 6)
+    positions = json.loads(json.dumps(halves[0].positions | halves[1].positions))
+    same(run([open_loader(start=6, positions=positions, workers=2)], 6), second)
+    same(run([open_loader(r, 4, start=6, positions=positions, workers=0) for r in range(4)], 6), second)
+
+
+def test_a_batch_without_a_picture(tmp_path):
+    rows = [{"conversations": talk(i)} for i in (2, 5, 8)]
+    source = data.open_source(write_lines(tmp_path / "t.jsonl", rows), SIZE, 0, text_only=True)
+    batch = next(data.Loader(source, 4, workers=2))
+    assert batch["image"].shape == (0, 3, SIZE, SIZE) and batch["image"].dtype == torch.uint8
+    assert batch["pictures"] == [] and len(batch["conversation"]) == 4 and check_talks(batch)["text"] == 4
+    noise, u, v = data.flow_draws((16, 24), 0, batch["pictures"], torch.device("cpu"))
+    assert noise.shape == (0, 16, 24) and len(u) == len(v) == 0
+
+
+def say(*texts: str, speakers=("human", "gpt")) -> list[dict]:
+    return [{"from": s, "value": text} for s, text in zip(itertools.cycle(speakers), texts)]  # noqa: B905
+
+
+BAD = {
+    "a picture without placeholder": ("p.png", say("draw", "here"), "0 <image> for 1 pictures"),
+    "a placeholder without picture": (None, say("draw", "<image>"), "1 <image> for 0 pictures"),
+    "two placeholders": ("p.png", say("<image>", "<image>"), "2 <image> for 1 pictures"),
+    "a placeholder in the dropped turn": (
+        "p.png", [{"from": "system", "value": "<image>"}, *say("a", "b")], "0 <image> for 1 pictures"),
+    "two pictures": (["p.png", "p.png"], say("<image>", "b"), "its image is not one path"),
+    "a number for a picture": (3, say("<image>", "b"), "its image is not one path"),
+    "a missing picture": ("q.png", say("<image>", "b"), "no picture at"),
+    "a damaged picture": ("junk.png", say("<image>", "b"), "no picture that can be read"),
+    "a zero in its path": ("a\0b", say("<image>", "b"), "is damaged"),
+    "no conversation": (None, None, "no list of turns"),
+    "an empty conversation": (None, [], "by turns"),
+    "only a system turn": (None, say("hi", speakers=["system"]), "by turns"),
+    "text for turns": (None, "hello", "no list of turns"),
+    "a turn without text": (None, [{"from": "human"}], "no list of turns"),
+    "a number for a text": (None, say(3, "a"), "no list of turns"),
+    "no answer": (None, say("a", "b", "c"), "by turns"),
+    "two questions": (None, say("a", "b", speakers=["human"]), "by turns"),
+    "unknown speakers": (None, say("a", "b", speakers=["user", "assistant"]), "by turns"),
+    "an empty turn": (None, say("a", " \n"), "a turn is empty"),
+    "a turn's end": (None, say("a<|im_end|>\n", "b"), "special token <|im_end|>"),
+    "a picture's start": (None, say("a", "b <im_start>"), "special token <im_start>"),
+    "too long": (None, say("x" * 2**15, "b"), "32,769 characters, the limit is 32,768"),
+}  # fmt: skip
+GOOD = {"image": "p.png", "conversations": say("<image>\na \ud800 <b>", "fine")}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_conversations_are_left_out_and_named(kind, tmp_path):
+    image, conversation, reason = BAD[kind]
+    (tmp_path / "p.png").write_bytes(png(1))
+    (tmp_path / "junk.png").write_bytes(b"junk")
+    name = write_lines(
+        tmp_path / "t.jsonl", ["", GOOD, {"image": image, "conversations": conversation}, GOOD]
+    )
+    names = [(name, "line 3")]
+    if image in (None, "p.png", "junk.png"):
+        files = {"a.json": json.dumps(GOOD).encode(), "a.png": png(1),
+                 "b.json": json.dumps({"conversations": conversation}).encode()}  # fmt: skip
+        files |= {"b.png": (tmp_path / image).read_bytes()} if image else {}
+        write_tar(tmp_path / "tars/0.tar", files)
+        names.append((str(tmp_path / "tars"), "0.tar: b"))
+    for name, where in names:
+        loader = data.Loader(data.open_source(name, SIZE, 0, text_only=True), 2, workers=0)
+        [conversations] = take(loader, 6, "conversation")
+        assert conversations == [[["user", "<image>\na ? <b>"], ["assistant", "fine"]]] * 12
+        assert loader.skipped and all(where in m and reason in m for m in loader.skipped), loader.skipped
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "null", "3", "[" * 100_000, '{"image": "p.png"}', "\0\0\0"])
+def test_damaged_lines_are_left_out_and_named(line, tmp_path):
+    (tmp_path / "p.png").write_bytes(png(1))
+    source = data.open_source(write_lines(tmp_path / "t.jsonl", [GOOD, line]), SIZE, 0)
+    loader = data.Loader(source, 2, workers=0)
+    assert len(take(loader, 6, "conversation")[0]) == 12
+    assert loader.skipped and all("line 2" in message for message in loader.skipped)
+
+
+def test_no_conversation_that_can_be_used_is_an_error(tmp_path):
+    rows = [{"image": None, "conversations": talk(1)}] * 3
+    write_tar(tmp_path / "tars/0.tar", {f"{i}.json": json.dumps(row).encode() for i, row in enumerate(rows)})
+    (tmp_path / "wds.json").write_text('{"tars": ["tars/0.tar"]}')
+    (tmp_path / "gone.json").write_text('{"tars": ["tars/1.tar"]}')
+    lines = write_lines(tmp_path / "t.jsonl", rows)
+    for name, message in ((lines, "100 pictures or conversations.*1 <image> for 0 pictures"),
+                          (tmp_path / "wds.json", "nothing in it can be used.*1 <image> for 0"),
+                          (tmp_path / "gone.json", "nothing in it can be used.*FileNotFound")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            next(data.Loader(data.open_source(str(name), SIZE, 0, text_only=True), 2, workers=0))
+    for content in ("", "\n\n"):
+        (tmp_path / "empty.jsonl").write_text(content)
+        with pytest.raises(ValueError, match="empty.jsonl is empty"):
+            data.open_source(str(tmp_path / "empty.jsonl"), SIZE, 0)
+    for content in ("{", "[]", "3", "{}", '{"tars": 3}', '{"tars": [3]}', '{"tars": "a"}', '{"tars": []}'):
+        (tmp_path / "wds.json").write_text(content)
+        with pytest.raises(ValueError, match="wds.json"):
+            data.open_source(str(tmp_path / "wds.json"), SIZE, 0)
+
+
+def test_the_wish_of_a_request():
+    for uniform in (0.0, 0.3, 0.6, 0.9):
+        assert data.wish(data.request("a star?", uniform)) == "a star?"
+    assert data.wish([("user", "A cat, please"), ("assistant", "<image>")]) == "A cat, please"
+    assert data.wish([("user", "<image>\nwhat is it?"), ("assistant", "a cat")]) is None
+    assert data.clean("half a pair \ud800") == "half a pair ?"
 
 
 # -----------------------------------------------------------------------------------------------------------

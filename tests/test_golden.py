@@ -18,6 +18,7 @@ import lpips
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from einops import rearrange
 
 import common
@@ -463,26 +464,11 @@ def test_scale_rae_grid():
     )
 
 
-def text_to_image(case):
-    config, weights = GOLDEN[case]["config"], dict(official(case))
-    tokens, diffusion = config["num_image_tokens"], config["diffusion"]
-    dit = {
-        name: diffusion[key]
-        for name, key in (("width", "hidden_size"), ("depth", "depth"), ("heads", "heads"))
-    }
-    dit["condition_width"] = diffusion["z_channels"]
-    model = rae.TextToImage({"model_type": "qwen2", **config["qwen2"]}, dit, (tokens, 1152)).eval()
-    model.tokenizer = SimpleNamespace(pad_token_id=0)
-    head = {
-        name.removeprefix("diff_head.model."): w
-        for name, w in weights.items()
-        if name.startswith("diff_head.")
-    }
-    renamed = rae.from_official(head, heads=dit["heads"]).state_dict(prefix="dit.")
-    renamed |= {our_name(name): w for name, w in weights.items() if not name.startswith("diff_head.")}
-    renamed["language_model.lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model.load_state_dict(renamed)
-    return model
+def text_to_image(case, weak=False):
+    config = GOLDEN[case]["config"]
+    language_model = transformers.Qwen2Config(**config["qwen2"])
+    heads = config["diffusion"]["heads"]
+    return rae.from_official(official(case, weak=weak), language_model=language_model, heads=heads)
 
 
 def our_name(name):
@@ -551,20 +537,19 @@ def test_question_about_latents(full_model):
     assert found == pytest.approx(GOLDEN["SD"]["first_answer_logit_noround"], rel=1e-5)
 
 
+def with_patches(ids, labels):
+    """16 of them where the picture is."""
+    if "IMG" not in ids:
+        return ids, labels
+    at = ids.index("IMG")
+    return tuple(
+        part[:at] + [patch] * 16 + part[at + 1 :] for part, patch in ((ids, rae.IMAGE), (labels, rae.IGNORED))
+    )
+
+
 def test_training_step():
     model, given, expected = text_to_image("SE"), inputs("SE"), GOLDEN["SE"]["outputs"]
-    encoded = []
-    for ids, labels in zip(given.ids, given.labels, strict=True):
-        at = ids.index("IMG") if "IMG" in ids else len(ids)
-        ids = ids[:at] + [rae.IMAGE] * 16 * (at < len(ids)) + ids[at + 1 :]
-        encoded.append(
-            (
-                ids,
-                labels[:at]
-                + [rae.IGNORED] * (len(ids) - len(labels) + (at < len(labels)))
-                + labels[at + 1 :],
-            )
-        )
+    encoded = [with_patches(ids, labels) for ids, labels in zip(given.ids, given.labels, strict=True)]
     batch, pictures = model.collate(encoded), [0, 1, 3]  # the samples with one
     assert batch.context_index.tolist() == [0] and batch.answer_index.tolist() == [1, 2]
     latents = F.layer_norm(given.features, (1152,), eps=1e-6)[pictures]
@@ -581,6 +566,51 @@ def test_training_step():
     assert null is None or not null.any()
     check(model.language_model.model.norm.weight.grad, expected["grad_full:model.norm.weight"], 1e-5)
     check_gradients(model, our_name, "SE")
+
+
+@torch.no_grad()
+def test_weak_full_model():
+    """Case D."""
+    model, picture = text_to_image("SD", weak=True), [rae.IMAGE] * 256
+    noise = pack(ramp((1, 1152, 16, 16)))
+    logits, condition, latents = generated(model, [5, 7, 9, 11, 13, 15, 97, *picture], noise)
+    first5 = [-0.668100, -0.763616, -0.474324, 0.048443, 0.536297]
+    check(condition, {"first5": first5, "last": -0.513319, "sum_abs": 5586.27371}, 5e-6)
+    check(logits[-1], {"first5": [-0.141198, 0.446951, 0.809469, 0.763352, 0.331878]}, 5e-6)
+    first5 = [0.216534, -0.480045, -0.997640, -0.730462, 0.310336]
+    check(latents, {"first5": first5, "last": 1.316817, "sum_abs": 202223.5}, 2e-5)
+    _, logits = logits_of(model, [3, 4, *picture, 8, 9], latents)
+    check(logits[-1], {"first5": [0.487174, 0.434012, 0.161752, -0.192164, -0.449071]}, 1e-3)  # of bf16
+
+
+def test_weak_training_step():
+    """Case E."""
+    model = text_to_image("SE", weak=True)
+    answer = [20, 21, 197, "IMG", 198, 22, 23]
+    samples = [
+        ([10, 11, 12, 13, *answer], [rae.IGNORED] * 4 + answer),
+        ([10, 197, "IMG", 198, 14, 15, 30, 31, 32], [rae.IGNORED] * 6 + [30, 31, 32]),
+        ([10, 40, 41, 42, 43], [rae.IGNORED, 40, 41, 42, 43]),
+    ]
+    latents = F.layer_norm(ramp((3, 16, 1152), a=0.71), (1152,), eps=1e-6)[:2]
+    noise, t = pack(ramp((3, 1152, 4, 4), a=0.53))[:2], torch.tensor([0.3, 0.5])
+    batch = model.collate([with_patches(*sample) for sample in samples])
+    cross_entropy, flow = model(batch, latents, noise, t, torch.zeros(2, dtype=torch.bool))
+    cross_entropy, diffusion = cross_entropy / len(batch.targets), flow.mean()
+    loss = cross_entropy + 2 * diffusion
+    loss.backward()
+    found = [loss.item(), cross_entropy.item(), diffusion.item()]
+    assert found == pytest.approx([8.367318, 5.239915, 1.563702], rel=2e-6)
+    for name, norm in (
+        ("model.latent_queries", 2.268006e-1),
+        ("model.mm_projector.0.weight", 8.737430e-2),
+        ("model.layers.0.self_attn.q_proj.weight", 1.973977e-1),
+        ("model.embed_tokens.weight", 1.857792),
+        ("diff_head_projector.weight", 1.691897e-2),
+        ("diff_head.model.dit_blocks.0.attn.qkv.weight", 1.786531e-2),
+    ):
+        gradient = model.get_parameter(our_name(name)).grad
+        assert gradient.norm().item() == pytest.approx(norm, rel=1e-3), name
 
 
 # -- from_official

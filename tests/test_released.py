@@ -1,15 +1,18 @@
-"""Autoencoders that others wrote: the authors' decoders and repositories, folders of diffusers, VAEs. All are
-tiny and untrained, in the layouts of the published files."""
+"""What others wrote: the authors' decoders, repositories and whole text-to-image models, autoencoders of
+diffusers. All are tiny and untrained, in the layouts of the published files."""
 
 import json
 import os
+import re
 
 import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+import zstandard
 from diffusers.models.autoencoders import autoencoder_rae
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 import common
@@ -420,6 +423,379 @@ def test_text_to_image_with_a_vae(vae_folder, parts, tmp_path):
     where = common.Launch(torch.device("cpu"), 0, 1, torch.float32)
     model = common.load_model(rae.TextToImage, str(tmp_path / "t2i"), "", where)
     assert isinstance(model.autoencoder, rae.VAE)
+
+
+# -- text to image
+
+
+def scale_rae_shapes(vocab, hidden, ffn, kv, layers, channels, width, heads, depth, z, tokens=256, head=None):
+    """Keys and shapes of a whole Scale-RAE model; with the wide head (width, heads, depth), or without."""
+    model = {"embed_tokens.weight": (vocab, hidden), "norm.weight": (hidden,)}
+    model |= {"latent_queries": (tokens, hidden)}
+    model |= {"mm_projector.0.weight": (hidden, channels), "mm_projector.2.weight": (hidden, hidden)}
+    model |= {f"mm_projector.{i}.bias": (hidden,) for i in (0, 2)}
+    for i in range(layers):
+        layer = f"layers.{i}."
+        for name, out in (("q", hidden), ("k", kv), ("v", kv)):
+            model[f"{layer}self_attn.{name}_proj.weight"] = (out, hidden)
+            model[f"{layer}self_attn.{name}_proj.bias"] = (out,)
+        model[f"{layer}self_attn.o_proj.weight"] = (hidden, hidden)
+        model |= {f"{layer}mlp.{name}_proj.weight": (ffn, hidden) for name in ("gate", "up")}
+        model[f"{layer}mlp.down_proj.weight"] = (hidden, ffn)
+        model |= {f"{layer}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    head_width, head_heads, head_depth = head or (width, heads, 0)
+    dit = {"pos_embed": (1, tokens, width), "y_embedder.dropout_embedding": (z,)}
+    dit |= {"x_embedder.proj.weight": (width, channels, 1, 1), "x_embedder.proj.bias": (width,)}
+    dit |= {"t_embedder.mlp.0.weight": (z, 512), "t_embedder.mlp.2.weight": (z, z)}
+    dit |= {f"t_embedder.mlp.{i}.bias": (z,) for i in (0, 2)}
+    if head:
+        dit |= {"s_embedder.proj.weight": (head_width, channels, 1, 1), "s_embedder.proj.bias": (head_width,)}
+        dit |= {"s_projector.weight": (head_width, width), "s_projector.bias": (head_width,)}
+    ropes = {"enc_rope": width // heads, "dec_rope": head_width // head_heads}
+    for name, size in (ropes if head else {"feat_rope": width // heads}).items():
+        dit |= {f"{name}.freqs_{part}": (tokens, size) for part in ("cos", "sin")}
+    for i in range(depth + head_depth):
+        d, c = (width, z) if i < depth else (head_width, head_width)
+        f = int(2 / 3 * int(4 * d))
+        linear = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.w12": (2 * f, d), "mlp.w3": (d, f)}
+        for name, shape in (linear | {"adaLN_modulation.1": (6 * d, c)}).items():
+            dit |= {f"dit_blocks.{i}.{name}.weight": shape, f"dit_blocks.{i}.{name}.bias": shape[:1]}
+        dit |= {f"dit_blocks.{i}.norm{k}.weight": (d,) for k in (1, 2)}
+    c = head_width if head else z
+    final = {"linear": (channels, head_width), "adaLN_modulation.1": (2 * head_width, c)}
+    for name, shape in final.items():
+        dit |= {f"final_layer.{name}.weight": shape, f"final_layer.{name}.bias": shape[:1]}
+    dit["final_layer.norm_final.weight"] = (head_width,)
+    others = {"lm_head.weight": (vocab, hidden), "diff_head_projector.weight": (z, hidden)}
+    return (
+        {f"model.{name}": shape for name, shape in model.items()}
+        | {f"diff_head.model.{name}": shape for name, shape in dit.items()}
+        | others
+        | {"diff_head_projector.bias": (z,)}
+    )
+
+
+SMALL = {"vocab": 512, "hidden": 32, "ffn": 48, "kv": 16, "layers": 2, "channels": 24, "tokens": 16}
+SMALL |= {"width": 32, "heads": 2, "depth": 2, "z": 20}
+HEADS = {"narrow": None, "wide": (48, 4, 2)}
+SIGLIP = "google/siglip2-so400m-patch14-224"
+LANGUAGE_MODEL = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(params=HEADS)
+def scale_rae(request, parts):
+    """The authors' config.json, state dict and tokenizer of a small model."""
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(parts / "t2i")
+    head = HEADS[request.param]
+    shapes = scale_rae_shapes(head=head, **SMALL)
+    weights = {name: 0.1 * torch.randn(shape) for name, shape in shapes.items()}
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    for name in weights:
+        if "freqs_" in name:
+            weights[name] = rae.rope_table(*weights[name].shape)[("cos", "sin").index(name[-3:])].clone()
+    config = LANGUAGE_MODEL | {
+        "model_type": "cambrian_qwen",
+        "architectures": ["ScaleRAEQwenForCausalLM"],
+        "rope_scaling": None,
+        "torch_dtype": "float32",
+        "mm_vision_tower_aux_list": [SIGLIP],
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -1,
+        "vision_loss": "diffusion-loss",
+        "vision_loss_mode": "query",
+        "diffusion_model_hidden_size": [32, 48] if head else 32,
+        "diffusion_model_depth": [2, 2] if head else 2,
+        "diffusion_model_heads": [2, 4] if head else 2,
+        "diffusion_model_channels": 24,
+        "diffusion_model_z_channels": 20,
+        "diffusion_base_dim": None,
+        "diffusion_norm_stats_path": None,
+        "si_token_len": 729,
+    }
+    return config, weights, tokenizer
+
+
+narrow = pytest.mark.parametrize("scale_rae", ["narrow"], indirect=True)
+
+
+def write(folder, config, tokenizer) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def read_small(weights, **given) -> rae.TextToImage:
+    return rae.from_official(weights, **{"language_model": LANGUAGE_MODEL} | given)
+
+
+def check_equal(model, wanted) -> None:
+    assert not model.training
+    found, wanted = model.state_dict(), wanted.state_dict()
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+        assert found[name].dtype == torch.float32
+
+
+def save_shards(weights, folder) -> None:
+    names = sorted(weights)
+    files = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    for file, part in files.items():
+        torch.save({name: weights[name] for name in part}, folder / file)
+    index = {"weight_map": {name: file for file, part in files.items() for name in part}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def compress(content, path) -> None:
+    torch.save(content, path.with_suffix(""))
+    packed = zstandard.ZstdCompressor().compress(path.with_suffix("").read_bytes())
+    path.write_bytes(packed)
+    path.with_suffix("").unlink()
+
+
+def save_consolidated(weights, folder) -> None:
+    wrapped = {re.sub(r"(layers\.\d+)", r"\1._orig_module", k): w for k, w in weights.items()}
+    wrapped = {f"_fsdp_wrapped_module.{name}": w for name, w in wrapped.items()}
+    compress({"model": wrapped}, folder / "model.pth.zstd")
+
+
+LAYOUTS = {
+    "safetensors": lambda weights, folder: save_file(weights, folder / "model.safetensors"),
+    "shards": lambda weights, folder: save_torch_state_dict(weights, folder, max_shard_size="50KB"),
+    "bin": lambda weights, folder: torch.save(weights, folder / "pytorch_model.bin"),
+    "bin shards": save_shards,
+    "consolidated": save_consolidated,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_scale_rae_folder(layout, scale_rae, tmp_path):
+    config, weights, tokenizer = scale_rae
+    folder = write(tmp_path / "official", config, tokenizer)
+    LAYOUTS[layout](weights, tmp_path / "official")
+    assert len(list((tmp_path / "official").glob("*.safetensors"))) > 2 or layout != "shards"
+    model = rae.TextToImage.from_pretrained(folder)
+    wanted = read_small(weights, im_start=505, im_end=506)
+    check_equal(model, wanted)
+    assert (model.im_start, model.im_end) == (505, 506) == (wanted.im_start, wanted.im_end)
+    assert tokenizer.convert_ids_to_tokens([505, 506]) == ["<im_start>", "<im_end>"]
+    assert model.autoencoder_path == "scale-rae-siglip2-so400m" in rae.RELEASED
+    assert model.alpha == rae.default_alpha((16, 24))
+    assert model.language_model.model.rotary_emb.config.rope_parameters["rope_theta"] == 1000000
+    latents = model.generate(["a red star"], steps=2, guidance=2.0, noise=torch.ones(1, 16, 24))
+    assert latents.shape == (1, 16, 24) and latents.isfinite().all()
+    if layout == "consolidated":
+        check_equal(rae.TextToImage.from_pretrained(f"{folder}/model.pth.zstd"), wanted)
+    model.save_pretrained(tmp_path / "plain")
+    again = rae.TextToImage.from_pretrained(tmp_path / "plain").eval()
+    check_equal(again, wanted)
+    assert again.autoencoder_path == model.autoencoder_path
+    same = again.generate(["a red star"], steps=2, guidance=2.0, noise=torch.ones(1, 16, 24))
+    assert torch.equal(same, latents)
+
+
+def test_scale_rae_export(scale_rae, parts, tmp_path):
+    config, weights, tokenizer = scale_rae
+    model = read_small(weights)
+    model.set_tokenizer(tokenizer)
+    model.autoencoder_path, model.alpha = str(parts / "rae"), 3.0
+    model.save_official(tmp_path / "export")
+    written = load_file(tmp_path / "export/model.safetensors")
+    assert written.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(written[name], tensor), name
+    again = rae.TextToImage.from_pretrained(tmp_path / "export")
+    check_equal(again, model)
+    assert again.autoencoder_path == model.autoencoder_path and again.alpha == pytest.approx(3)
+    assert rae.TextToImage.from_pretrained(tmp_path / "export", "other").autoencoder_path == "other"
+    again.autoencoder_path, again.alpha = "scale-rae-webssl-l", rae.default_alpha((16, 24))
+    again.save_official(tmp_path / "again")
+    saved = json.loads((tmp_path / "again/config.json").read_text())
+    expected = config | {"mm_vision_tower_aux_list": ["facebook/webssl-dino300m-full2b-224"]}
+    expected |= {"rope_theta": saved["rope_theta"]}
+    assert {k: saved[k] for k in expected if k in saved} == {k: expected[k] for k in expected if k in saved}
+    assert expected.keys() - saved.keys() == {"rope_scaling", "torch_dtype", "si_token_len"}
+    assert rae.TextToImage.from_pretrained(tmp_path / "again").autoencoder_path == "scale-rae-webssl-l"
+
+
+def test_export_has_the_published_keys_and_shapes():
+    """Of the model with 1.5B + 2.4B parameters, without memory for them."""
+    language_model = {"model_type": "qwen2", "vocab_size": 151667, "hidden_size": 1536}
+    language_model |= {"intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+    language_model |= {"num_key_value_heads": 2, "tie_word_embeddings": True}
+    with torch.device("meta"):
+        model = rae.TextToImage(language_model, rae.DITS["2.4B"], (256, 1152))
+    shapes = {"vocab": 151667, "hidden": 1536, "ffn": 8960, "kv": 256, "layers": 28, "channels": 1152}
+    shapes |= {"width": 2048, "heads": 32, "depth": 32, "z": 2048}
+    found = {name: tuple(w.shape) for name, w in rae.to_official(model).items()}
+    assert found == scale_rae_shapes(**shapes)
+    assert found["diff_head.model.dit_blocks.31.mlp.w12.weight"] == (10922, 2048)
+
+
+@narrow
+def test_models_that_scale_rae_cannot_hold(scale_rae):
+    model = read_small(scale_rae[1])
+    model.dit.t_embedder.W.data[0] += 1
+    with pytest.raises(ValueError, match="frequencies"):
+        rae.to_official(model)
+    config = model.language_model.config.to_dict()
+    for change in ({"readd_time": True, "condition_width": 32}, {"qk_norm": True}, {"swiglu": False}):
+        sizes = {"width": 32, "depth": 1, "heads": 2} | change
+        with pytest.raises(ValueError, match=next(iter(change))):
+            rae.to_official(rae.TextToImage(config, sizes, (16, 24)))
+
+
+def test_damaged_scale_rae(scale_rae):
+    config, weights, _ = scale_rae
+    heads, wanted = config["diffusion_model_heads"], read_small(weights)
+    tied = ("lm_head.weight", "model.embed_tokens.weight")
+    for name in weights:
+        without = {key: w for key, w in weights.items() if key != name}
+        if name in tied:  # one of them is enough
+            check_equal(read_small(without), wanted)
+        else:
+            with pytest.raises(ValueError, match=re.escape(name)):
+                read_small(without, heads=heads)
+        with pytest.raises(ValueError):
+            read_small(weights | {name: torch.cat([weights[name]] * 2)})
+    check_equal(read_small({k: w for k, w in weights.items() if "freqs_" not in k}, heads=heads), wanted)
+    for extra in (
+        "extra",
+        "diff_head.data_mean",
+        "diff_head.model.extra",
+        "aux_vision_head.0.weight",
+        "model.vision_tower.embeddings.weight",
+        "model.layers.2.mlp.up_proj.weight",
+    ):
+        with pytest.raises(ValueError, match=extra):
+            read_small(weights | {extra: torch.zeros(1)})
+    with pytest.raises(ValueError, match="differ"):
+        read_small(weights | {"lm_head.weight": 2 * weights["lm_head.weight"]})
+    table = next(name for name in weights if name.endswith("freqs_sin"))
+    with pytest.raises(ValueError, match=table):
+        read_small(weights | {table: weights[table].flip(0)})
+
+
+@narrow
+def test_keywords_that_contradict_scale_rae(scale_rae):
+    weights = scale_rae[1]
+    right = read_small(weights).language_model.config
+    check_equal(read_small(weights, language_model=right, heads=2, width=32, depth=2), read_small(weights))
+    check_equal(read_small(weights, language_model=right.to_dict()), read_small(weights))
+    for given in (
+        {"language_model": None},
+        {"language_model": right.to_dict() | {"model_type": "llama"}},
+        *({"language_model": LANGUAGE_MODEL | {name: value}} for name, value in (
+            ("vocab_size", 513), ("hidden_size", 64), ("num_hidden_layers", 3), ("num_hidden_layers", 1),
+            ("num_key_value_heads", 2), ("intermediate_size", 32),
+        )),
+        {"heads": 4},
+        {"heads": (2, 2)},
+        {"width": 64},
+        {"depth": 3},
+        {"condition_width": 32},
+        {"latent_shape": (16, 1152)},
+        {"im_start": 512},
+        {"im_end": -1},
+        {"colour": 1},
+    ):  # fmt: skip
+        with pytest.raises(ValueError):
+            read_small(weights, **given)
+
+
+@narrow
+def test_untied_scale_rae(scale_rae, tmp_path):
+    config, weights, tokenizer = scale_rae
+    folder = write(tmp_path, config | {"tie_word_embeddings": False}, tokenizer)
+    weights = weights | {"lm_head.weight": 2 * weights["lm_head.weight"]}
+    save_file(weights, tmp_path / "model.safetensors")
+    model = rae.TextToImage.from_pretrained(folder)
+    assert torch.equal(model.language_model.lm_head.weight, weights["lm_head.weight"])
+    assert torch.equal(rae.to_official(model)["lm_head.weight"], weights["lm_head.weight"])
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight is missing"):
+        rae.TextToImage.from_pretrained(folder)
+
+
+@narrow
+def test_damaged_scale_rae_folders(scale_rae, parts, tmp_path, hub):
+    config, weights, tokenizer = scale_rae
+    folder = tmp_path / "folder"
+
+    def read(change=None):
+        write(folder, config | (change or {}), tokenizer)
+        return rae.TextToImage.from_pretrained(folder)
+
+    with pytest.raises(ValueError, match="no weights"):
+        read()
+    save_consolidated(weights, folder)
+    read()
+    for change in (
+        {"diffusion_model_heads": 4},
+        {"diffusion_model_depth": 3},
+        {"diffusion_model_hidden_size": 64},
+        {"diffusion_model_hidden_size": [32, 48]},
+        {"num_hidden_layers": 1},
+        {"vocab_size": 513},
+        {"vision_loss_mode": "query-block"},
+        {"mm_projector_type": "linear"},
+        {"mm_use_im_start_end": False},
+        {"diffusion_norm_stats_path": "stats.pt"},
+        {"generation_alignment_tower": "black-forest-labs/FLUX.1-dev-res256"},
+    ):
+        with pytest.raises(ValueError):
+            read(change)
+    packed = (folder / "model.pth.zstd").read_bytes()
+    for content in (b"no", packed[:-9], packed[: len(packed) // 2]):
+        (folder / "model.pth.zstd").write_bytes(content)
+        with pytest.raises(ValueError, match="damaged"):
+            read()
+    compress({"model": os.getcwd}, folder / "model.pth.zstd")
+    with pytest.raises(ValueError, match="more than tensors"):
+        read()
+    save_shards(weights, folder)  # comes first
+    read()
+    (folder / "pytorch_model-00002-of-00002.bin").rename(folder / "other.bin")
+    with pytest.raises(ValueError, match="pytorch_model-00002-of-00002.bin"):
+        read()
+    (folder / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match="damaged"):
+        read()
+    save_file(weights, folder / "model.safetensors")
+    read()
+    tokenizer.add_tokens([f"<{i}>" for i in range(9)])
+    with pytest.raises(ValueError, match="516 tokens"):
+        read()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(parts / "language-model")
+    with pytest.raises(ValueError, match="no <im_end> and no <im_start>"):
+        read()
+    for missing in ("nothing", "org/name", str(tmp_path / "nothing/model.pth.zstd")):
+        with pytest.raises(ValueError, match="no file"):
+            rae.TextToImage.from_pretrained(missing)
+
+
+@narrow
+def test_released_text_to_image_by_name(scale_rae, tmp_path, hub, monkeypatch):
+    config, weights, tokenizer = scale_rae
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
+    for name, source in rae.RELEASED_TEXT_TO_IMAGE.items():
+        assert source.startswith("nyu-visionx/Scale-RAE-Qwen")
+        write(hub / source, config, tokenizer)
+        save_shards(weights, hub / source)
+        check_equal(rae.TextToImage.from_pretrained(name), read_small(weights))
 
 
 def test_published_paths():
