@@ -47,7 +47,9 @@ class Config:
     decoder: str = flag(
         "", "for decoder-step, another behind its encoder: 256 tokens, 256 px", choices=["", *rae.DECODERS]
     )
-    checkpoint_blocks: bool = flag(False, "compute the decoder's layers twice, to save memory")
+    checkpoint_blocks: bool = flag(
+        False, "compute the layers of decoder-step and class-step twice, to save memory"
+    )
     model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id")
     dit: str = flag("nano", "size of the class-conditional DiT", choices=rae.DITS)
     guide: str = flag("nano-guide", "size of its guide, for AutoGuidance", choices=rae.DITS)
@@ -108,12 +110,12 @@ def trained_autoencoder(config: Config, autoencoder: rae.RAE) -> rae.RAE:
 
 
 def class_model(size: str, shape: tuple[int, int], where: common.Launch) -> rae.ClassToImage:
-    arguments = {name: value for name, value in rae.DITS[size].items() if name != "condition_width"}
-    return rae.ClassToImage(arguments | {"num_classes": 1000}, shape).to(where.device)
+    return rae.ClassToImage(rae.class_dit(size, 1000), shape).to(where.device)
 
 
 def network(run: Callable[[], object], images: int, models: dict[str, rae.ClassToImage]) -> dict:
     """Evaluations of each DiT in a call, and GFLOP a picture, counted by torch."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     counts = dict.fromkeys(models, 0)
@@ -122,7 +124,7 @@ def network(run: Callable[[], object], images: int, models: dict[str, rae.ClassT
         counts[name] += 1
 
     hooks = [model.dit.register_forward_hook(partial(count, name)) for name, model in models.items()]
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's is not counted
         run()
     for hook in hooks:
         hook.remove()
@@ -150,7 +152,7 @@ def loops(
         where,
     )
     if config.checkpoint_blocks:
-        common.checkpoint_blocks(trained.decoder.decoder_layers)
+        common.checkpoint_blocks([*trained.decoder.decoder_layers, *classes.blocks])
     source = data.open_source(config.data, autoencoder.image_size, 0, understanding=0.1)
     stream = data.Loader(source, config.batch)
     batch = next(stream)

@@ -329,8 +329,9 @@ class Folder:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> dict:
-        path = self.rows[row]["image"]["path"]
-        return self.rows[row] | {"image": path, "name": path}
+        found = self.rows[row]
+        path = found["image"]["path"]
+        return found | {"image": path, "name": path}
 
 
 class Lines:
@@ -564,7 +565,7 @@ class Latents:
     conversations of pictures that had no caption.
     """
 
-    def __init__(self, folder: Path, seed: int):
+    def __init__(self, folder: Path, seed: int, flip: bool):
         try:
             self.about = json.loads((folder / "latents.json").read_text())
             self.parts = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))]
@@ -573,8 +574,11 @@ class Latents:
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read the latents in {folder}: {error}") from error
         self.ends = np.cumsum([len(part) for part in self.parts])
-        if not self.rows or self.ends[-1] != len(self.rows):
+        if not self.rows or not self.ends[-1] == len(self.rows) == self.about["pictures"]:
             raise ValueError(f"{folder} has latents of another number of pictures than it has captions")
+        self.views = 1 + flip
+        if self.views > self.parts[0].shape[1]:
+            raise ValueError(f"{folder} has no mirror images: encode them with --flip, or train without")
         self.folder, self.seed, self.classes = folder, seed, self.about["classes"]
         self.shuffled = Shuffled(len(self.rows), seed)
 
@@ -583,7 +587,7 @@ class Latents:
         uniform = np.random.default_rng(mix(self.seed, number)).random(2)
         part = int(np.searchsorted(self.ends, row, side="right"))
         views = self.parts[part][row - self.ends[part]]  # counted from the part's end
-        sample = {"latents": np.array(views[int(uniform[0] * len(views))]), **self.rows[row]}
+        sample = {"latents": np.array(views[int(uniform[0] * self.views)]), **self.rows[row]}
         return {"conversation": request(sample["caption"], uniform[1])} | sample
 
     def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
@@ -607,7 +611,7 @@ def open_one(name: str, view: View, seed: int, understanding: float) -> Nano | P
         return Nano(name.removeprefix("nano:"), view.size, seed, understanding)
     path = Path(name)
     if (path / "latents.json").is_file():
-        return Latents(path, seed)
+        return Latents(path, seed, view.flip)
     if path.suffix == ".jsonl" and path.is_file():
         return Pictures(name, Lines(path), view, seed)
     if path.suffix == ".json" and path.is_file():

@@ -1,6 +1,6 @@
 """Encodes a data set once, so that train_t2i.py reads latents instead of pictures.
 
-    python encode.py --data my_pictures --out latents
+    python encode.py --data my_pictures --out latents              # of the nano world: --limit too
     torchrun --nproc-per-node 8 encode.py --data imagenet/train --flip --autoencoder rae-dinov2-b
     python train_t2i.py --data latents --condition class
 
@@ -10,6 +10,7 @@ with captions and labels. The latents are those of the pictures' centre crops.
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,16 +93,21 @@ def write_share(
 def main() -> None:
     config = common.parse(Config, __doc__)
     where = common.launch(config.dtype)
-    out, temporary = Path(config.out), Path(f"{config.out}.tmp")
+    out = Path(config.out)
+    temporary = out.with_name(f"{out.name}.tmp")
     if out.exists():
         raise ValueError(f"{out} is there already: choose another --out, or remove it")
     autoencoder = common.load_autoencoder(config.autoencoder, where)
     source = data.open_source(config.data, autoencoder.image_size, config.seed)
-    with common.writing(out):
-        temporary.mkdir(parents=True, exist_ok=True)
-        count = write_share(temporary, config, source, autoencoder, where)
-        [total] = common.global_sum(count)  # when all are done
-        if where.main:
+    if where.main:
+        with common.writing(out):
+            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+            temporary.mkdir(parents=True)
+    common.global_sum(0)  # the folder is there
+    count = write_share(temporary, config, source, autoencoder, where)
+    [total] = common.global_sum(count)  # all are done
+    if where.main:
+        with common.writing(out):
             about = {
                 "autoencoder": config.autoencoder,
                 "latent_shape": autoencoder.latent_shape,
@@ -111,7 +117,6 @@ def main() -> None:
             }
             (temporary / "latents.json").write_text(json.dumps(about, indent=1) + "\n")
             temporary.rename(out)
-    if where.main:
         size = sum(path.stat().st_size for path in out.iterdir())
         print(f"{out}: {int(total)} pictures, {size / 1e6:.0f} MB")
 

@@ -87,14 +87,14 @@ def sincos_table(tokens: int, width: int, spacing: float = 1.0) -> Tensor:
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()
 
 
-def rope_table(tokens: int, head_width: int) -> Tensor:
+def rope_table(tokens: int, head_width: int, turned: bool = True) -> Tensor:
     """cos and sin of the 2-D axial rotary embedding, (2, N, head_width): the first half of the channels turns
     with the row, the second with the column (the other way round than in `sincos_table`), each angle for two
-    neighbours."""
+    neighbours. Not `turned`: all angles are zero."""
     half = head_width // 2
     frequency = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
     row, column = (position[:, None] * frequency for position in grid_positions(tokens))
-    angle = torch.cat([row, column], dim=1).repeat_interleave(2, dim=1)
+    angle = turned * torch.cat([row, column], dim=1).repeat_interleave(2, dim=1)
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
@@ -664,8 +664,9 @@ class DiT(nn.Module, Hub, library_name="rae"):
     silu_condition: SiLU on time + condition before adaLN's own SiLU (Scale-RAE, RAE's DiT-DH; not RAE's DiT).
     readd_time: the time embedding is added again in front of the wide head (RAE; not Scale-RAE).
     xavier: xavier-uniform linear layers (RAE's DiT, Scale-RAE); RAE's DiT-DH has PyTorch's default.
-    qk_norm: RMSNorm on queries and keys. swiglu: else a plain MLP. Options of RAE's code; off and on in all
-        released weights.
+    qk_norm: RMSNorm on queries and keys. swiglu: else a plain MLP. rotary, table: positions as rotations in
+        attention and as a sin-cos table added to the tokens. Options of RAE's code; in all released weights
+        the first is off, the others are on.
     """
 
     def __init__(
@@ -682,6 +683,8 @@ class DiT(nn.Module, Hub, library_name="rae"):
         xavier: bool = True,
         qk_norm: bool = False,
         swiglu: bool = True,
+        rotary: bool = True,
+        table: bool = True,
     ):
         super().__init__()
         if num_classes and condition_width:
@@ -702,15 +705,17 @@ class DiT(nn.Module, Hub, library_name="rae"):
             self.y_embedder = LabelCondition(num_classes, z)
         elif condition_width:
             self.y_embedder = TokenCondition(z)
-        self.pos_embed = nn.Parameter(sincos_table(tokens, width)[None], requires_grad=False)
-        self.register_buffer("rope", rope_table(tokens, width // heads), persistent=False)
+        self.pos_embed = nn.Parameter(table * sincos_table(tokens, width)[None], requires_grad=False)
+        self.register_buffer("rope", rope_table(tokens, width // heads, rotary), persistent=False)
         blocks = [Block(width, heads, z, qk_norm, swiglu) for _ in range(depth)]
         out_width, out_condition = width, z
         if head:  # `s_embedder` feeds the backbone and `x_embedder` the head: the names of RAE's checkpoints
             out_width = out_condition = head[0]
             self.s_embedder = nn.Linear(channels, width)
             self.s_projector = nn.Identity() if head[0] == width else nn.Linear(width, head[0])
-            self.register_buffer("head_rope", rope_table(tokens, head[0] // head[2]), persistent=False)
+            self.register_buffer(
+                "head_rope", rope_table(tokens, head[0] // head[2], rotary), persistent=False
+            )
             blocks += [Block(head[0], head[2], head[0], qk_norm, swiglu) for _ in range(head[1])]
         self.x_embedder = nn.Linear(channels, out_width)
         self.blocks = nn.ModuleList(blocks)
@@ -946,16 +951,16 @@ class LatentModel(nn.Module, Hub):
         if noise is None:
             device = generator.device if generator else self.device
             noise = torch.randn(len(inputs), *self.latent_shape, generator=generator, device=device)
-        weaker = partial(self.dit, condition=None)
-        if guidance == 1:
-            guide = None
-        elif guide is not None:
+        velocity = partial(self.dit, condition=condition)
+        if guidance != 1 and guide is None:
+            if self.dit.y_embedder is None:
+                raise ValueError("an unconditional model has no classifier-free guidance: give a guide")
+            velocity = guided(velocity, partial(self.dit, condition=None), guidance, interval)
+        elif guidance != 1:
             if guide.latent_shape != self.latent_shape:
                 raise ValueError(f"the guide makes latents {guide.latent_shape}, not {self.latent_shape}")
             weaker = partial(guide.dit, condition=guide.condition(inputs))
-        elif self.dit.y_embedder is None:
-            raise ValueError("an unconditional model has no classifier-free guidance: give a guide")
-        velocity = guided(partial(self.dit, condition=condition), weaker, guidance, interval)
+            velocity = guided(velocity, weaker, guidance, interval)
         return sample(velocity, noise.to(self.device), steps, self.alpha, solver, grid)
 
     # -- one folder: config.json, model.safetensors, and for text the tokenizer's files
@@ -968,8 +973,9 @@ class LatentModel(nn.Module, Hub):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
-        if self.autoencoder_path and os.path.isdir(self.autoencoder_path):
-            self._hub_mixin_config["autoencoder"] = os.path.relpath(self.autoencoder_path, save_directory)
+        path = self.autoencoder_path
+        beside = path and os.path.isdir(path)
+        self._hub_mixin_config["autoencoder"] = os.path.relpath(path, save_directory) if beside else path
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: dict | None = None, **kwargs):
@@ -1007,6 +1013,8 @@ class ClassToImage(LatentModel, library_name="rae"):
         if self.num_classes is None:
             return None
         labels = torch.as_tensor(labels)
+        if labels.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"labels are {labels.dtype}, not integers")
         if wrong := [label for label in labels.tolist() if not 0 <= label < self.num_classes]:
             raise ValueError(f"label {wrong[0]}: this model has the classes 0 to {self.num_classes - 1}")
         return labels.to(self.device, non_blocking=True)
@@ -1347,6 +1355,12 @@ DITS = {  # RAE, Scale-RAE table 10, and the laptop's
     "nano": {"width": 256, "depth": 6, "heads": 4, "condition_width": 128},
     "nano-guide": {"width": 128, "depth": 4, "heads": 4, "condition_width": 128},  # for AutoGuidance
 }
+
+
+def class_dit(name: str, num_classes: int | None) -> dict:
+    """Arguments of `DiT` for class labels, or with None for none, from a name in DITS."""
+    size = {key: value for key, value in DITS[name].items() if key != "condition_width"}
+    return size | ({"num_classes": num_classes} if num_classes else {})
 
 
 def collection(decoder: str, stats: str, encoder: str) -> dict[str, str]:

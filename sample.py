@@ -41,12 +41,14 @@ PRESETS = {
         "guide": "rae-dit-dh-s-256",
         "guidance": 1.42,
         "grid": "rae",
+        "dtype": "fp32",
     },
     "rae-512": {
         "model": "rae-dit-dh-xl-512",
         "guide": "rae-dit-dh-s-512",
         "guidance": 1.5,
         "grid": "rae",
+        "dtype": "fp32",
     },
 }
 SETTINGS = ("model", "autoencoder", "steps", "guidance", "guide", "interval", "solver", "grid")  # in a PNG
@@ -141,6 +143,8 @@ def class_jobs(config: Config, num_classes: int | None) -> list[Job]:
         classes = classes or [int(label) for label in config.classes.split(",")]
     except ValueError:
         raise ValueError(f"--classes {config.classes}: give labels like 3,17, or all") from None
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"--classes {config.classes}: name every class once")
     n = config.n or 4 * len(classes)
     if config.labels == "equal" and n % len(classes):
         raise ValueError(
@@ -163,7 +167,9 @@ def missing(jobs: list[Job], out: Path, settings: dict) -> list[Job]:
             left.append(job)
             continue
         found = data.open_metadata(str(path))
-        if wrong := [k for k, v in written(job, settings).items() if found.get(k) != v]:
+        if not found:  # damaged
+            left.append(job)
+        elif wrong := [k for k, v in written(job, settings).items() if found.get(k) != v]:
             raise ValueError(
                 f"{path} was drawn with {wrong[0]} {found.get(wrong[0])}, not "
                 f"{written(job, settings)[wrong[0]]}: choose another --out, or leave --resume out"
@@ -177,18 +183,43 @@ def written(job: Job, settings: dict) -> dict[str, str]:
     return {name: str(value) for name, value in {key: job.input, "seed": job.seed, **settings}.items()}
 
 
+def load_guide(
+    kind: type[rae.LatentModel], config: Config, model: rae.LatentModel, where: common.Launch
+) -> rae.LatentModel | None:
+    """The weaker model of AutoGuidance. Raises ValueError for one of other latents or classes."""
+    if not config.guide or config.guidance == 1:
+        return None
+    with common.loading(config.guide):
+        guide = kind.from_pretrained(config.guide).eval().to(where.device)
+    for name, own, others in (
+        ("latents", model.latent_shape, guide.latent_shape),
+        ("classes", *(getattr(each, "num_classes", None) for each in (model, guide))),
+    ):
+        if others not in (own, None):
+            raise ValueError(f"--guide {config.guide} has {name} {others}, {config.model} has {own}")
+    return guide
+
+
+def fingerprint(model: rae.LatentModel | None) -> str:
+    """A number that other weights do not have, the norm of all: a path may come to hold others."""
+    if model is None:
+        return ""
+    return f"{sum(p.detach().double().square().sum().item() for p in model.parameters()):.9g}"
+
+
 def draw(config: Config, where: common.Launch) -> None:
     kind = rae.ClassToImage if config.classes else rae.TextToImage
     model = common.load_model(kind, config.model, config.autoencoder, where)
-    guide = common.load_model(kind, config.guide, model.autoencoder_path, where) if config.guide else None
+    guide = load_guide(kind, config, model, where)
     if config.classes:
         jobs = class_jobs(config, model.num_classes)
+        model.condition([job.input for job in jobs])  # a mistake shows before the work begins
     else:
         model.plain_text(config.prompts)
         jobs = prompt_jobs(config)
-    model.condition([job.input for job in jobs[:1]])  # a mistake shows before the work begins
     out = Path(config.out)
     settings = {name: getattr(config, name) for name in SETTINGS}
+    settings |= {"weights": fingerprint(model), "guide_weights": fingerprint(guide), "dtype": where.dtype}
     own = jobs[where.rank :: where.world]
     own = missing(own, out, settings) if config.resume else own
 
@@ -288,6 +319,8 @@ def main() -> None:
         raise ValueError(
             "--classes needs --model, a ClassToImage: train_t2i.py --preset nano-class makes one"
         )
+    if config.classes and (config.prompts or config.reconstruct or config.ask):
+        raise ValueError("--classes draws labels: leave the prompt, --reconstruct or --ask out")
     config.model = config.model or str(common.WEIGHTS / "t2i")
     if not (config.prompts or config.classes or config.reconstruct):
         raise ValueError('give a prompt: sample.py "a red circle above a blue square"')

@@ -50,7 +50,7 @@ IMAGENET = {  # RAE's code; its paper reports epoch 80 and 800 of one run
 }
 PRESETS = {
     # A nano picture has little in it and shines through noise even at t = 0.9, where it needs the prompt: the
-    # papers' factor, 0.79 here, hardly trains such times. Uniform draws keep the low ones, for the outlines.
+    # papers' factor hardly trains such times. Uniform draws keep the low ones, for the outlines.
     "nano": {"alpha": 3.0, "time": "uniform"},
     "nano-class": {
         "condition": "class",
@@ -109,7 +109,7 @@ class Config:
         "logit-normal", "distribution of t, before its shift", choices=["logit-normal", "uniform"]
     )
     understanding: float = flag(0.1, "share of the samples that ask about a picture (nano)")
-    alpha: float | None = flag(None, "factor of the timestep shift (default: sqrt(N C / 4096); nano: 6)")
+    alpha: float | None = flag(None, "factor of the timestep shift (default: sqrt(N C / 4096))")
     dropout: float = flag(0.1, "share of the pictures trained with the null condition")
     ema: float = flag(0.999, "decay of the averaged weights, which are what is saved")
     sample_steps: int = flag(25, "sampling steps of the sample grids", at_least=1)
@@ -140,23 +140,27 @@ class Config:
 
 def build(config: Config, shape: tuple[int, int], classes: int | None) -> rae.TextToImage | rae.ClassToImage:
     """The new model, or the one of --init, on the CPU."""
-    size = rae.DITS[config.dit]
     if config.condition == "text":
+        size = rae.DITS[config.dit]
         with common.loading(config.language_model):
             model = rae.TextToImage(config.language_model, size, shape, config.autoencoder, config.alpha)
     else:
-        size = {name: value for name, value in size.items() if name != "condition_width"}
-        size |= {"num_classes": classes} if config.condition == "class" else {}
-        model = rae.ClassToImage(size, shape, config.autoencoder, config.alpha)
+        model = rae.ClassToImage(rae.class_dit(config.dit, classes), shape, config.autoencoder, config.alpha)
     if config.init:
         with common.loading(config.init):
-            model.load_state_dict(type(model).from_pretrained(config.init).state_dict())
+            weights, own = type(model).from_pretrained(config.init).state_dict(), model.state_dict()
+            sizes = {name: getattr(weights.get(name), "shape", None) for name in own}
+            if wrong := [name for name in own if sizes[name] != own[name].shape]:
+                raise ValueError(f"its {wrong[0]} is {sizes[wrong[0]]}, not {own[wrong[0]].shape}")
+            model.load_state_dict(weights)
     return model
 
 
 def count_classes(config: Config, source: data.Mixture) -> int | None:
     """Of a class-conditional model: what the data says, or --classes. Raises ValueError if they disagree."""
     if config.condition != "class":
+        if config.classes:
+            raise ValueError(f"--classes {config.classes} needs --condition class")
         return None
     if not (source.classes or config.classes):
         raise ValueError(f"{config.data} does not say how many classes it has: give --classes")
@@ -168,10 +172,10 @@ def count_classes(config: Config, source: data.Mixture) -> int | None:
 def check_latents(config: Config, source: data.Mixture, shape: tuple[int, int]) -> None:
     """Raises ValueError for a folder of latents that another autoencoder made."""
     for about in source.latents:
-        if tuple(about["latent_shape"]) != shape:
+        if tuple(about["latent_shape"]) != shape or about["autoencoder"] != config.autoencoder:
             raise ValueError(
                 f"{config.data} has latents {tuple(about['latent_shape'])} of {about['autoencoder']}, "
-                f"{config.autoencoder} has {shape}: give the autoencoder that made them"
+                f"--autoencoder {config.autoencoder} has {shape}: give the one that made them"
             )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import tarfile
 import time
@@ -159,7 +160,7 @@ def test_latents_on_disk_are_those_of_the_pictures(world, trainer, parts, tmp_pa
     out = tmp_path / "latents"
     flags = ["--autoencoder", parts / "rae", "--limit", 21, "--batch", 4, "--flip", "--out", out]
     world(2, "encode.py", *flags).wait()
-    source = data.open_source(str(out), 32, 0)
+    source = data.open_source(str(out), 32, 0, flip=True)
     autoencoder = rae.RAE.from_pretrained(parts / "rae")
     pictures, found = data.open_source("nano:classes", 32, 0), []
     for number in range(21):  # in whatever order they lie
@@ -176,6 +177,19 @@ def test_latents_on_disk_are_those_of_the_pictures(world, trainer, parts, tmp_pa
     world(1, *trainer, "--data", out, "--steps", 2, "--out", tmp_path / "run", patch=shrink).wait()
     assert len(losses(tmp_path / "run")) == 2
     assert "is there already" in world(1, "encode.py", *flags).wait(code=1)
+    left = tmp_path / "latents.tmp"  # of a run of more processes that was killed
+    left.mkdir()
+    (left / "00002.npy").write_bytes((out / "00001.npy").read_bytes())
+    (left / "00002.jsonl").write_bytes((out / "00001.jsonl").read_bytes())
+    shutil.rmtree(out)
+    flags.remove("--flip")
+    world(1, "encode.py", *flags).wait()
+    assert len(data.open_source(str(out), 32, 0).sources[0].rows) == 21
+    with pytest.raises(ValueError, match="no mirror images"):
+        data.open_source(str(out), 32, 0, flip=True)
+    (out / "00000.jsonl").write_text("")
+    with pytest.raises(ValueError, match="another number"):
+        data.open_source(str(out), 32, 0)
 
 
 @pytest.mark.parametrize(
@@ -184,21 +198,25 @@ def test_latents_on_disk_are_those_of_the_pictures(world, trainer, parts, tmp_pa
         (["--data", "nano:objects"], "does not say how many classes"),
         (["--data", "nano:objects", "--classes", 4], "without labels"),
         (["--data", "nano:classes", "--classes", 4], "has 48 classes, not --classes 4"),
+        (["--condition", "none", "--classes", 4], "needs --condition class"),
+        (["--init", "MODEL"], "y_embedder.embedding_table.weight is torch.Size([9, 32])"),
         (["--data", "nano:classes", "--preset", "dit-dh-s-imagenet256"], "not --classes 1000"),
     ],
 )
-def test_wrong_classes(flags, message, world, trainer, tmp_path):
+def test_wrong_classes(flags, message, world, trainer, model, tmp_path):
+    flags = [model if flag == "MODEL" else flag for flag in flags]
     text = world(1, *trainer, "--steps", 1, *flags, "--out", tmp_path, patch=shrink).wait(code=1)
     assert message in text.splitlines()[-1]
 
 
 def test_wrong_latents(tmp_path):
-    source = SimpleNamespace(latents=[{"latent_shape": [16, 24], "autoencoder": "a"}])
     import train_t2i
 
-    with pytest.raises(ValueError, match="give the autoencoder that made them"):
-        train_t2i.check_latents(train_t2i.Config(data="x"), source, (16, 32))
-    train_t2i.check_latents(train_t2i.Config(data="x"), source, (16, 24))
+    source = SimpleNamespace(latents=[{"latent_shape": [16, 24], "autoencoder": "a"}])
+    for autoencoder, shape in (("a", (16, 32)), ("b", (16, 24))):
+        with pytest.raises(ValueError, match="give the one that made them"):
+            train_t2i.check_latents(train_t2i.Config(data="x", autoencoder=autoencoder), source, shape)
+    train_t2i.check_latents(train_t2i.Config(data="x", autoencoder="a"), source, (16, 24))
 
 
 def test_the_published_schedule():
@@ -279,20 +297,49 @@ def test_pictures_do_not_depend_on_the_batch(world, model, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--classes", "3,8"], "label 8: this model has the classes 0 to 7"),
+        (["--classes", "3,8", "--batch", 1], "label 8: this model has the classes 0 to 7"),
+        (["--classes", "3,3"], "name every class once"),
+        (["a cat", "--classes", "3"], "leave the prompt"),
         (["--classes", "3,x"], "give labels like 3,17"),
         (["--classes", "none"], "has 8 classes"),
         (["--classes", "all", "--n", 9], "equal shares"),
         (["--classes", "all", "--interval", "0.5"], "give two times"),
-        (["--classes", "all", "--guide", "GUIDE", "--guidance", "2"], "makes latents (4, 24)"),
+        (["--classes", "all", "--guide", "SMALL", "--guidance", "2"], "has latents (4, 24)"),
+        (["--classes", "all", "--guide", "FEW", "--guidance", "2"], "has classes 3"),
     ],
 )
 def test_sampling_mistakes(flags, message, world, model, parts, tmp_path):
-    guide = rae.ClassToImage(TINY | {"num_classes": 8}, (4, 24), str(parts / "rae"))
-    guide.save_pretrained(tmp_path / "guide")
-    flags = [tmp_path / "guide" if flag == "GUIDE" else flag for flag in flags]
+    for name, shape, classes in (("SMALL", (4, 24), 8), ("FEW", (16, 24), 3)):
+        guide = rae.ClassToImage(TINY | {"num_classes": classes}, shape, str(parts / "rae"))
+        guide.save_pretrained(tmp_path / name)
+    flags = [tmp_path / flag if flag in ("SMALL", "FEW") else flag for flag in flags]
     text = world(1, "sample.py", "--model", model, "--out", tmp_path / "out", *flags).wait(code=1)
     assert message in text.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_resume_refuses_pictures_of_other_weights(world, parts, tmp_path):
+    flags = [
+        "sample.py",
+        "--model",
+        tmp_path / "m",
+        "--classes",
+        "1,2",
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "o",
+    ]
+    for number in range(2):  # a training writes to the same path again
+        torch.manual_seed(number)
+        model = tiny(4)
+        model.autoencoder_path = str(parts / "rae")
+        model.save_pretrained(tmp_path / "m")
+        if number == 0:
+            world(1, *flags).wait()
+            (tmp_path / "o/000003.png").write_bytes(b"")  # of a full disk
+            world(1, *flags, "--resume").wait()
+            assert data.open_metadata(str(tmp_path / "o/000003.png"))["label"] == "2"
+    assert "was drawn with weights" in world(1, *flags, "--resume").wait(code=1)
 
 
 # -- guidance

@@ -102,6 +102,17 @@ def test_dit_shapes_and_zero_start(head, condition):
     assert tiny_dit(head=head, **given)(x, t, value).shape == (2, *LATENTS)
 
 
+def test_positions_can_be_left_out():
+    x, t = torch.randn(2, 16, 24), torch.tensor([0.3, 0.8])
+    turned = torch.arange(16).flip(0)
+    for given, same in (({}, False), ({"table": False}, False), ({"rotary": False}, False),
+                        ({"table": False, "rotary": False}, True)):  # fmt: skip
+        model = tiny_dit(**given)
+        if not given.get("table", True):
+            model.pos_embed.data.zero_()  # what tiny_dit added
+        assert torch.allclose(model(x[:, turned], t), model(x, t)[:, turned], atol=1e-5) == same, given
+
+
 def test_null_conditions():
     x, t = torch.randn(3, *LATENTS), torch.tensor([0.2, 0.5, 0.9])
     labels = tiny_dit(num_classes=5)
