@@ -22,7 +22,7 @@ def test_parts_are_ordinary_folders(monkeypatch, tmp_path):
         assert rows[-1]["step"] == 29 and rows[-1]["loss"] < rows[0]["loss"]
     decoder = {"patch_size": 8, "width": 32, "depth": 1, "heads": 2, "mlp_width": 48}
     autoencoder = rae.RAE(str(tmp_path / "encoder"), decoder)
-    assert autoencoder.latent_shape == (36, 128) and autoencoder.image_size == 48
+    assert autoencoder.latent_shape == (36, prepare.WIDTH) and autoencoder.image_size == 48
     assert autoencoder.image_mean.flatten().tolist() == [0.5, 0.5, 0.5]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "language-model")
     language_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "language-model")

@@ -86,12 +86,18 @@ def test_bench_runs_every_loop(run, parts, tmp_path):
     flags = ["--autoencoder", parts / "rae", "--model", parts / "t2i", "--batch", 4, "--seconds", 0.1]
     run("bench.py", *flags, "--json", tmp_path / "bench.json")
     results = json.loads((tmp_path / "bench.json").read_text())["results"]
-    assert set(results) == {"loader", "jpeg", "encode", "decode", "decoder-step", "t2i-step", "sample"}
+    assert {"loader", "jpeg", "encode", "decode", "decoder-step", "t2i-step", "sample"} < set(results)
     assert all(result["images_per_second"] > 0 for result in results.values())
+    plain, cfg, auto = (results[f"class-sample{name}"] for name in ("", "-cfg", "-auto"))
+    assert plain["evaluations"] == {"own": 50, "guide": 0} and cfg["evaluations"] == {"own": 100, "guide": 0}
+    assert auto["evaluations"] == {"own": 50, "guide": 50}
+    assert cfg["gflop_per_image"] == pytest.approx(2 * plain["gflop_per_image"])
+    assert plain["gflop_per_image"] < auto["gflop_per_image"] < cfg["gflop_per_image"]
 
 
 @pytest.mark.parametrize(
-    "script", ["sample.py", "eval.py", "bench.py", "plot.py", "train_decoder.py", "train_t2i.py"]
+    "script",
+    ["sample.py", "encode.py", "eval.py", "bench.py", "plot.py", "train_decoder.py", "train_t2i.py"],
 )
 def test_help_and_unknown_flags(script, run):
     assert "--out" in run(script, "-h") or script == "bench.py"
@@ -118,7 +124,7 @@ def test_help_and_unknown_flags(script, run):
         (["train_t2i.py", "--language-model", "DAMAGED", "--out", "OUT"], "cannot load"),
         (["sample.py", "a star", "--autoencoder", "nowhere/at/all"], "no model at"),
         (["sample.py", "a star", "--steps", "1", "--out", "README.md"], "README.md"),
-        (["eval.py", "fid"], "unknown evaluation"),
+        (["eval.py", "nothing"], "unknown evaluation"),
         (["bench.py", "nothing"], "unknown loop"),
         (["train_t2i.py", "--data", "nowhere", "--out", "OUT"], "no data source"),
         (["train_decoder.py", "--encoder", "nowhere/at/all", "--out", "OUT"], "nowhere/at/all"),
