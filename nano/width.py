@@ -6,7 +6,7 @@ picture.
 
 Overfits the latents of one picture, with fresh noise and times in every step, by DiTs that are narrower than,
 as wide as and wider than the C channels of a token, by deeper narrow ones, and by a narrow one with the wide
-shallow head of DiT-DH. Takes 7 minutes of one CPU core. Prints a table, and writes the losses over the
+shallow head of DiT-DH. Takes 9 minutes of one CPU core. Prints a table, and writes the losses over the
 steps as a picture and the results as JSON beside it: metric, value, n, seed, command, versions, date.
 
 The bound: the last layer is linear, so that all of the output for one token lies in a plane of d dimensions,
