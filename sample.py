@@ -17,7 +17,6 @@ picture i of a run with labels from seed + i, whatever else is asked for and on 
 
 import re
 import zipfile
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,9 +299,8 @@ def interval(config: Config) -> tuple[float, float]:
     return low, high
 
 
-def pack(path: Path, files: Iterable[Path]) -> None:
+def pack(path: Path, files: list[Path]) -> None:
     """Pictures to one .npz, a picture at a time: 50,000 of 256 px are 10 GB."""
-    files = list(files)
     with Image.open(files[0]) as first:
         shape = (len(files), first.height, first.width, 3)
     with common.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
