@@ -37,7 +37,7 @@ import os
 import re
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -218,6 +218,8 @@ class View(NamedTuple):
     crop: str = "centre"  # or random
     flip: bool = False
     text_only: bool = False  # conversations without a picture are samples too
+    length: Callable[[list], int] | None = None  # tokens of a conversation
+    longest: int = 0  # of more it is left out
 
     def pixels(self, image: Image.Image, across: float, down: float, mirror: float) -> np.ndarray:
         """(size, size, 3) uint8 of an RGB picture, decided by three uniform numbers."""
@@ -226,6 +228,11 @@ class View(NamedTuple):
         else:
             square = random_crop(image, self.size, across, down)
         return np.ascontiguousarray(square[:, ::-1]) if self.flip and mirror < 0.5 else square
+
+    def check_length(self, name: str, conversation: list[tuple[str, str]]) -> None:
+        """Raises Unusable."""
+        if self.length and (length := self.length(conversation)) > self.longest:
+            raise Unusable(f"{name}: its conversation has {length} tokens, the limit is {self.longest}")
 
 
 def sample_of(row: dict, view: View, uniform: np.ndarray) -> dict:
@@ -240,6 +247,7 @@ def sample_of(row: dict, view: View, uniform: np.ndarray) -> dict:
     else:
         caption = clean(next((row[key] for key in CAPTIONS if isinstance(row.get(key), str)), ""))
         conversation = request(caption, uniform[0])
+    view.check_length(row["name"], conversation)
     if row.get("image"):
         picture = view.pixels(open_picture(row["image"], row["name"]), *uniform[1:])
     elif talks and view.text_only:
@@ -379,6 +387,9 @@ class Pictures:
             raise ValueError(f"{name} is empty")
         self.name, self.rows, self.view, self.seed, self.classes = name, rows, view, seed, rows.classes
         self.shuffled = Shuffled(len(rows), seed)
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def __getitem__(self, number: int) -> dict:
         skipped, chance = [], np.random.default_rng(mix(self.seed, number, 0))
@@ -565,7 +576,7 @@ class Latents:
     conversations of pictures that had no caption.
     """
 
-    def __init__(self, folder: Path, seed: int, flip: bool):
+    def __init__(self, folder: Path, seed: int, view: View):
         try:
             self.about = json.loads((folder / "latents.json").read_text())
             self.parts = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))]
@@ -576,19 +587,32 @@ class Latents:
         self.ends = np.cumsum([len(part) for part in self.parts])
         if not self.rows or not self.ends[-1] == len(self.rows) == self.about["pictures"]:
             raise ValueError(f"{folder} has latents of another number of pictures than it has captions")
-        self.views = 1 + flip
+        self.view, self.views = view, 1 + view.flip
         if self.views > self.parts[0].shape[1]:
             raise ValueError(f"{folder} has no mirror images: encode them with --flip, or train without")
         self.folder, self.seed, self.classes = folder, seed, self.about["classes"]
         self.shuffled = Shuffled(len(self.rows), seed)
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def __getitem__(self, number: int) -> dict:
-        row = self.shuffled.row(number)
-        uniform = np.random.default_rng(mix(self.seed, number)).random(2)
-        part = int(np.searchsorted(self.ends, row, side="right"))
-        views = self.parts[part][row - self.ends[part]]  # counted from the part's end
-        sample = {"latents": np.array(views[int(uniform[0] * self.views)]), **self.rows[row]}
-        return {"conversation": request(sample["caption"], uniform[1])} | sample
+        chance = np.random.default_rng(mix(self.seed, number))
+        uniform, row, skipped = chance.random(2), self.shuffled.row(number), []
+        while len(skipped) < 100:
+            about = self.rows[row]
+            conversation = about.get("conversation") or request(about["caption"], uniform[1])
+            try:
+                self.view.check_length(f"{self.folder}: row {row}", conversation)
+            except Unusable as error:
+                skipped.append(str(error))
+                row = int(chance.integers(len(self.rows)))
+                continue
+            part = int(np.searchsorted(self.ends, row, side="right"))
+            views = self.parts[part][row - self.ends[part]]  # counted from the part's end
+            latents = np.array(views[int(uniform[0] * self.views)])
+            return about | {"latents": latents, "conversation": conversation, "skipped": skipped}
+        raise ValueError(f"{self.folder}: 100 conversations in a row cannot be used, the last: {skipped[-1]}")
 
     def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
         raise ValueError(f"{self.folder} holds latents, not pictures")
@@ -611,7 +635,7 @@ def open_one(name: str, view: View, seed: int, understanding: float) -> Nano | P
         return Nano(name.removeprefix("nano:"), view.size, seed, understanding)
     path = Path(name)
     if (path / "latents.json").is_file():
-        return Latents(path, seed, view.flip)
+        return Latents(path, seed, view)
     if path.suffix == ".jsonl" and path.is_file():
         return Pictures(name, Lines(path), view, seed)
     if path.suffix == ".json" and path.is_file():
@@ -660,6 +684,14 @@ class Mixture:
         earlier = np.cumsum(self.owners[:, None] == np.arange(len(sources)), axis=0)
         self.earlier = earlier[np.arange(1000), self.owners] - 1
 
+    def __len__(self) -> int:
+        """Samples of a pass over all of it, each source counted once. Raises ValueError for a source whose
+        length nobody knows: nano has none, shards do not say theirs."""
+        unknown = [type(source).__name__ for source in self.sources if not hasattr(source, "__len__")]
+        if unknown:
+            raise ValueError(f"the length of a source is not known ({unknown[0]}): give steps, not epochs")
+        return sum(map(len, self.sources))
+
     def place(self, number: int) -> tuple[int, int]:
         """Which source the sample comes from, and its number there."""
         thousand, rest = divmod(number, 1000)
@@ -690,6 +722,8 @@ def open_source(
     crop: str = "centre",
     flip: bool = False,
     text_only: bool = False,
+    length: Callable[[list], int] | None = None,
+    longest: int = 0,
 ) -> Mixture:
     """The sources of a --data flag, see the top of this file. Raises ValueError for a name that is none.
 
@@ -697,10 +731,11 @@ def open_source(
     crop, flip: of each picture its centre or a random square, see `centre_crop` and `random_crop`, and half
         of them mirrored. The nano world draws its pictures as they should be.
     text_only: conversations without a picture are samples too, instead of being left out.
+    length, longest: a function that counts a conversation's tokens, and how many it may have.
     """
     if crop not in ("centre", "random"):
         raise ValueError(f"no crop {crop!r}: choose from centre, random")
-    view = View(size, crop, flip, text_only)
+    view = View(size, crop, flip, text_only, length, longest)
     parts = []
     for part in names.split(","):
         name, _, weight = part.partition("=")

@@ -87,15 +87,21 @@ def sincos_table(tokens: int, width: int, spacing: float = 1.0) -> Tensor:
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()
 
 
-def rope_table(tokens: int, head_width: int, turned: bool = True) -> Tensor:
+def rope_table(tokens: int, head_width: int, turned: bool = True, spacing: float = 1.0) -> Tensor:
     """cos and sin of the 2-D axial rotary embedding, (2, N, head_width): the first half of the channels turns
     with the row, the second with the column (the other way round than in `sincos_table`), each angle for two
-    neighbours. Not `turned`: all angles are zero."""
+    neighbours. Not `turned`: all angles are zero. spacing: of neighbouring positions."""
     half = head_width // 2
     frequency = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
-    row, column = (position[:, None] * frequency for position in grid_positions(tokens))
+    row, column = (position[:, None] * spacing * frequency for position in grid_positions(tokens))
     angle = turned * torch.cat([row, column], dim=1).repeat_interleave(2, dim=1)
     return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def resize_grid(table: Tensor, side: int, mode: str) -> Tensor:
+    """A table of one row per token, (N, C), for a grid of side x side tokens."""
+    grid = rearrange(table, "(h w) c -> 1 c h w", h=math.isqrt(len(table)))
+    return F.interpolate(grid, (side, side), mode=mode).flatten(2)[0].T
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -444,21 +450,19 @@ class RAE(nn.Module, Hub, library_name="rae"):
         pixels = self.decoder(latents * self.latent_std + self.latent_mean)
         return pixels.float() * self.image_std + self.image_mean
 
-    def resized(self, encoder_size: int) -> "RAE":
-        """A copy for another input size in pixels, in which the decoder's positions and the statistics are
-        interpolated; the encoder interpolates its own."""
-        other = RAE(**self._hub_mixin_config | {"encoder_size": encoder_size})
-        side = math.isqrt(other.latent_shape[0])
-
-        def resize(table: Tensor, mode: str) -> Tensor:  # (N, C)
-            grid = rearrange(table, "(h w) c -> 1 c h w", h=math.isqrt(len(table)))
-            return F.interpolate(grid, (side, side), mode=mode).flatten(2)[0].T
-
+    def resized(self, image_size: int) -> "RAE":
+        """A copy for pictures of another size in pixels, in which the decoder's positions and the statistics
+        are interpolated; the encoder interpolates its own."""
+        side, rest = divmod(image_size, self.decoder.patch_size)
+        if rest or not side:
+            raise ValueError(f"{image_size} px is not a multiple of the patch of {self.decoder.patch_size}")
+        other = RAE(**self._hub_mixin_config | {"encoder_size": side * self.encoder.config.patch_size})
         weights = self.state_dict()
         for name in ("latent_mean", "latent_std"):
-            weights[name] = resize(weights[name], "bilinear")
+            weights[name] = resize_grid(weights[name], side, "bilinear")
         table = weights["decoder.decoder_pos_embed"][0]
-        weights["decoder.decoder_pos_embed"] = torch.cat([table[:1], resize(table[1:], "bicubic")])[None]
+        table = torch.cat([table[:1], resize_grid(table[1:], side, "bicubic")])
+        weights["decoder.decoder_pos_embed"] = table[None]
         other.load_state_dict(weights)
         return other.to(self.image_mean.device).train(self.training)
 
@@ -524,7 +528,7 @@ class VAE(nn.Module):
         super().__init__()
         from diffusers import AutoencoderKL
 
-        source = str(name_or_path)
+        self.source = source = str(name_or_path)
         config, subfolder = read_config(source)
         if config.get("_class_name") != "AutoencoderKL":
             raise ValueError(f"{source} is no AutoencoderKL of diffusers but {config.get('_class_name')}")
@@ -565,6 +569,10 @@ class VAE(nn.Module):
         z = latents / self.scale + self.shift
         z = rearrange(z, "b (h w) (c p q) -> b c (h p) (w q)", h=side, p=2, q=2)
         return self.vae.decode(z).sample.float() / 2 + 0.5
+
+    def resized(self, image_size: int) -> "VAE":
+        """A copy for pictures of another size in pixels: a convolution takes any."""
+        return VAE(self.source, image_size)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "VAE":
@@ -667,6 +675,7 @@ class DiT(nn.Module, Hub, library_name="rae"):
     qk_norm: RMSNorm on queries and keys. swiglu: else a plain MLP. rotary, table: positions as rotations in
         attention and as a sin-cos table added to the tokens. Options of RAE's code; in all released weights
         the first is off, the others are on.
+    spacing: of neighbouring positions, below 1 for more tokens than in the training (`LatentModel.resized`).
     """
 
     def __init__(
@@ -685,6 +694,7 @@ class DiT(nn.Module, Hub, library_name="rae"):
         swiglu: bool = True,
         rotary: bool = True,
         table: bool = True,
+        spacing: float = 1.0,
     ):
         super().__init__()
         if num_classes and condition_width:
@@ -705,17 +715,18 @@ class DiT(nn.Module, Hub, library_name="rae"):
             self.y_embedder = LabelCondition(num_classes, z)
         elif condition_width:
             self.y_embedder = TokenCondition(z)
-        self.pos_embed = nn.Parameter(table * sincos_table(tokens, width)[None], requires_grad=False)
-        self.register_buffer("rope", rope_table(tokens, width // heads, rotary), persistent=False)
+        positions = table * sincos_table(tokens, width, spacing)[None]
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        rope = rope_table(tokens, width // heads, rotary, spacing)
+        self.register_buffer("rope", rope, persistent=False)
         blocks = [Block(width, heads, z, qk_norm, swiglu) for _ in range(depth)]
         out_width, out_condition = width, z
         if head:  # `s_embedder` feeds the backbone and `x_embedder` the head: the names of RAE's checkpoints
             out_width = out_condition = head[0]
             self.s_embedder = nn.Linear(channels, width)
             self.s_projector = nn.Identity() if head[0] == width else nn.Linear(width, head[0])
-            self.register_buffer(
-                "head_rope", rope_table(tokens, head[0] // head[2], rotary), persistent=False
-            )
+            rope = rope_table(tokens, head[0] // head[2], rotary, spacing)
+            self.register_buffer("head_rope", rope, persistent=False)
             blocks += [Block(head[0], head[2], head[0], qk_norm, swiglu) for _ in range(head[1])]
         self.x_embedder = nn.Linear(channels, out_width)
         self.blocks = nn.ModuleList(blocks)
@@ -963,6 +974,32 @@ class LatentModel(nn.Module, Hub):
             velocity = guided(velocity, weaker, guidance, interval)
         return sample(velocity, noise.to(self.device), steps, self.alpha, solver, grid)
 
+    def resized(self, image_size: int) -> "LatentModel":
+        """A copy that draws pictures of another size in pixels, through an autoencoder that is resized too:
+        positions lie closer together or further apart, queries are interpolated, and the timestep shift grows
+        with the root of the number of tokens (RAE section 4.3). Without training, the more blurred the
+        further it is from the trained size."""
+        autoencoder = self.autoencoder.resized(image_size)
+        spacing = math.sqrt(self.latent_shape[0] / autoencoder.latent_shape[0])
+        dit = self._hub_mixin_config["dit"]
+        other = type(self)(
+            **self._hub_mixin_config
+            | {
+                "dit": dit | {"spacing": spacing * dit.get("spacing", 1.0)},
+                "latent_shape": autoencoder.latent_shape,
+                "autoencoder": self.autoencoder_path,
+                "alpha": self.alpha / spacing,
+            }
+        ).to(self.device)
+        weights = self.state_dict() | {"dit.pos_embed": other.dit.pos_embed}
+        if "latent_queries" in weights:
+            side = math.isqrt(autoencoder.latent_shape[0])
+            weights["latent_queries"] = resize_grid(weights["latent_queries"], side, "bicubic")
+            other.set_tokenizer(self.tokenizer)
+        other.load_state_dict(weights)
+        other._autoencoder.append(autoencoder)
+        return other.train(self.training)
+
     # -- one folder: config.json, model.safetensors, and for text the tokenizer's files
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
@@ -973,6 +1010,7 @@ class LatentModel(nn.Module, Hub):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
+        self._hub_mixin_config["alpha"] = self.alpha
         path = self.autoencoder_path
         beside = path and os.path.isdir(path)
         self._hub_mixin_config["autoencoder"] = os.path.relpath(path, save_directory) if beside else path
@@ -1055,6 +1093,17 @@ REQUEST = "Generate an image of {}"  # how a bare prompt becomes a user's turn
 REPLY = "Here you go:\n<image>"  # the answer
 
 
+def chat_ml(role: str, text: str) -> str:
+    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
+
+
+def chat_length(conversation: list[tuple[str, str]], tokenizer, picture: int) -> int:
+    """Tokens of a conversation as `TextToImage.encode_chat` makes them; `picture`: of a picture."""
+    pieces = "".join(chat_ml(*turn) for turn in [("system", SYSTEM), *conversation]).split("<image>")
+    text = sum(len(tokenizer.encode(piece, add_special_tokens=False)) for piece in pieces)
+    return text + (len(pieces) - 1) * (picture + 2)
+
+
 @dataclass
 class Chat:
     """A batch of tokenised conversations. Positions index the flattened (B * L) sequence."""
@@ -1110,10 +1159,9 @@ class TextToImage(LatentModel, library_name="rae"):
         self.dit = DiT(latent_shape, **dit)
         self.latent_queries = nn.Parameter(torch.randn(tokens, width) / math.sqrt(width))
         self.mm_projector = nn.Sequential(nn.Linear(channels, width), nn.GELU(), nn.Linear(width, width))
-        self.diff_head_projector = nn.Linear(
-            width, dit["condition_width"]
-        )  # the connector; as in the released files
-        nn.init.normal_(self.diff_head_projector.weight, std=0.02)
+        self.diff_head_projector = nn.Linear(width, dit["condition_width"])  # the connector
+        # Scale-RAE's 0.02 at its width of 1536, and as loud at every other: the condition is added to the time
+        nn.init.normal_(self.diff_head_projector.weight, std=0.02 * math.sqrt(1536 / width))
         nn.init.zeros_(self.diff_head_projector.bias)
 
     @property
@@ -1159,14 +1207,18 @@ class TextToImage(LatentModel, library_name="rae"):
         }
         ids, labels = [], []
         for role, text in [("system", SYSTEM), *turns]:
-            first, *rest = f"<|im_start|>{role}\n{text}<|im_end|>\n".split("<image>")
-            turn = self.tokens(first)
-            for piece in rest:
-                turn += [self.im_start, *[IMAGE] * self.latent_shape[0], self.im_end, *self.tokens(piece)]
+            turn = self.encode_turn(role, text)
             ids += turn
             learned = (i != IMAGE and (role == "assistant" or i in always) for i in turn)
             labels += [i if yes else IGNORED for i, yes in zip(turn, learned, strict=True)]
         return ids, labels
+
+    def encode_turn(self, role: str, text: str) -> list[int]:
+        first, *rest = chat_ml(role, text).split("<image>")
+        ids = self.tokens(first)
+        for piece in rest:
+            ids += [self.im_start, *[IMAGE] * self.latent_shape[0], self.im_end, *self.tokens(piece)]
+        return ids
 
     def chat(self, conversations: list[list[tuple[str, str]]]) -> Chat:
         """Tokenises a batch of conversations, see `encode_chat`; padded on the right to the longest."""
@@ -1240,10 +1292,12 @@ class TextToImage(LatentModel, library_name="rae"):
                 raise ValueError(f"the prompt has {length} tokens, the limit is {max_tokens}: shorten it")
 
     @torch.no_grad()
-    def condition(self, prompts: list[str]) -> Tensor:
+    def condition(self, prompts: list[str] | Tensor) -> Tensor:
         """Condition vectors (B, N, Z) for descriptions of pictures: one pass of the language model over the
-        request, the beginning of the answer and the queries. Raises ValueError for an empty or over-long
-        prompt."""
+        request, the beginning of the answer and the queries. Those of a `Dialogue` are taken as they are.
+        Raises ValueError for an empty or over-long prompt."""
+        if isinstance(prompts, Tensor):
+            return prompts
         self.plain_text(prompts)
         chat = self.chat([[("user", REQUEST.format(p)), ("assistant", REPLY)] for p in prompts]).to(
             self.device
@@ -1253,22 +1307,7 @@ class TextToImage(LatentModel, library_name="rae"):
     @torch.no_grad()
     def answer(self, image_or_latents: Tensor, question: str, max_tokens: int = 64) -> str:
         """Answers a question about one picture, (3, H, W) in [0, 1], or about its latents (N, C); greedy."""
-        self.plain_text([question])
-        picture = image_or_latents.to(self.device)
-        latents = picture[None] if picture.ndim == 2 else self.autoencoder.encode(picture[None])
-        ids, _ = self.encode_chat([("user", f"<image>\n{question}")])
-        ids += self.tokens("<|im_start|>assistant\n")
-        chat = self.collate([(ids, [IGNORED] * len(ids))]).to(self.device)
-        out = self.language_model.generate(
-            inputs_embeds=self.embed(chat, latents),
-            attention_mask=torch.ones_like(chat.ids),
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            repetition_penalty=1.0,  # Qwen's folders have another by default
-            eos_token_id=self.tokenizer.convert_tokens_to_ids("<|im_end|>"),
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        return self.tokenizer.decode(out[0], skip_special_tokens=True).strip()
+        return Dialogue(self).say(question, image_or_latents, max_tokens)[0]
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
@@ -1311,6 +1350,63 @@ class TextToImage(LatentModel, library_name="rae"):
         return model
 
 
+class Dialogue:
+    """A conversation with a TextToImage model in which the model decides what to do: it answers in words,
+    greedily, and may begin a picture. Keys and values of what was said are kept, so that every turn costs its
+    own tokens only.
+    """
+
+    def __init__(self, model: TextToImage):
+        self.model, self.cache = model, transformers.DynamicCache(config=model.language_model.config)
+        self.ahead = model.encode_turn("system", SYSTEM)  # tokens that are part of it, but not read yet
+
+    @torch.no_grad()
+    def say(
+        self, text: str, image_or_latents: Tensor | None = None, max_tokens: int = 64
+    ) -> tuple[str, Tensor | None]:
+        """The reply to a user's turn, as it stands and with no request put around it: its words, and where
+        they end with a picture the condition vectors (1, N, Z) to draw it from, else None.
+
+        image_or_latents: something to look at in this turn, (3, H, W) in [0, 1] or (N, C). A picture ends
+        the turn, and later turns see its queries, as in training. Raises ValueError for a text that is empty,
+        over-long or contains a special token.
+        """
+        model, latents = self.model, None
+        model.plain_text([text])
+        if image_or_latents is not None:
+            text, picture = f"<image>\n{text}", image_or_latents.to(model.device)[None]
+            latents = picture if picture.ndim == 3 else model.autoencoder.encode(picture)
+        end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        ids = [*self.ahead, *model.encode_turn("user", text), *model.tokens("<|im_start|>assistant\n")]
+        hidden, said = self.read(ids, latents), []
+        while len(said) < max_tokens:
+            token = model.language_model.lm_head(hidden[-1:]).argmax().item()
+            if token in (end, model.im_start):
+                break
+            hidden = self.read([token])
+            said.append(token)
+        else:
+            token = end
+        condition = None
+        self.ahead = model.tokens("<|im_end|>\n")
+        if token == model.im_start:
+            self.read([token])
+            condition = model.diff_head_projector(self.forward(model.latent_queries[None]))[None]
+            self.ahead = [model.im_end, *self.ahead]
+        return model.tokenizer.decode(said, skip_special_tokens=True).strip(), condition
+
+    def read(self, ids: list[int], latents: Tensor | None = None) -> Tensor:
+        """Hidden states (L, width) of tokens that follow what was read, with one picture among them if there
+        are latents (1, N, C)."""
+        chat = self.model.collate([(ids, [IGNORED] * len(ids))]).to(self.model.device)
+        return self.forward(self.model.embed(chat, latents))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        # by position: `transformers` 5.40 renames past_key_values to cache
+        out = self.model.language_model.model(None, None, None, self.cache, embeddings, use_cache=True)
+        return out.last_hidden_state[0]
+
+
 # -----------------------------------------------------------------------------------------------------------
 # 7. presets and released weights
 
@@ -1338,7 +1434,15 @@ DECODERS = {  # RAE appendix; the XL's MLP is not 4 x its width; S is ours, for 
 }
 
 HEAD = {"head": (2048, 2, 16), "readd_time": True, "xavier": False}  # of DiT-DH
-DITS = {  # RAE, Scale-RAE table 10, and the laptop's
+WIDE = {"head": (2688, 2, 16)}  # Scale-RAE's; the number of its heads is not published
+SCALE_DITS = {  # Scale-RAE table 10
+    "0.5B": {"width": 1280, "depth": 16, "heads": 32},
+    "2.4B": {"width": 2048, "depth": 32, "heads": 32},
+    "3.1B": {"width": 2304, "depth": 32, "heads": 32},
+    "5.5B": {"width": 3072, "depth": 32, "heads": 32},
+    "9.8B": {"width": 4096, "depth": 32, "heads": 32},
+}
+DITS = {  # RAE, Scale-RAE with and without the wide head, and the laptop's
     "DiT-S": {"width": 384, "depth": 12, "heads": 6, "silu_condition": False},
     "DiT-B": {"width": 768, "depth": 12, "heads": 12, "silu_condition": False},
     "DiT-L": {"width": 1024, "depth": 24, "heads": 16, "silu_condition": False},
@@ -1347,12 +1451,10 @@ DITS = {  # RAE, Scale-RAE table 10, and the laptop's
     "DiT-DH-B": {"width": 768, "depth": 12, "heads": 12} | HEAD,
     "DiT-DH-L": {"width": 1024, "depth": 24, "heads": 16} | HEAD,
     "DiT-DH-XL": {"width": 1152, "depth": 28, "heads": 16} | HEAD,
-    "0.5B": {"width": 1280, "depth": 16, "heads": 32},
-    "2.4B": {"width": 2048, "depth": 32, "heads": 32},
-    "3.1B": {"width": 2304, "depth": 32, "heads": 32},
-    "5.5B": {"width": 3072, "depth": 32, "heads": 32},
-    "9.8B": {"width": 4096, "depth": 32, "heads": 32},
+    **SCALE_DITS,
+    **{f"{name}-DH": size | WIDE for name, size in SCALE_DITS.items()},
     "nano": {"width": 256, "depth": 6, "heads": 4, "condition_width": 128},
+    "nano-DH": {"width": 256, "depth": 6, "heads": 4, "condition_width": 128, "head": (320, 2, 5)},
     "nano-guide": {"width": 128, "depth": 4, "heads": 4, "condition_width": 128},  # for AutoGuidance
 }
 

@@ -3,7 +3,9 @@
     python sample.py "a red circle above a blue square"            # the shipped nano model, on a laptop
     python sample.py "three green stars" "a pink ring" --n 8 --guidance 4
     python sample.py --reconstruct picture.png                     # original | what the decoder makes of it
-    python sample.py --ask picture.png "how many stars are there?"
+    python sample.py --ask picture.png "how many stars are there?" "which colour are they?"
+    python sample.py --chat "draw a red circle"                    # the model decides: words or a picture
+    torchrun --nproc-per-node 8 sample.py --file prompts.txt       # a prompt in each line
     python sample.py "a cat in the snow" --model runs/t2i/model    # a model of your own
     python sample.py --classes 3,17 --model runs/class/model       # labels, or all of them
 
@@ -11,7 +13,8 @@
     torchrun --nproc-per-node 8 sample.py --preset rae-256 --classes all --n 50000 --out fid --npz fid.npz
 
 Writes single pictures and, of up to 256, one grid (a row for each prompt) into --out and prints their paths;
-prompt, seed and settings are in the metadata of each PNG. Picture k of a prompt is drawn from seed + k, and
+prompt, seed and settings are in the metadata of each PNG. --latents keeps the latents too, which --ask and
+--reconstruct take in place of a picture. Picture k of a prompt is drawn from seed + k, and
 picture i of a run with labels from seed + i, whatever else is asked for and on however many processes.
 """
 
@@ -25,6 +28,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import common
@@ -50,21 +55,35 @@ PRESETS = {
         "dtype": "fp32",
     },
 }
-SETTINGS = ("model", "autoencoder", "steps", "guidance", "guide", "interval", "solver", "grid")  # in a PNG
+SETTINGS = (  # in a PNG
+    "model",
+    "autoencoder",
+    "size",
+    "steps",
+    "guidance",
+    "guide",
+    "interval",
+    "solver",
+    "grid",
+)
 SHOWN = 256  # pictures at most of a run that also makes a grid
 
 
 @dataclass
 class Config:
-    prompts: list[str] = flag((), "what to draw; with --ask, the question", nargs="*", metavar="PROMPT")
+    prompts: list[str] = flag(
+        (), "what to draw; with --ask or --chat, one turn after the other", nargs="*", metavar="PROMPT"
+    )
+    file: str = flag("", "a text file of more prompts, one in each line")
     classes: str = flag("", "draw these labels instead: 3,17 or all; none for an unconditional model")
     labels: str = flag("equal", "as many of each class, or drawn at random", choices=["equal", "random"])
     model: str = flag(
         "", "TextToImage or, with --classes, ClassToImage: folder, hub id or name (default: the nano one)"
     )
     autoencoder: str = flag("", "RAE or VAE: folder or hub id, if not the one that the model names")
-    reconstruct: str = flag("", "encode and decode this picture instead")
-    ask: str = flag("", "answer the question about this picture instead")
+    reconstruct: str = flag("", "encode and decode this picture, or decode these latents, instead")
+    ask: str = flag("", "answer questions about this picture, or these latents, instead")
+    chat: bool = flag(False, "send the prompts as they are and let the model answer in words or draw")
     n: int | None = flag(
         None, "pictures for each prompt (default 4); of all classes together (4 for each)", at_least=1
     )
@@ -77,7 +96,9 @@ class Config:
         "full", "times of the steps; the papers' own are the others", choices=["full", "rae", "scale-rae"]
     )
     seed: int = flag(0, "of the first picture of each prompt")
+    size: int | None = flag(None, "side of the pictures, if not that of the training; multiples of a patch")
     out: str = flag("samples", "folder to write to")
+    latents: bool = flag(False, "write NAME.safetensors beside each picture: latents, fp32 (N, C)")
     npz: str = flag("", "write all pictures to this .npz too, as ADM's: arr_0 uint8 (N, H, W, 3)")
     resume: bool = flag(False, "leave the pictures that are in OUT already")
     dtype: str = flag("auto", "of the compute; weights are fp32", choices=["auto", "bf16", "fp32"])
@@ -93,27 +114,55 @@ def file_name(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
 
 
+def open_latents(path: str, latent_shape: tuple[int, int]) -> torch.Tensor:
+    """What --latents wrote, (N, C)."""
+    try:
+        latents = load_file(path)["latents"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ValueError(f"cannot read latents from {path}: {type(error).__name__} {error}") from None
+    if latents.shape != latent_shape:
+        raise ValueError(f"{path} has latents {tuple(latents.shape)}, the autoencoder has {latent_shape}")
+    return latents
+
+
 def reconstruct(config: Config, where: common.Launch) -> None:
-    picture = data.open_picture(config.reconstruct)
+    path = Path(config.out) / f"{Path(config.reconstruct).stem}-reconstruction.png"
     model = common.load_autoencoder(config.autoencoder or common.WEIGHTS / "rae", where)
-    original = to_pixels(picture, model.image_size).to(where.device)
+    if config.reconstruct.endswith(".safetensors"):
+        latents = open_latents(config.reconstruct, model.latent_shape)[None].to(where.device)
+        with torch.no_grad(), where.autocast():
+            common.save_picture(path, model.decode(latents)[0], source=config.reconstruct)
+        print(path)
+        return
+    original = to_pixels(data.open_picture(config.reconstruct), model.image_size).to(where.device)
     with torch.no_grad(), where.autocast():
         decoded = model.decode(model.encode(original))
     error = (decoded.clamp(0, 1) - original).square().mean()
-    path = Path(config.out) / f"{Path(config.reconstruct).stem}-reconstruction.png"
     common.save_picture(
         path, common.picture_grid(torch.cat([original, decoded]), 2), source=config.reconstruct
     )
     print(f"{path}  (left original, right reconstruction; PSNR {-10 * error.log10().item():.1f} dB)")
 
 
-def ask(config: Config, where: common.Launch) -> None:
-    if len(config.prompts) != 1:
-        raise ValueError('--ask needs one question: sample.py --ask picture.png "what is this?"')
-    picture = data.open_picture(config.ask)
+def converse(config: Config, where: common.Launch) -> None:
+    """The prompts are a user's turns, the first about the picture of --ask; prints what the model replies."""
     model = common.load_model(rae.TextToImage, config.model, config.autoencoder, where)
-    with where.autocast():
-        print(model.answer(to_pixels(picture, model.autoencoder.image_size)[0], config.prompts[0]))
+    shown = None
+    if config.ask.endswith(".safetensors"):
+        shown = open_latents(config.ask, model.latent_shape)
+    elif config.ask:
+        shown = to_pixels(data.open_picture(config.ask), model.autoencoder.image_size)[0]
+    dialogue = rae.Dialogue(model)
+    for turn, text in enumerate(config.prompts):
+        with where.autocast():
+            words, condition = dialogue.say(text, None if turn else shown)
+        print(words)
+        if condition is not None:
+            job = Job(text, config.seed, f"{turn}-{file_name(text)}-{config.seed}")
+            [picture], _ = pictures_of([job], model, None, config, where, condition)
+            path = Path(config.out) / f"{job.name}.png"
+            common.save_picture(path, picture, **written(job, settings_of(config, where, model)))
+            print(path)
 
 
 class Job(NamedTuple):
@@ -157,12 +206,12 @@ def class_jobs(config: Config, num_classes: int | None) -> list[Job]:
     return [Job(classes[k % len(classes)], seed, f"{seed - config.seed:06d}") for seed, k in pairs]
 
 
-def missing(jobs: list[Job], out: Path, settings: dict) -> list[Job]:
-    """The jobs whose pictures are not in the folder yet. Raises ValueError for one that differs."""
+def missing(jobs: list[Job], config: Config, settings: dict) -> list[Job]:
+    """The jobs whose files are not in the folder yet. Raises ValueError for one that differs."""
     left = []
     for job in jobs:
-        path = out / f"{job.name}.png"
-        if not path.exists():
+        path = Path(config.out) / f"{job.name}.png"
+        if not path.exists() or (config.latents and not path.with_suffix(".safetensors").exists()):
             left.append(job)
             continue
         found = data.open_metadata(str(path))
@@ -206,10 +255,25 @@ def fingerprint(model: rae.LatentModel | None) -> str:
     return f"{sum(p.detach().double().square().sum().item() for p in model.parameters()):.9g}"
 
 
+def settings_of(
+    config: Config, where: common.Launch, model: rae.LatentModel, guide: rae.LatentModel | None = None
+) -> dict:
+    """What beside its input and seed decides how a picture looks."""
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    return settings | {
+        "weights": fingerprint(model),
+        "guide_weights": fingerprint(guide),
+        "dtype": where.dtype,
+    }
+
+
 def draw(config: Config, where: common.Launch) -> None:
     kind = rae.ClassToImage if config.classes else rae.TextToImage
     model = common.load_model(kind, config.model, config.autoencoder, where)
     guide = load_guide(kind, config, model, where)
+    if config.size:
+        model = model.resized(config.size)
+        guide = guide and guide.resized(config.size)
     if config.classes:
         jobs = class_jobs(config, model.num_classes)
         model.condition([job.input for job in jobs])  # a mistake shows before the work begins
@@ -217,13 +281,15 @@ def draw(config: Config, where: common.Launch) -> None:
         model.plain_text(config.prompts)
         jobs = prompt_jobs(config)
     out = Path(config.out)
-    settings = {name: getattr(config, name) for name in SETTINGS}
-    settings |= {"weights": fingerprint(model), "guide_weights": fingerprint(guide), "dtype": where.dtype}
+    settings = settings_of(config, where, model, guide)
     own = jobs[where.rank :: where.world]
-    own = missing(own, out, settings) if config.resume else own
+    own = missing(own, config, settings) if config.resume else own
 
-    def save(job: Job, picture: torch.Tensor) -> None:
+    def save(job: Job, picture: torch.Tensor, latents: torch.Tensor) -> None:
         common.save_picture(out / f"{job.name}.png", picture, **written(job, settings))
+        if config.latents:
+            with common.replacing(out / f"{job.name}.safetensors") as temporary:
+                save_file({"latents": latents.contiguous()}, temporary)
 
     with ThreadPoolExecutor() as pool:  # writes a batch while the next one is drawn
         saved = iter(())
@@ -231,7 +297,7 @@ def draw(config: Config, where: common.Launch) -> None:
             batch = own[start : start + config.batch]
             pictures = pictures_of(batch, model, guide, config, where)
             list(saved)  # raises what went wrong
-            saved = pool.map(save, batch, pictures)
+            saved = pool.map(save, batch, *pictures)
         list(saved)
     common.global_sum(0)  # waits for all processes
     if where.main:
@@ -272,12 +338,13 @@ def pictures_of(
     guide: rae.LatentModel | None,
     config: Config,
     where: common.Launch,
-) -> torch.Tensor:
-    """(B, 3, H, W) on the CPU."""
+    condition: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures (B, 3, H, W) and their latents (B, N, C), on the CPU."""
     noise = torch.stack([draw_noise(job.seed, model.latent_shape) for job in jobs])
     with where.autocast():
         latents = model.generate(
-            [job.input for job in jobs],
+            [job.input for job in jobs] if condition is None else condition,
             config.steps,
             config.guidance,
             noise=noise,
@@ -286,7 +353,7 @@ def pictures_of(
             guide=guide,
             interval=interval(config),
         )
-        return model.autoencoder.decode(latents).float().cpu()
+        return model.autoencoder.decode(latents).float().cpu(), latents.float().cpu()
 
 
 def interval(config: Config) -> tuple[float, float]:
@@ -317,12 +384,15 @@ def main() -> None:
         raise ValueError(
             "--classes needs --model, a ClassToImage: train_t2i.py --preset nano-class makes one"
         )
-    if config.classes and (config.prompts or config.reconstruct or config.ask):
-        raise ValueError("--classes draws labels: leave the prompt, --reconstruct or --ask out")
+    if config.file:
+        lines = Path(config.file).read_text().splitlines()
+        config.prompts = [*config.prompts, *(line for line in lines if line.strip())]
+    if config.classes and (config.prompts or config.reconstruct or config.ask or config.chat):
+        raise ValueError("--classes draws labels: leave the prompt, --reconstruct, --ask or --chat out")
     config.model = config.model or str(common.WEIGHTS / "t2i")
     if not (config.prompts or config.classes or config.reconstruct):
         raise ValueError('give a prompt: sample.py "a red circle above a blue square"')
-    run = reconstruct if config.reconstruct else ask if config.ask else draw
+    run = reconstruct if config.reconstruct else converse if config.ask or config.chat else draw
     run(config, common.launch(config.dtype))
 
 

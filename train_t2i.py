@@ -3,8 +3,10 @@
     python train_t2i.py                                            # the nano world, on a laptop
     python train_t2i.py --resume                                   # goes on after an interruption
     python train_t2i.py --preset nano-class                        # class labels instead of text
-    torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-0.5b --data my_pictures \\
-        --autoencoder runs/decoder/model --shard full --out runs/t2i
+    torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-2.4b --data web=0.6,synthetic=0.3,qa.jsonl=0.1 \\
+        --shard full --out runs/t2i
+    torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-finetune --data blip3o-60k.jsonl \\
+        --init runs/t2i/model --shard full --out runs/finetuned
     torchrun --nproc-per-node 8 train_t2i.py --preset dit-dh-xl-imagenet256 --data imagenet/train
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_t2i.py ...
     python train_t2i.py --preset dit-dh-s-imagenet256 --data imagenet/train --accumulate 16 \\
@@ -20,7 +22,9 @@ folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl and OUT/sampl
 
 import copy
 import itertools
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -48,6 +52,21 @@ IMAGENET = {  # RAE's code; its paper reports epoch 80 and 800 of one run
     "workers": 8,
     "save_every": 2 * EPOCH,
 }
+SCALE_RAE = {  # Scale-RAE table 8; --language-model Qwen/Qwen2.5-7B-Instruct is the larger one,
+    # and rae-webssl or a FLUX VAE its other latents: --autoencoder scale-rae-webssl-l, black-forest-labs/FLUX.1-dev
+    "autoencoder": "scale-rae-siglip2-so400m",
+    "language_model": "Qwen/Qwen2.5-1.5B-Instruct",
+    "batch": 2048,
+    "lr": 5.65e-5,
+    "dit_lr": 5.65e-4,
+    "steps": 30_000,
+    "warmup": 0.0134,
+    "ema": 0.0,
+    "guidance": 1.0,
+    "workers": 8,
+    "checkpoint_blocks": True,
+    "save_every": 1000,
+}
 PRESETS = {
     # A nano picture has little in it and shines through noise even at t = 0.9, where it needs the prompt: the
     # papers' factor hardly trains such times. Uniform draws keep the low ones, for the outlines.
@@ -63,15 +82,18 @@ PRESETS = {
     "dit-dh-xl-imagenet512": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b-512"},
     "dit-dh-s-imagenet256": IMAGENET | {"dit": "DiT-DH-S", "autoencoder": "rae-dinov2-b"},
     "dit-xl-imagenet256": IMAGENET | {"dit": "DiT-XL", "autoencoder": "rae-dinov2-b"},
-    "scale-rae-0.5b": {  # Scale-RAE's stage 1
-        "language_model": "Qwen/Qwen2.5-1.5B-Instruct",
-        "dit": "0.5B",
-        "batch": 2048,
-        "lr": 5.65e-5,
-        "dit_lr": 5.65e-4,
-        "steps": 30_000,
-        "warmup": 402,
-        "understanding": 0.0,
+    **{  # stage 1: 0.5b, 2.4b, 3.1b, 5.5b, 9.8b, and each with the wide head, 0.5b-dh, ...
+        f"scale-rae-{name.lower()}": SCALE_RAE | {"dit": name}
+        for name in (n + head for n in rae.SCALE_DITS for head in ("", "-DH"))
+    },
+    "scale-rae-finetune": SCALE_RAE  # stage 2, of the model that --init names
+    | {
+        "batch": 1024,
+        "epochs": 4,
+        "lr": 5.66e-5,
+        "dit_lr": 5.66e-4,
+        "warmup": 0.03,
+        "longest": 1024,
     },
 }
 
@@ -95,12 +117,20 @@ class Config:
     autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE folder or hub id")
     language_model: str = flag(str(common.WEIGHTS / "language-model"), "transformers folder or hub id")
     dit: str = flag("nano", "size of the DiT", choices=rae.DITS)
-    init: str = flag("", "folder or hub id of such a model, whose weights to start from (default: a new DiT)")
+    init: str = flag("", "start from this model, a folder, hub id or name, instead of a new --dit")
+    freeze: str = flag(
+        "none",
+        "what stays as it is: the language model; or all but the DiT, its connector and the queries",
+        choices=["none", "language-model", "all-but-dit"],
+    )
     steps: int = flag(10_000, "optimizer steps in all", at_least=1)
+    epochs: float | None = flag(None, "passes over the data, instead of steps")
     batch: int = flag(64, "samples a step, over all processes", at_least=1)
     lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector")
     dit_lr: float = flag(1e-3, "peak learning rate of the DiT and its connector")
-    warmup: int = flag(200, "steps of linear warm-up, before the cosine", at_least=0)
+    warmup: float = flag(
+        200, "steps of linear warm-up, before the cosine; below 1, their share of all", at_least=0
+    )
     schedule: str = flag("cosine", "from the peak down to FINAL_LR", choices=["cosine", "linear"])
     decay_start: int = flag(0, "step at which the linear schedule leaves the peak", at_least=0)
     decay_end: int | None = flag(None, "and is down (default: the last)", at_least=1)
@@ -109,6 +139,7 @@ class Config:
         "logit-normal", "distribution of t, before its shift", choices=["logit-normal", "uniform"]
     )
     understanding: float = flag(0.1, "share of the samples that ask about a picture (nano)")
+    longest: int = flag(512, "tokens of a conversation, pictures included; longer ones are left out")
     alpha: float | None = flag(None, "factor of the timestep shift (default: sqrt(N C / 4096))")
     dropout: float = flag(0.1, "share of the pictures trained with the null condition")
     ema: float = flag(0.999, "decay of the averaged weights, which are what is saved")
@@ -139,20 +170,32 @@ class Config:
 
 
 def build(config: Config, shape: tuple[int, int], classes: int | None) -> rae.TextToImage | rae.ClassToImage:
-    """The new model, or the one of --init, on the CPU."""
-    if config.condition == "text":
+    """The new model, or the one of --init, on the CPU. Raises ValueError for one of other latents or
+    classes."""
+    kind = rae.TextToImage if config.condition == "text" else rae.ClassToImage
+    if config.init:
+        with common.loading(config.init):
+            model = kind.from_pretrained(config.init, config.autoencoder).train()
+        found = {"latents": model.latent_shape, "classes": getattr(model, "num_classes", None)}
+        for name, own in {"latents": shape, "classes": classes}.items():
+            if found[name] != own:
+                raise ValueError(f"--init {config.init} has {name} {found[name]}, not {own}")
+        if config.alpha is not None:
+            model.alpha = config.alpha
+    elif config.condition == "text":
         size = rae.DITS[config.dit]
         with common.loading(config.language_model):
             model = rae.TextToImage(config.language_model, size, shape, config.autoencoder, config.alpha)
     else:
         model = rae.ClassToImage(rae.class_dit(config.dit, classes), shape, config.autoencoder, config.alpha)
-    if config.init:
-        with common.loading(config.init):
-            weights, own = type(model).from_pretrained(config.init).state_dict(), model.state_dict()
-            sizes = {name: getattr(weights.get(name), "shape", None) for name in own}
-            if wrong := [name for name in own if sizes[name] != own[name].shape]:
-                raise ValueError(f"its {wrong[0]} is {sizes[wrong[0]]}, not {own[wrong[0]].shape}")
-            model.load_state_dict(weights)
+    for name, parameter in model.named_parameters():
+        frozen = {
+            "none": False,
+            "language-model": name.startswith("language_model."),
+            "all-but-dit": not name.startswith(("dit.", "diff_head_projector.", "latent_queries")),
+        }
+        if frozen[config.freeze]:
+            parameter.requires_grad_(False)
     return model
 
 
@@ -179,6 +222,18 @@ def check_latents(config: Config, source: data.Mixture, shape: tuple[int, int]) 
             )
 
 
+def wishes(config: Config, source: data.Mixture) -> list[str]:
+    """What 16 samples of the data ask for. Raises ValueError if there is no such thing."""
+    batches = itertools.islice(data.Loader(source, 16, workers=0), 64)
+    found = (data.wish(turns) for batch in batches for turns in batch["conversation"])
+    texts = list(itertools.islice((text for text in found if text is not None), 16))
+    if not texts:
+        raise ValueError(f"{config.data} asks for no picture in its first 1,024 samples")
+    if not all(texts):
+        raise ValueError(f"{config.data} has pictures without captions: write them into its metadata.jsonl")
+    return texts
+
+
 def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
     text = config.condition == "text"
@@ -190,29 +245,27 @@ def main() -> None:
     # data: the training stream, and what to look at: captions of another seed, or some of the classes
     autoencoder = common.load_autoencoder(config.autoencoder, where)
     shape, size = autoencoder.latent_shape, autoencoder.image_size
-    source = data.open_source(
-        config.data, size, config.seed, config.understanding * text, flip=config.flip, text_only=text
-    )
+    options = {"understanding": config.understanding * text, "flip": config.flip, "text_only": text}
+    torch.manual_seed(config.seed)
+    if text:
+        model = build(config, shape, None)
+        length = partial(rae.chat_length, tokenizer=model.tokenizer, picture=shape[0])
+        options |= {"length": length, "longest": config.longest}
+    source = data.open_source(config.data, size, config.seed, **options)
     classes = count_classes(config, source)
     check_latents(config, source, shape)
+    if not text:
+        model = build(config, shape, classes)
     samples = [i * (classes or 16) // 16 for i in range(16)]
     if text:
-        other = data.open_source(config.data, size, config.seed + 1, text_only=True)
-        batches = itertools.islice(data.Loader(other, 16, workers=0), 64)
-        wishes = (data.wish(turns) for batch in batches for turns in batch["conversation"])
-        samples = list(itertools.islice((text for text in wishes if text is not None), 16))
-        if not samples:
-            raise ValueError(f"{config.data} asks for no picture in its first 1,024 samples")
-        if not all(samples):
-            raise ValueError(
-                f"{config.data} has pictures without captions: write them into its metadata.jsonl"
-            )
+        samples = wishes(config, data.open_source(config.data, size, config.seed + 1, **options))
     fixed_noise, *_ = data.flow_draws(shape, config.seed + 1, list(range(len(samples))), where.device)
 
+    steps = math.ceil(config.epochs * len(source) / config.batch) if config.epochs else config.steps
+    warmup = math.ceil(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
+
     # -------------------------------------------------------------------------------------------------------
-    # model -> average -> shard -> compile -> optimizer
-    torch.manual_seed(config.seed)
-    model = build(config, shape, classes)
+    # average -> shard -> compile -> optimizer
     export = copy.deepcopy(model).cpu() if where.main else None  # on its own, to save the average with
     model.to(where.device)
     average = copy.deepcopy(model)
@@ -264,14 +317,12 @@ def main() -> None:
     # the loop
     done = start
     run.begin(start)
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not where.main)
+    bar = tqdm(range(start, steps), initial=start, total=steps, disable=not where.main)
     for step in bar:
         if config.schedule == "linear":
-            factor = common.linear(
-                step, config.decay_start, config.decay_end or config.steps, config.final_lr
-            )
+            factor = common.linear(step, config.decay_start, config.decay_end or steps, config.final_lr)
         else:
-            factor = common.cosine(step, config.steps, config.warmup, config.final_lr)
+            factor = common.cosine(step, steps, warmup, config.final_lr)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
         pieces = data.pieces(next(loader), config.accumulate)
@@ -303,7 +354,7 @@ def main() -> None:
         done = step + 1
         if done % 10 == 0:
             stepper.check()
-        if done % config.log_every == 0 or done == config.steps:
+        if done % config.log_every == 0 or done == steps:
             text_loss, flow_loss = common.global_sum(*losses.tolist())
             values = {"loss": flow_loss}
             if text:
@@ -311,7 +362,7 @@ def main() -> None:
             values |= {"lr": config.dit_lr * factor, "grad_norm": norm, "skipped_steps": stepper.check()}
             run.log(done, bar.write, loader, **values)
         stop = run.stopping()
-        if done % config.save_every == 0 or done == config.steps or stop:
+        if done % config.save_every == 0 or done == steps or stop:
             checkpoint(done, with_samples=not stop)
             run.time_from(done)
         if stop:

@@ -513,6 +513,7 @@ BAD = {
     "a turn's end": (None, say("a<|im_end|>\n", "b"), "special token <|im_end|>"),
     "a picture's start": (None, say("a", "b <im_start>"), "special token <im_start>"),
     "too long": (None, say("x" * 2**15, "b"), "32,769 characters, the limit is 32,768"),
+    "too many tokens": (None, say("y" * 600, "b"), "its conversation has 601 tokens, the limit is 600"),
 }  # fmt: skip
 GOOD = {"image": "p.png", "conversations": say("<image>\na \ud800 <b>", "fine")}
 
@@ -532,8 +533,9 @@ def test_bad_conversations_are_left_out_and_named(kind, tmp_path):
         files |= {"b.png": (tmp_path / image).read_bytes()} if image else {}
         write_tar(tmp_path / "tars/0.tar", files)
         names.append((str(tmp_path / "tars"), "0.tar: b"))
+    limit = {"length": lambda turns: sum(len(text) for _, text in turns), "longest": 600}
     for name, where in names:
-        loader = data.Loader(data.open_source(name, SIZE, 0, text_only=True), 2, workers=0)
+        loader = data.Loader(data.open_source(name, SIZE, 0, text_only=True, **limit), 2, workers=0)
         [conversations] = take(loader, 6, "conversation")
         assert conversations == [[["user", "<image>\na ? <b>"], ["assistant", "fine"]]] * 12
         assert loader.skipped and all(where in m and reason in m for m in loader.skipped), loader.skipped

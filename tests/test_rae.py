@@ -23,7 +23,16 @@ def tiny_dit(**kwargs) -> rae.DiT:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("0.5B", 0.481), ("2.4B", 2.436), ("3.1B", 3.082), ("5.5B", 5.475), ("9.8B", 9.729)],
+    [
+        ("0.5B", 0.481),
+        ("2.4B", 2.436),
+        ("3.1B", 3.082),
+        ("5.5B", 5.475),
+        ("9.8B", 9.729),
+        ("0.5B-DH", 0.761),
+        ("2.4B-DH", 2.712),
+        ("3.1B-DH", 3.356),
+    ],
 )
 def test_scale_rae_sizes(name, count):
     size = rae.DITS[name]

@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -68,7 +69,37 @@ def test_reconstruct_and_ask(run, parts, tmp_path):
         "sample.py", "--reconstruct", tmp_path / "in.png", "--autoencoder", parts / "rae", "--out", tmp_path
     )
     assert "PSNR" in out and Image.open(tmp_path / "in-reconstruction.png").size == (32 + 2 + 32, 32)
-    run("sample.py", "--ask", tmp_path / "in.png", "what is it?", "--model", parts / "t2i")
+    asked = ["what is it?", "and which colour?", "--model", parts / "t2i"]
+    assert run("sample.py", "--ask", tmp_path / "in.png", *asked).count("\n") >= 2
+
+
+def test_latents_are_kept_and_read_back(run, parts, tmp_path):
+    flags = ["--model", parts / "t2i", "--steps", 2, "--out", tmp_path]
+    (tmp_path / "prompts.txt").write_text("a star\n\ntwo rings\n")
+    run("sample.py", "--file", tmp_path / "prompts.txt", "--n", 1, "--latents", *flags)
+    drawn = np.asarray(Image.open(tmp_path / "two-rings-0.png"))
+    latents = tmp_path / "two-rings-0.safetensors"
+    run("sample.py", "--reconstruct", latents, "--autoencoder", parts / "rae", "--out", tmp_path)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "two-rings-0-reconstruction.png")), drawn)
+    run("sample.py", "--ask", latents, "what is it?", *flags)
+    (tmp_path / "a-star-0.safetensors").unlink()
+    run("sample.py", "--file", tmp_path / "prompts.txt", "--n", 1, "--latents", "--resume", *flags)
+    assert (tmp_path / "a-star-0.safetensors").exists()
+    run("sample.py", "a star", "--size", 48, *flags)
+    assert Image.open(tmp_path / "a-star-3.png").size == (48, 48)
+    assert "latents (16, 24)" in run("sample.py", "--ask", latents, "what?", code=1)  # of the nano model
+    Image.new("RGB", (8, 8)).save(tmp_path / "no.png")
+    (tmp_path / "no.png").rename(tmp_path / "no.safetensors")
+    assert "cannot read latents" in run("sample.py", "--ask", tmp_path / "no.safetensors", "what?", code=1)
+
+
+def test_chat_draws_or_answers(run, parts, tmp_path, monkeypatch):
+    flags = ["--chat", "--model", parts / "t2i", "--steps", 2, "--out", tmp_path]
+    run("sample.py", "hello", *flags)
+    condition = torch.zeros(1, 16, 20)
+    monkeypatch.setattr(rae.Dialogue, "say", lambda self, text, shown: ("Here you go:", condition))
+    out = run("sample.py", "draw a star", *flags)
+    assert out.startswith("Here you go:\n") and Image.open(tmp_path / "0-draw-a-star-0.png").size == (32, 32)
 
 
 def test_eval_writes_the_result_format(run, parts, tmp_path):

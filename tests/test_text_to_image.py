@@ -1,6 +1,8 @@
 """The unified model: tokens and labels, which pictures are answers, both losses, guidance, answering, its
 folder."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,6 +163,81 @@ def test_answer_reads_pictures_and_latents(model):
     chat = model.chat([QUESTION])
     seen = [model.hidden_states(model.embed(chat, z[None]))[-1] for z in (latents, -latents)]
     assert (seen[0] - seen[1]).abs().max() > 1e-3  # what it says depends on what it sees
+
+
+def greedy(model, turns, latents, count: int) -> list[int]:
+    """The next tokens of a conversation, each from a pass over all of it."""
+    ids, _ = model.encode_chat(turns)
+    start = len(ids := ids + model.tokens("<|im_start|>assistant\n"))
+    for _ in range(count):
+        chat = model.collate([(ids, [rae.IGNORED] * len(ids))])
+        hidden = model.hidden_states(model.embed(chat, latents))
+        ids = [*ids, model.language_model.lm_head(hidden[-1]).argmax().item()]
+    return ids[start:]
+
+
+def test_a_dialogue_reads_only_what_is_new(model):
+    latents = torch.randn(16, 24)
+    dialogue = rae.Dialogue(model)
+    first, none = dialogue.say("how many?", latents, max_tokens=5)
+    expected = greedy(model, [("user", "<image>\nhow many?")], latents[None], 5)
+    assert none is None and first == model.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    read = dialogue.cache.get_seq_length()
+    second, _ = dialogue.say("and which colour?", max_tokens=5)
+    turns = [("user", "<image>\nhow many?"), ("assistant", model.tokenizer.decode(expected))]
+    expected = greedy(model, [*turns, ("user", "and which colour?")], latents[None], 5)
+    assert second == model.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert 0 < dialogue.cache.get_seq_length() - read < 30 < read
+    assert model.answer(latents, "how many?", max_tokens=5) == first
+
+
+def test_the_model_decides_to_draw(model, monkeypatch):
+    """Where it says <im_start>, the picture's condition is that of a training on this very conversation."""
+    said = [*model.tokens("Here you go:\n"), model.im_start]
+    script = iter([*said, *model.tokens("fine"), model.tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    width = model.language_model.config.vocab_size
+
+    def speak(hidden):
+        return F.one_hot(torch.tensor([next(script)]), width).float()
+
+    monkeypatch.setattr(model.language_model.lm_head, "forward", speak)
+    dialogue = rae.Dialogue(model)
+    words, condition = dialogue.say("Draw a star")
+    chat = model.chat([REQUEST])
+    expected = model.diff_head_projector(model.hidden_states(model.embed(chat))[chat.answers])
+    assert words == "Here you go:"
+    torch.testing.assert_close(condition, expected, atol=1e-5, rtol=1e-5)
+    noise = torch.randn(1, 16, 24)
+    assert model.generate(condition, 2, 2.0, noise=noise).shape == (1, 16, 24)
+    assert dialogue.say("thank you") == ("fine", None)
+    read = model.encode_chat([*REQUEST, ("user", "thank you"), ("assistant", "fine")])[0]
+    assert dialogue.cache.get_seq_length() == len(read) - len(model.tokens("<|im_end|>\n"))
+
+
+def test_lengths_of_conversations(model):
+    for turns in (REQUEST, QUESTION, [*QUESTION, *REQUEST], [("user", "x"), ("assistant", "y" * 200)]):
+        assert rae.chat_length(turns, model.tokenizer, 16) == len(model.encode_chat(turns)[0])
+
+
+def test_another_size_interpolates_positions(model, tmp_path):
+    model = copy.deepcopy(model)
+    model.dit.pos_embed.data = rae.sincos_table(16, 32)[None]
+    noise = torch.randn(1, 16, 24)
+    expected = model.generate(["a star"], 2, 3.0, noise=noise)
+    same, larger = model.resized(32), model.resized(64)
+    torch.testing.assert_close(same.generate(["a star"], 2, 3.0, noise=noise), expected)
+    assert larger.latent_shape == (64, 24) and larger.alpha == pytest.approx(2 * model.alpha)
+    every_other = torch.arange(64).view(8, 8)[::2, ::2].flatten()
+    torch.testing.assert_close(larger.dit.pos_embed[:, every_other], model.dit.pos_embed)
+    torch.testing.assert_close(larger.dit.rope[:, every_other], model.dit.rope)
+    noise = torch.randn(1, 64, 24)
+    latents = larger.generate(["a star"], 2, 3.0, noise=noise)
+    assert larger.autoencoder.decode(latents).shape == (1, 3, 64, 64)
+    larger.save_pretrained(tmp_path)
+    again = rae.TextToImage.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again.generate(["a star"], 2, 3.0, noise=noise), latents)
+    with pytest.raises(ValueError, match="not a multiple of the patch of 8"):
+        model.resized(60)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_data import write_tars
+from test_data import write_jsonl, write_tars
 
 import common
 import rae
@@ -108,6 +108,52 @@ def test_processes_shards_and_accumulation_change_nothing(script, world, parts, 
         for step, values in logged(tmp_path / name, "loss", "grad_norm").items():
             assert values == pytest.approx(expected[step], rel=1e-5), (name, step)
         assert_same(weights(tmp_path / name), weights(tmp_path / "one"), atol=1e-5)
+
+
+def test_nor_do_they_with_requests_questions_and_text_mixed(world, parts, tmp_path):
+    """Batches of unequal counts, some parts without a picture, stopped in the middle of a pass."""
+    flags = [*EVERY, "--data", write_jsonl(tmp_path, 11), "--steps", 4, "--save-every", 2]
+    runs = {
+        "one": world(1, "train_t2i.py", *t2i_flags(parts, tmp_path / "one"), *flags, patch=plain_sgd),
+        "two": world(2, "train_t2i.py", *t2i_flags(parts, tmp_path / "two"), *flags, patch=plain_sgd),
+    }
+    more = [*flags, "--accumulate", 3]
+    runs["pieces"] = world(1, "train_t2i.py", *t2i_flags(parts, tmp_path / "pieces"), *more, patch=plain_sgd)
+    [run.wait() for run in runs.values()]
+    names = ("loss", "text_loss", "flow_loss", "grad_norm")
+    expected = logged(tmp_path / "one", *names)
+    for name in ("two", "pieces"):
+        for step, values in logged(tmp_path / name, *names).items():
+            assert values == pytest.approx(expected[step], rel=1e-5, abs=1e-6), (name, step)
+        assert_same(weights(tmp_path / name), weights(tmp_path / "one"), atol=1e-5)
+    whole = weights(tmp_path / "one")
+    (tmp_path / "one/metrics.jsonl").write_text("")
+    shutil.rmtree(tmp_path / "one/checkpoints/0000004")
+    world(1, "train_t2i.py", "--out", tmp_path / "one", "--resume", patch=plain_sgd).wait()
+    again = logged(tmp_path / "one", *names)
+    assert list(again) == [3, 4] and all(again[step] == expected[step] for step in again)
+    assert_same(weights(tmp_path / "one"), whole)
+
+
+@pytest.mark.parametrize(
+    "freeze, moved",
+    [
+        ("language-model", {"dit", "diff_head_projector", "latent_queries", "mm_projector"}),
+        ("all-but-dit", {"dit", "diff_head_projector", "latent_queries"}),
+    ],
+)
+def test_what_is_frozen_stays_as_it_is(freeze, moved, world, parts, tmp_path):
+    """Finetuning by epochs: 9 samples, 4 at a time, twice."""
+    flags = [*EVERY, "--data", write_jsonl(tmp_path, 9), "--epochs", 2, "--init", parts / "t2i"]
+    world(1, "train_t2i.py", *t2i_flags(parts, tmp_path / "run"), *flags, "--freeze", freeze).wait()
+    assert list(logged(tmp_path / "run", "loss")) == [1, 2, 3, 4, 5]
+    before, after = load_file(parts / "t2i/model.safetensors"), weights(tmp_path / "run")
+    assert {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])} == moved
+
+
+def test_epochs_of_what_has_no_end(world, parts, tmp_path):
+    flags = [*t2i_flags(parts, tmp_path), "--epochs", 1]
+    assert "give steps, not epochs" in world(1, "train_t2i.py", *flags).wait(code=1)
 
 
 def every_loss(parts, out):
