@@ -912,6 +912,9 @@ def guided(
 # 6. labels to image, text to image
 
 
+AUTOENCODERS = ("autoencoder", "reader")  # that a model may name
+
+
 class LatentModel(nn.Module, Hub):
     """What makes latents with a DiT has in common: `dit`, `latent_shape`, `alpha`, the autoencoder that its
     latents belong to, and sampling. Subclasses turn prompts or labels into a condition of the DiT."""
@@ -921,7 +924,7 @@ class LatentModel(nn.Module, Hub):
         self.latent_shape = tuple(latent_shape)
         self.alpha = default_alpha(latent_shape) if alpha is None else alpha
         self.autoencoder_path = autoencoder
-        self._autoencoder = []  # in a list it is no submodule: its weights stay in its own folder
+        self._opened = {}  # in a dict they are no submodules: their weights stay in their own folders
 
     @property
     def device(self) -> torch.device:
@@ -935,9 +938,12 @@ class LatentModel(nn.Module, Hub):
     @property
     def autoencoder(self) -> RAE | VAE:
         """The autoencoder whose latents this model makes, loaded at first use; not part of the weights."""
-        if not self._autoencoder:
-            self._autoencoder.append(open_autoencoder(self.autoencoder_path))
-        return self._autoencoder[0].to(self.device)
+        return self.open(self.autoencoder_path)
+
+    def open(self, path: str) -> RAE | VAE:
+        if path not in self._opened:
+            self._opened[path] = open_autoencoder(path)
+        return self._opened[path].to(self.device)
 
     @torch.no_grad()
     def generate(
@@ -997,30 +1003,33 @@ class LatentModel(nn.Module, Hub):
             weights["latent_queries"] = resize_grid(weights["latent_queries"], side, "bicubic")
             other.set_tokenizer(self.tokenizer)
         other.load_state_dict(weights)
-        other._autoencoder.append(autoencoder)
+        other._opened[self.autoencoder_path] = autoencoder
         return other.train(self.training)
 
     # -- one folder: config.json, model.safetensors, and for text the tokenizer's files
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """As every model's, once the autoencoder is on the hub too and `autoencoder_path` is its id."""
-        if self.autoencoder_path and os.path.isdir(self.autoencoder_path):
-            raise ValueError(f"push {self.autoencoder_path} first, then set autoencoder_path to its hub id")
+        for name in AUTOENCODERS:
+            if os.path.isdir(path := getattr(self, f"{name}_path", None) or ""):
+                raise ValueError(f"push {path} first, then set {name}_path to its hub id")
         return super().push_to_hub(repo_id, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
         self._hub_mixin_config["alpha"] = self.alpha
-        path = self.autoencoder_path
-        beside = path and os.path.isdir(path)
-        self._hub_mixin_config["autoencoder"] = os.path.relpath(path, save_directory) if beside else path
+        for name in AUTOENCODERS:
+            if path := getattr(self, f"{name}_path", None):
+                beside = os.path.isdir(path)
+                self._hub_mixin_config[name] = os.path.relpath(path, save_directory) if beside else path
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: dict | None = None, **kwargs):
         model = super()._from_pretrained(model_id=model_id, config=config, **kwargs)
-        beside = Path(model_id) / (model.autoencoder_path or "")
-        if model.autoencoder_path and beside.is_dir():
-            model.autoencoder_path = str(beside)
+        for name in AUTOENCODERS:
+            path = getattr(model, f"{name}_path", None)
+            if path and (beside := Path(model_id) / path).is_dir():
+                setattr(model, f"{name}_path", str(beside))
         return model
 
 
@@ -1130,6 +1139,8 @@ class TextToImage(LatentModel, library_name="rae"):
     latent_shape: (N, C) of the autoencoder; there are N queries.
     autoencoder: its folder or hub id. A folder is remembered relative to this model's own folder.
     alpha: factor of the timestep shift, sqrt(N C / 4096) by default.
+    reader, reader_channels: another autoencoder and the channels of its N tokens, as which pictures are read.
+        Scale-RAE keeps SigLIP-2's for that where it draws in a VAE's latents.
     """
 
     def __init__(
@@ -1139,8 +1150,12 @@ class TextToImage(LatentModel, library_name="rae"):
         latent_shape: tuple[int, int],
         autoencoder: str | None = None,
         alpha: float | None = None,
+        reader: str | None = None,
+        reader_channels: int | None = None,
     ):
         super().__init__(latent_shape, autoencoder, alpha)
+        self.reader_path = reader
+        self.read_shape = (latent_shape[0], reader_channels or latent_shape[1])
         self.tokenizer = None  # `from_pretrained` sets it where language_model is a config
         self.im_start = self.im_end = None  # its ids of the tokens around a picture
         if isinstance(language_model, dict):
@@ -1153,20 +1168,25 @@ class TextToImage(LatentModel, library_name="rae"):
         self.language_model.float()  # files are often bf16
         config = self.language_model.config
         self._hub_mixin_config["language_model"] = config.to_diff_dict() | {"model_type": config.model_type}
-        tokens, channels = latent_shape
-        width = config.hidden_size
+        tokens, width = latent_shape[0], config.hidden_size
         dit = {"condition_width": dit["width"], **dit}
         self.dit = DiT(latent_shape, **dit)
         self.latent_queries = nn.Parameter(torch.randn(tokens, width) / math.sqrt(width))
-        self.mm_projector = nn.Sequential(nn.Linear(channels, width), nn.GELU(), nn.Linear(width, width))
+        read = nn.Linear(self.read_shape[1], width)
+        self.mm_projector = nn.Sequential(read, nn.GELU(), nn.Linear(width, width))
         self.diff_head_projector = nn.Linear(width, dit["condition_width"])  # the connector
-        # Scale-RAE's 0.02 at its width of 1536, and as loud at every other: the condition is added to the time
+        # Scale-RAE's 0.02 at its width of 1536, as loud at every other, since it is added to the time
         nn.init.normal_(self.diff_head_projector.weight, std=0.02 * math.sqrt(1536 / width))
         nn.init.zeros_(self.diff_head_projector.bias)
 
     @property
     def blocks(self) -> list[nn.Module]:
         return [*self.dit.blocks, *self.language_model.model.layers]
+
+    @property
+    def reader(self) -> RAE | VAE:
+        """The autoencoder whose latents are read, `read_shape` each; not part of the weights."""
+        return self.open(self.reader_path or self.autoencoder_path)
 
     # -- tokens
 
@@ -1260,17 +1280,24 @@ class TextToImage(LatentModel, library_name="rae"):
         )
 
     def forward(
-        self, chat: Chat, latents: Tensor, noise: Tensor, t: Tensor, dropped: Tensor
+        self,
+        chat: Chat,
+        latents: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        dropped: Tensor,
+        read: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The two losses, unreduced over the batch: summed cross-entropy over len(chat.targets) tokens, and
         the velocity error of each of the A pictures to generate, (A,).
 
         latents, noise (P, N, C), shifted time t (P,) and the condition dropout (P,) belong to all P pictures
-        of the batch, in order. The papers' loss is the mean of the first + 2 x the mean of the second, each
-        over the global batch.
+        of the batch, in order; so do the latents of another reader, `read` (P, *read_shape). The papers' loss
+        is the mean of the first + 2 x the mean of the second, each over the global batch.
         """
         answer = chat.answer_index
-        hidden = self.hidden_states(self.embed(chat, latents[chat.context_index]))
+        contexts = (latents if read is None else read)[chat.context_index]
+        hidden = self.hidden_states(self.embed(chat, contexts))
         logits = self.language_model.lm_head(hidden[chat.predict]).float()
         cross_entropy = F.cross_entropy(logits, chat.targets, reduction="sum")
         condition = self.dit.drop_condition(self.diff_head_projector(hidden[chat.answers]), dropped[answer])
@@ -1306,7 +1333,8 @@ class TextToImage(LatentModel, library_name="rae"):
 
     @torch.no_grad()
     def answer(self, image_or_latents: Tensor, question: str, max_tokens: int = 64) -> str:
-        """Answers a question about one picture, (3, H, W) in [0, 1], or about its latents (N, C); greedy."""
+        """Answers a question about one picture, (3, H, W) in [0, 1], or about its latents, `read_shape`;
+        greedy."""
         return Dialogue(self).say(question, image_or_latents, max_tokens)[0]
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -1367,15 +1395,15 @@ class Dialogue:
         """The reply to a user's turn, as it stands and with no request put around it: its words, and where
         they end with a picture the condition vectors (1, N, Z) to draw it from, else None.
 
-        image_or_latents: something to look at in this turn, (3, H, W) in [0, 1] or (N, C). A picture ends
-        the turn, and later turns see its queries, as in training. Raises ValueError for a text that is empty,
-        over-long or contains a special token.
+        image_or_latents: something to look at in this turn, (3, H, W) in [0, 1] or of `read_shape`. A picture
+        ends the turn, and later turns see its queries, as in training. Raises ValueError for a text that is
+        empty, over-long or contains a special token.
         """
         model, latents = self.model, None
         model.plain_text([text])
         if image_or_latents is not None:
             text, picture = f"<image>\n{text}", image_or_latents.to(model.device)[None]
-            latents = picture if picture.ndim == 3 else model.autoencoder.encode(picture)
+            latents = picture if picture.ndim == 3 else model.reader.encode(picture)
         end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
         ids = [*self.ahead, *model.encode_turn("user", text), *model.tokens("<|im_start|>assistant\n")]
         hidden, said = self.read(ids, latents), []
@@ -1760,7 +1788,9 @@ def official_text_to_image(weights: dict[str, Tensor], given: dict) -> TextToIma
     names = dit_names(True, wide, HEAD_PREFIX)
     sizes = dit_sizes(weights, given, True, wide, names)
     shape = sizes.pop("latent_shape")
-    model = TextToImage({"model_type": "qwen2"} | language_model, sizes, shape)
+    read = official_size(weights, "model.mm_projector.0.weight", 1)
+    read = None if read == shape[1] else read  # latents of a VAE, and a vision encoder to read with
+    model = TextToImage({"model_type": "qwen2"} | language_model, sizes, shape, reader_channels=read)
     weights = dit_weights(weights, True, names)
     if model.language_model.config.tie_word_embeddings:  # files have one of them, or both
         tied = ("model.embed_tokens.weight", "lm_head.weight")
@@ -1939,7 +1969,6 @@ SCALE_RAE_SWITCHES = {  # what this code has of them
     "use_sliding_window": False,
     "aux_regression": False,
     "diffusion_norm_stats_path": None,
-    "generation_alignment_tower": None,  # latents of a VAE, beside the vision encoder
 }
 SCALE_RAE_AUTOENCODERS = {  # by the encoder, which is all that their config.json names
     parts["encoder"]: name for name, parts in RELEASED.items() if name.startswith("scale-rae-")
@@ -1962,6 +1991,9 @@ def read_scale_rae(source: str, folder: str, config: dict, revision: str | None)
         )
     encoder = next(iter(config.get("mm_vision_tower_aux_list") or []), None)
     model.autoencoder_path = SCALE_RAE_AUTOENCODERS.get(encoder, encoder)
+    if vae := config.get("generation_alignment_tower"):  # it is drawn with, and the vision encoder read with
+        model.reader_path, model.autoencoder_path = model.autoencoder_path, re.sub(r"-res\d+$", "", vae)
+        model._hub_mixin_config["reader"] = model.reader_path
     if config.get("diffusion_base_dim"):
         model.alpha = math.sqrt(math.prod(model.latent_shape) / config["diffusion_base_dim"])
     model._hub_mixin_config.update(autoencoder=model.autoencoder_path, alpha=model.alpha)
@@ -1972,7 +2004,8 @@ def to_official(model: TextToImage) -> dict[str, Tensor]:
     """The state dict with the authors' keys and shapes, as `from_official` reads it. Raises ValueError for a
     model that their code does not build."""
     dit, sizes = model.dit, model.dit._hub_mixin_config
-    for name, value in dict(silu_condition=True, readd_time=False, qk_norm=False, swiglu=True).items():
+    switches = dict(silu_condition=True, readd_time=False, qk_norm=False, swiglu=True, spacing=1.0)
+    for name, value in switches.items():
         if sizes[name] != value:
             raise ValueError(f"Scale-RAE has no DiT with {name} {sizes[name]}")
     if (family := model.language_model.config.model_type) != "qwen2":
@@ -1993,7 +2026,7 @@ def write_scale_rae(model: TextToImage, folder: Path) -> None:
     sizes, (tokens, channels) = model.dit._hub_mixin_config, model.latent_shape
     head = sizes["head"] and dict(zip(("width", "depth", "heads"), sizes["head"], strict=True))
     encoders = {name: encoder for encoder, name in SCALE_RAE_AUTOENCODERS.items()}
-    encoder = encoders.get(model.autoencoder_path, model.autoencoder_path)
+    encoder = encoders.get(path := model.reader_path or model.autoencoder_path, path)
     base = tokens * channels / model.alpha**2
     config = {name: getattr(language_model, name, None) for name in SCALE_RAE_LANGUAGE_MODEL}
     config |= {SCALE_RAE_DIT[n]: [sizes[n], head[n]] if head else sizes[n] for n in SCALE_RAE_DIT}
@@ -2003,7 +2036,8 @@ def write_scale_rae(model: TextToImage, folder: Path) -> None:
         "rope_theta": language_model.rope_parameters["rope_theta"],
         "mm_vision_tower_aux_list": [encoder] if encoder else [],
         "mm_vision_tower_aux_token_len_list": [tokens],
-        "mm_hidden_size": channels,
+        "mm_hidden_size": model.read_shape[1],
+        "generation_alignment_tower": f"{model.autoencoder_path}-res256" if model.reader_path else None,
         "image_aspect_ratio": "square",
         "vision_loss": "diffusion-loss",
         "vision_coef": 2.0,

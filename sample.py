@@ -121,7 +121,7 @@ def open_latents(path: str, latent_shape: tuple[int, int]) -> torch.Tensor:
     except (OSError, KeyError, SafetensorError) as error:
         raise ValueError(f"cannot read latents from {path}: {type(error).__name__} {error}") from None
     if latents.shape != latent_shape:
-        raise ValueError(f"{path} has latents {tuple(latents.shape)}, the autoencoder has {latent_shape}")
+        raise ValueError(f"{path} has latents {tuple(latents.shape)}, this needs {latent_shape}")
     return latents
 
 
@@ -149,9 +149,9 @@ def converse(config: Config, where: common.Launch) -> None:
     model = common.load_model(rae.TextToImage, config.model, config.autoencoder, where)
     shown = None
     if config.ask.endswith(".safetensors"):
-        shown = open_latents(config.ask, model.latent_shape)
+        shown = open_latents(config.ask, model.read_shape)
     elif config.ask:
-        shown = to_pixels(data.open_picture(config.ask), model.autoencoder.image_size)[0]
+        shown = to_pixels(data.open_picture(config.ask), model.reader.image_size)[0]
     dialogue = rae.Dialogue(model)
     for turn, text in enumerate(config.prompts):
         with where.autocast():

@@ -3,8 +3,8 @@
     python train_t2i.py                                            # the nano world, on a laptop
     python train_t2i.py --resume                                   # goes on after an interruption
     python train_t2i.py --preset nano-class                        # class labels instead of text
-    torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-2.4b --data web=0.6,synthetic=0.3,qa.jsonl=0.1 \\
-        --shard full --out runs/t2i
+    torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-2.4b --shard full --out runs/t2i \\
+        --data web=0.6,synthetic=0.3,questions.jsonl=0.1
     torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-finetune --data blip3o-60k.jsonl \\
         --init runs/t2i/model --shard full --out runs/finetuned
     torchrun --nproc-per-node 8 train_t2i.py --preset dit-dh-xl-imagenet256 --data imagenet/train
@@ -52,8 +52,8 @@ IMAGENET = {  # RAE's code; its paper reports epoch 80 and 800 of one run
     "workers": 8,
     "save_every": 2 * EPOCH,
 }
-SCALE_RAE = {  # Scale-RAE table 8; --language-model Qwen/Qwen2.5-7B-Instruct is the larger one,
-    # and rae-webssl or a FLUX VAE its other latents: --autoencoder scale-rae-webssl-l, black-forest-labs/FLUX.1-dev
+SCALE_RAE = {  # Scale-RAE table 8. Its other choices: --language-model Qwen/Qwen2.5-7B-Instruct, and for
+    # latents --autoencoder scale-rae-webssl-l or black-forest-labs/FLUX.1-dev
     "autoencoder": "scale-rae-siglip2-so400m",
     "language_model": "Qwen/Qwen2.5-1.5B-Instruct",
     "batch": 2048,
@@ -70,7 +70,9 @@ SCALE_RAE = {  # Scale-RAE table 8; --language-model Qwen/Qwen2.5-7B-Instruct is
 PRESETS = {
     # A nano picture has little in it and shines through noise even at t = 0.9, where it needs the prompt: the
     # papers' factor hardly trains such times. Uniform draws keep the low ones, for the outlines.
-    "nano": {"alpha": 3.0, "time": "uniform"},
+    # Of pure noise nothing is known but the prompt: unless the first steps see only that, the language model
+    # has forgotten the prompt by the time the DiT could use it.
+    "nano": {"alpha": 3.0, "time": "uniform", "noise_first": 300},
     "nano-class": {
         "condition": "class",
         "alpha": 3.0,
@@ -116,6 +118,7 @@ class Config:
     flip: bool = flag(False, "mirror half of the pictures")
     autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE folder or hub id")
     language_model: str = flag(str(common.WEIGHTS / "language-model"), "transformers folder or hub id")
+    reader: str = flag("", "another, of whose latents questions are answered; beside a VAE for one")
     dit: str = flag("nano", "size of the DiT", choices=rae.DITS)
     init: str = flag("", "start from this model, a folder, hub id or name, instead of a new --dit")
     freeze: str = flag(
@@ -138,6 +141,7 @@ class Config:
     time: str = flag(
         "logit-normal", "distribution of t, before its shift", choices=["logit-normal", "uniform"]
     )
+    noise_first: int = flag(0, "first steps whose pictures are all noise, t = 1", at_least=0)
     understanding: float = flag(0.1, "share of the samples that ask about a picture (nano)")
     longest: int = flag(512, "tokens of a conversation, pictures included; longer ones are left out")
     alpha: float | None = flag(None, "factor of the timestep shift (default: sqrt(N C / 4096))")
@@ -169,23 +173,35 @@ class Config:
     tensorboard: bool = flag(False, "log to OUT/tensorboard too")
 
 
-def build(config: Config, shape: tuple[int, int], classes: int | None) -> rae.TextToImage | rae.ClassToImage:
+def build(
+    config: Config,
+    shape: tuple[int, int],
+    classes: int | None = None,
+    read_shape: tuple[int, int] | None = None,
+) -> rae.TextToImage | rae.ClassToImage:
     """The new model, or the one of --init, on the CPU. Raises ValueError for one of other latents or
     classes."""
-    kind = rae.TextToImage if config.condition == "text" else rae.ClassToImage
+    text = config.condition == "text"
+    kind = rae.TextToImage if text else rae.ClassToImage
+    reads = {"reader": config.reader, "reader_channels": read_shape[1]} if read_shape else {}
     if config.init:
         with common.loading(config.init):
             model = kind.from_pretrained(config.init, config.autoencoder).train()
-        found = {"latents": model.latent_shape, "classes": getattr(model, "num_classes", None)}
-        for name, own in {"latents": shape, "classes": classes}.items():
-            if found[name] != own:
-                raise ValueError(f"--init {config.init} has {name} {found[name]}, not {own}")
+        for name, found, own in (
+            ("latents", model.latent_shape, shape),
+            ("classes", getattr(model, "num_classes", None), classes),
+            ("latents to read", getattr(model, "read_shape", None), (read_shape or shape) if text else None),
+        ):
+            if found != own:
+                raise ValueError(f"--init {config.init} has {name} {found}, not {own}")
         if config.alpha is not None:
             model.alpha = config.alpha
-    elif config.condition == "text":
+    elif text:
         size = rae.DITS[config.dit]
         with common.loading(config.language_model):
-            model = rae.TextToImage(config.language_model, size, shape, config.autoencoder, config.alpha)
+            model = rae.TextToImage(
+                config.language_model, size, shape, config.autoencoder, config.alpha, **reads
+            )
     else:
         model = rae.ClassToImage(rae.class_dit(config.dit, classes), shape, config.autoencoder, config.alpha)
     for name, parameter in model.named_parameters():
@@ -214,6 +230,8 @@ def count_classes(config: Config, source: data.Mixture) -> int | None:
 
 def check_latents(config: Config, source: data.Mixture, shape: tuple[int, int]) -> None:
     """Raises ValueError for a folder of latents that another autoencoder made."""
+    if source.latents and config.reader:
+        raise ValueError(f"--reader {config.reader} reads pictures, and {config.data} has latents only")
     for about in source.latents:
         if tuple(about["latent_shape"]) != shape or about["autoencoder"] != config.autoencoder:
             raise ValueError(
@@ -247,8 +265,14 @@ def main() -> None:
     shape, size = autoencoder.latent_shape, autoencoder.image_size
     options = {"understanding": config.understanding * text, "flip": config.flip, "text_only": text}
     torch.manual_seed(config.seed)
+    reader = common.load_autoencoder(config.reader, where) if config.reader else None
+    if reader and not (text and reader.latent_shape[0] == shape[0]):
+        raise ValueError(
+            f"--reader {config.reader} has {reader.latent_shape[0]} tokens: it needs as many as the latents, "
+            f"{shape[0]}, and --condition text"
+        )
     if text:
-        model = build(config, shape, None)
+        model = build(config, shape, read_shape=reader and reader.latent_shape)
         length = partial(rae.chat_length, tokenizer=model.tokenizer, picture=shape[0])
         options |= {"length": length, "longest": config.longest}
     source = data.open_source(config.data, size, config.seed, **options)
@@ -335,15 +359,19 @@ def main() -> None:
             )
             mean = 0.0 if config.time == "logit-normal" else None
             t = rae.sample_time(for_time, model.alpha, mean).to(where.device, non_blocking=True)
+            t = torch.ones_like(t) if step < config.noise_first else t
             dropped = (for_dropout < config.dropout).to(where.device, non_blocking=True)
             with where.autocast():
+                read = ()
                 if "latents" in piece:
                     latents = piece["latents"].to(where.device, non_blocking=True)
                 elif piece["pictures"]:
-                    latents = autoencoder.encode(data.to_unit(piece["image"], where.device))
+                    pixels = data.to_unit(piece["image"], where.device)
+                    latents, read = autoencoder.encode(pixels), (reader.encode(pixels),) if reader else ()
                 else:
                     latents = noise  # none, of the right shape: text alone
-                out = model(condition, latents, noise, t, dropped)
+                    read = (noise.new_zeros(0, *model.read_shape),) if reader else ()
+                out = model(condition, latents, noise, t, dropped, *read)
             cross_entropy, velocity_errors = out if text else (torch.zeros((), device=where.device), out)
             text_loss, flow_loss = cross_entropy / max(tokens, 1), velocity_errors.sum() / max(pictures, 1)
             common.backward(text_loss + 2 * flow_loss if text else flow_loss)

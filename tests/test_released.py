@@ -754,7 +754,6 @@ def test_damaged_scale_rae_folders(scale_rae, parts, tmp_path, hub):
         {"mm_projector_type": "linear"},
         {"mm_use_im_start_end": False},
         {"diffusion_norm_stats_path": "stats.pt"},
-        {"generation_alignment_tower": "black-forest-labs/FLUX.1-dev-res256"},
     ):
         with pytest.raises(ValueError):
             read(change)
@@ -785,6 +784,31 @@ def test_damaged_scale_rae_folders(scale_rae, parts, tmp_path, hub):
     for missing in ("nothing", "org/name", str(tmp_path / "nothing/model.pth.zstd")):
         with pytest.raises(ValueError, match="no file"):
             rae.TextToImage.from_pretrained(missing)
+
+
+@narrow
+def test_scale_rae_with_latents_of_a_vae(scale_rae, tmp_path):
+    """Drawn in FLUX's latents, read with SigLIP-2's, which have other channels."""
+    config, weights, tokenizer = scale_rae
+    width = weights["model.mm_projector.0.weight"].shape[0]
+    weights = weights | {"model.mm_projector.0.weight": torch.randn(width, 40)}
+    config = config | {"generation_alignment_tower": "black-forest-labs/FLUX.1-dev-res256"}
+    write(tmp_path / "folder", config, tokenizer)
+    save_shards(weights, tmp_path / "folder")
+    model = rae.TextToImage.from_pretrained(tmp_path / "folder")
+    assert (model.latent_shape, model.read_shape) == ((16, 24), (16, 40))
+    paths = (model.autoencoder_path, model.reader_path)
+    assert paths == ("black-forest-labs/FLUX.1-dev", "scale-rae-siglip2-so400m")
+    model.save_pretrained(tmp_path / "plain")
+    model.save_official(tmp_path / "again")
+    saved = json.loads((tmp_path / "again/config.json").read_text())
+    names = ("generation_alignment_tower", "mm_vision_tower_aux_list")
+    assert [saved[name] for name in names] == [config[name] for name in names] and saved[
+        "mm_hidden_size"
+    ] == 40
+    for again in map(rae.TextToImage.from_pretrained, (tmp_path / "plain", tmp_path / "again")):
+        check_equal(again, model)
+        assert (again.autoencoder_path, again.reader_path) == paths and again.read_shape == (16, 40)
 
 
 @narrow

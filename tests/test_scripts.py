@@ -2,9 +2,11 @@
 mistakes."""
 
 import json
+import os
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -91,6 +93,30 @@ def test_latents_are_kept_and_read_back(run, parts, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "no.png")
     (tmp_path / "no.png").rename(tmp_path / "no.safetensors")
     assert "cannot read latents" in run("sample.py", "--ask", tmp_path / "no.safetensors", "what?", code=1)
+
+
+def test_own_pictures(parts, tmp_path):
+    """The script of the README on 200 captioned PNGs."""
+    readme = (ROOT / "README.md").read_text()
+    [script] = [block for block in readme.split("```") if block.startswith("sh\n# own pictures\n")]
+    chance, lines = np.random.default_rng(0), []
+    (tmp_path / "my_pictures").mkdir()
+    for i in range(200):
+        color, ramp = chance.integers(256, size=3), np.linspace(0, 1, 40)[None, :, None]
+        Image.fromarray((ramp * color * np.ones((30, 1, 1))).astype(np.uint8)).save(
+            tmp_path / f"my_pictures/{i}.png"
+        )
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a ramp to {color[0]} red"}))
+    (tmp_path / "my_pictures/metadata.jsonl").write_text("\n".join(lines))
+    small = {"ENCODER": parts / "encoder", "LANGUAGE_MODEL": parts / "language-model", "DECODER": "nano",
+             "DIT": "nano", "STEPS": 4, "BATCH": 8, "PROMPT": "a ramp to 9 red"}  # fmt: skip
+    paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | {name: str(value) for name, value in small.items()} | {"PATH": paths}
+    (tmp_path / "own.sh").write_text(script.removeprefix("sh\n").replace("python ", f"python {ROOT}/"))
+    done = subprocess.run(["bash", "-e", "own.sh"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "samples/own/a-ramp-to-9-red-3.png").size == (32, 32)
+    assert "nano" not in script
 
 
 def test_chat_draws_or_answers(run, parts, tmp_path, monkeypatch):

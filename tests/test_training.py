@@ -14,6 +14,7 @@ from pathlib import Path
 import kill
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_data import write_jsonl, write_tars
@@ -29,7 +30,7 @@ def decoder_flags(parts, out):
 def t2i_flags(parts, out):
     return [
         "--autoencoder", parts / "rae", "--language-model", parts / "language-model", "--out", out,
-        "--batch", 4, "--workers", 0, "--understanding", 0.4, "--sample-steps", 1,
+        "--batch", 4, "--workers", 0, "--understanding", 0.4, "--sample-steps", 1, "--noise-first", 1,
     ]  # fmt: skip
 
 
@@ -149,6 +150,34 @@ def test_what_is_frozen_stays_as_it_is(freeze, moved, world, parts, tmp_path):
     assert list(logged(tmp_path / "run", "loss")) == [1, 2, 3, 4, 5]
     before, after = load_file(parts / "t2i/model.safetensors"), weights(tmp_path / "run")
     assert {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])} == moved
+
+
+def test_pictures_are_read_by_another_encoder(world, parts, tmp_path):
+    """Half of the tokens' channels to draw, all to read; a batch without a picture to draw too."""
+    torch.manual_seed(0)
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=12,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    transformers.SiglipVisionModel(vision).save_pretrained(tmp_path / "encoder")
+    shutil.copy(parts / "encoder/preprocessor_config.json", tmp_path / "encoder")
+    small = {"patch_size": 8, "width": 16, "depth": 1, "heads": 2, "mlp_width": 16}
+    rae.RAE(str(tmp_path / "encoder"), small).save_pretrained(tmp_path / "small")
+    flags = [*t2i_flags(parts, tmp_path / "run"), "--autoencoder", tmp_path / "small", *EVERY, "--steps", 3]
+    flags += ["--data", write_jsonl(tmp_path, 9), "--batch", 2, "--reader", parts / "rae"]
+    world(1, "train_t2i.py", *flags).wait()
+    model = rae.TextToImage.from_pretrained(tmp_path / "run/model").eval()
+    assert (model.latent_shape, model.read_shape) == ((16, 12), (16, 24))
+    picture = torch.rand(3, 32, 32)
+    expected = rae.RAE.from_pretrained(parts / "rae").encode(picture[None])[0]
+    assert model.answer(picture, "what?", 4) == model.answer(expected, "what?", 4)
+    assert model.autoencoder.latent_shape == (16, 12) and model.reader.latent_shape == (16, 24)
+    wrong = [*flags, "--out", tmp_path / "wrong", "--init", parts / "t2i"]
+    assert "has latents (16, 24), not (16, 12)" in world(1, "train_t2i.py", *wrong).wait(code=1)
 
 
 def test_epochs_of_what_has_no_end(world, parts, tmp_path):
