@@ -1337,6 +1337,71 @@ class TextToImage(LatentModel, library_name="rae"):
         greedy."""
         return Dialogue(self).say(question, image_or_latents, max_tokens)[0]
 
+    # -- test-time scaling: the model judges its own latents (Scale-RAE section 5)
+
+    @torch.no_grad()
+    def verify(self, prompt: str, latents: Tensor, max_tokens: int = 16) -> list["Verdict"]:
+        """What the language model thinks of pictures for a prompt, latents (B, *read_shape), without decoding
+        them. Raises ValueError for a prompt that is empty, over-long or contains a special token."""
+        self.plain_text([prompt])
+        header = self.tokens("<|im_start|>assistant\n")
+        question = f"<image>\nDoes this image align with the prompt: {prompt}?"
+        question, description = (
+            self.encode_chat([("user", text)])[0] + header
+            for text in (question, "<image>\nDescribe this image.")
+        )
+        end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        answers = self.answer_logits(question, latents, *map(self.forms, ("yes", "no")), end, max_tokens)
+        confidence = self.prompt_confidence(description, self.tokens(prompt), latents)
+        return [Verdict(*each) for each in zip(*answers, confidence.tolist(), strict=True)]
+
+    def forms(self, word: str) -> list[int]:
+        """The ids of a word in lower case, with a capital and in capitals, with and without a space before
+        it, as far as each is one token."""
+        forms = [f"{space}{form}" for form in (word, word.capitalize(), word.upper()) for space in ("", " ")]
+        return [ids[0] for form in forms if len(ids := self.tokens(form)) == 1]
+
+    def answer_logits(
+        self, ids: list[int], latents: Tensor, yes: list[int], no: list[int], end: int, max_tokens: int
+    ) -> tuple[list[str], list[float], list[float]]:
+        """Greedy answers to one question about each of B pictures: "yes" where any token is one of `yes`,
+        otherwise "no" or "uncertain"; and the raw logits of the last token that is one of `yes` and of `no`,
+        0 where there is none."""
+        model, cache = self.language_model, transformers.DynamicCache(config=self.language_model.config)
+        chat = self.collate([(ids, [IGNORED] * len(ids))] * len(latents)).to(self.device)
+        embeddings, alive = (
+            self.embed(chat, latents.to(self.device)),
+            torch.ones(len(latents), dtype=torch.bool),
+        )
+        words = [torch.tensor(word, dtype=torch.long, device=self.device) for word in (yes, no)]
+        alive = alive.to(self.device)
+        logits = [alive.new_zeros(len(latents), dtype=torch.float) for _ in words]
+        said = [torch.zeros_like(alive) for _ in words]
+        for _ in range(max_tokens):
+            hidden = model.model(None, None, None, cache, embeddings, use_cache=True).last_hidden_state[:, -1]
+            logit, token = model.lm_head(hidden).float().max(dim=-1)
+            for i, word in enumerate(words):
+                found = alive & torch.isin(token, word)
+                logits[i], said[i] = torch.where(found, logit, logits[i]), said[i] | found
+            alive = alive & (token != end)
+            if not alive.any():
+                break
+            embeddings = model.get_input_embeddings()(token)[:, None]
+        answers = [
+            "yes" if y else "no" if n else "uncertain" for y, n in zip(*map(Tensor.tolist, said), strict=True)
+        ]
+        return answers, *map(Tensor.tolist, logits)
+
+    def prompt_confidence(self, ids: list[int], prompt: list[int], latents: Tensor) -> Tensor:
+        """(B,): how certain the model is while it reads the prompt as a description of each of B pictures.
+        Mean over the prompt's positions of KL(uniform || next token) (self-certainty, arXiv 2502.18581)."""
+        ids = [*ids, *prompt]
+        chat = self.collate([(ids, [IGNORED] * len(ids))] * len(latents)).to(self.device)
+        hidden = self.hidden_states(self.embed(chat, latents.to(self.device)))
+        hidden = hidden.view(len(latents), len(ids), -1)[:, -len(prompt) :]
+        log_p = self.language_model.lm_head(hidden).float().log_softmax(dim=-1)
+        return -(log_p.mean(dim=(1, 2)) + math.log(log_p.shape[-1]))
+
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)
@@ -1376,6 +1441,27 @@ class TextToImage(LatentModel, library_name="rae"):
         model = super()._from_pretrained(model_id=model_id, config=config, **kwargs)
         model.set_tokenizer(transformers.AutoTokenizer.from_pretrained(model_id))
         return model
+
+
+class Verdict(NamedTuple):
+    """What a language model thinks of a picture for a prompt."""
+
+    answer: str  # to whether they align: yes, no or uncertain
+    yes_logit: float
+    no_logit: float
+    prompt_confidence: float
+
+
+VERIFIERS = {  # keys to sort verdicts by, the best first; ties stay in order
+    "answer_logits": lambda verdict: (verdict.answer != "yes", -verdict.yes_logit, verdict.no_logit),
+    "prompt_confidence": lambda verdict: -verdict.prompt_confidence,
+}
+
+
+def best(verdicts: list[Verdict], verifier: str, keep: int) -> list[int]:
+    """Which pictures to keep, the best first."""
+    order = sorted(range(len(verdicts)), key=lambda i: VERIFIERS[verifier](verdicts[i]))
+    return order[:keep]
 
 
 class Dialogue:

@@ -6,6 +6,7 @@
     python sample.py --ask picture.png "how many stars are there?" "which colour are they?"
     python sample.py --chat "draw a red circle"                    # the model decides: words or a picture
     torchrun --nproc-per-node 8 sample.py --file prompts.txt       # a prompt in each line
+    python sample.py "two red stars" --best-of 32 --keep 4         # the language model chooses
     python sample.py "a cat in the snow" --model runs/t2i/model    # a model of your own
     python sample.py --classes 3,17 --model runs/class/model       # labels, or all of them
 
@@ -18,10 +19,12 @@ prompt, seed and settings are in the metadata of each PNG. --latents keeps the l
 picture i of a run with labels from seed + i, whatever else is asked for and on however many processes.
 """
 
+import json
 import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,6 +84,12 @@ class Config:
         "", "TextToImage or, with --classes, ClassToImage: folder, hub id or name (default: the nano one)"
     )
     autoencoder: str = flag("", "RAE or VAE: folder or hub id, if not the one that the model names")
+    best_of: int | None = flag(None, "draw so many for each prompt and keep those it fits best", at_least=1)
+    keep: int = flag(4, "how many of them, the best first", at_least=1)
+    verifier: str = flag(
+        "answer_logits", "score of the language model that decides", choices=[*rae.VERIFIERS]
+    )
+    verify_pixels: bool = flag(False, "let it look at the decoded pictures, not at the latents")
     reconstruct: str = flag("", "encode and decode this picture, or decode these latents, instead")
     ask: str = flag("", "answer questions about this picture, or these latents, instead")
     chat: bool = flag(False, "send the prompts as they are and let the model answer in words or draw")
@@ -159,7 +168,8 @@ def converse(config: Config, where: common.Launch) -> None:
         print(words)
         if condition is not None:
             job = Job(text, config.seed, f"{turn}-{file_name(text)}-{config.seed}")
-            [picture], _ = pictures_of([job], model, None, config, where, condition)
+            latents = latents_of([job], model, None, config, where, condition)
+            [picture] = decode(latents, model, where)
             path = Path(config.out) / f"{job.name}.png"
             common.save_picture(path, picture, **written(job, settings_of(config, where, model)))
             print(path)
@@ -173,13 +183,14 @@ class Job(NamedTuple):
     name: str
 
 
-def prompt_jobs(config: Config) -> list[Job]:
+def prompt_jobs(config: Config, count: int) -> list[list[Job]]:
+    """`count` pictures of each prompt."""
     names = [file_name(prompt) for prompt in config.prompts]
     if len(set(names)) < len(names):
         names = [f"{i:03d}-{name}" for i, name in enumerate(names)]
-    seeds = range(config.seed, config.seed + (config.n or 4))
+    seeds = range(config.seed, config.seed + count)
     named = zip(config.prompts, names, strict=True)
-    return [Job(prompt, seed, f"{name}-{seed}") for prompt, name in named for seed in seeds]
+    return [[Job(prompt, seed, f"{name}-{seed}") for seed in seeds] for prompt, name in named]
 
 
 def class_jobs(config: Config, num_classes: int | None) -> list[Job]:
@@ -279,31 +290,107 @@ def draw(config: Config, where: common.Launch) -> None:
         model.condition([job.input for job in jobs])  # a mistake shows before the work begins
     else:
         model.plain_text(config.prompts)
-        jobs = prompt_jobs(config)
-    out = Path(config.out)
+        groups = prompt_jobs(config, config.best_of or config.n or 4)
+        jobs = [job for group in groups for job in group]
     settings = settings_of(config, where, model, guide)
+    if config.best_of:
+        draw_best(groups, config, where, model, guide, settings)
+    else:
+        draw_all(jobs, config, where, model, guide, settings)
+    common.global_sum(0)  # waits for all processes
+    if where.main:
+        for path in Path(config.out).glob(".*.tmp"):  # of a run that was killed
+            path.unlink()
+        show(kept_of(groups, config) if config.best_of else jobs, Path(config.out), config)
+
+
+def save(job: Job, picture: torch.Tensor, latents: torch.Tensor, config: Config, settings: dict) -> None:
+    path = Path(config.out) / f"{job.name}.png"
+    common.save_picture(path, picture, **written(job, settings))
+    if config.latents:
+        with common.replacing(path.with_suffix(".safetensors")) as temporary:
+            save_file({"latents": latents.float().cpu().contiguous()}, temporary)
+
+
+def draw_all(
+    jobs: list[Job],
+    config: Config,
+    where: common.Launch,
+    model: rae.LatentModel,
+    guide: rae.LatentModel | None,
+    settings: dict,
+) -> None:
     own = jobs[where.rank :: where.world]
     own = missing(own, config, settings) if config.resume else own
-
-    def save(job: Job, picture: torch.Tensor, latents: torch.Tensor) -> None:
-        common.save_picture(out / f"{job.name}.png", picture, **written(job, settings))
-        if config.latents:
-            with common.replacing(out / f"{job.name}.safetensors") as temporary:
-                save_file({"latents": latents.contiguous()}, temporary)
-
     with ThreadPoolExecutor() as pool:  # writes a batch while the next one is drawn
         saved = iter(())
         for start in tqdm(range(0, len(own), config.batch), desc="draw", disable=not where.main):
             batch = own[start : start + config.batch]
-            pictures = pictures_of(batch, model, guide, config, where)
+            latents = latents_of(batch, model, guide, config, where)
+            pictures = decode(latents, model, where)
             list(saved)  # raises what went wrong
-            saved = pool.map(save, batch, *pictures)
+            saved = pool.map(partial(save, config=config, settings=settings), batch, pictures, latents)
         list(saved)
-    common.global_sum(0)  # waits for all processes
-    if where.main:
-        for path in out.glob(".*.tmp"):  # of a run that was killed
-            path.unlink()
-        show(jobs, out, config)
+
+
+def scores_of(group: list[Job], config: Config) -> Path:
+    return Path(config.out) / f"{group[0].name}-scores.json"
+
+
+def kept_of(groups: list[list[Job]], config: Config) -> list[Job]:
+    """Of each prompt's candidates those that `draw_best` kept, the best first."""
+    kept = []
+    for group in groups:
+        rows = json.loads(scores_of(group, config).read_text())["candidates"]
+        ranked = [(row["rank"], job) for row, job in zip(rows, group, strict=True)]
+        kept += [job for rank, job in sorted(pair for pair in ranked if pair[0] is not None)]
+    return kept
+
+
+def draw_best(
+    groups: list[list[Job]],
+    config: Config,
+    where: common.Launch,
+    model: rae.TextToImage,
+    guide: rae.LatentModel | None,
+    settings: dict,
+) -> None:
+    """Draws --best-of candidates for each prompt, decodes only those that are kept, and writes the scores of
+    all into NAME-scores.json."""
+    if model.reader_path and not config.verify_pixels:
+        raise ValueError(f"{config.model} reads other latents than it draws: give --verify-pixels")
+    if not 1 <= config.keep <= config.best_of:
+        raise ValueError(f"--keep {config.keep}: give 1 to {config.best_of}, as many as --best-of has")
+    about = {name: str(getattr(config, name)) for name in ("best_of", "keep", "verifier", "verify_pixels")}
+    about |= {name: str(value) for name, value in settings.items()}
+
+    for group in tqdm(groups[where.rank :: where.world], desc="draw", disable=not where.main):
+        if config.resume and scores_of(group, config).exists():
+            found = json.loads(scores_of(group, config).read_text())["settings"]
+            if wrong := [name for name in about if found.get(name) != about[name]]:
+                raise ValueError(
+                    f"{scores_of(group, config)} is of {wrong[0]} {found.get(wrong[0])}, not {about[wrong[0]]}: choose "
+                    "another --out, or leave --resume out"
+                )
+            continue
+        latents, verdicts = [], []
+        for start in range(0, len(group), config.batch):
+            latents.append(latents_of(group[start : start + config.batch], model, guide, config, where))
+            with torch.no_grad(), where.autocast():
+                read = latents[-1]
+                if config.verify_pixels:
+                    read = model.reader.encode(model.autoencoder.decode(read).clamp(0, 1))
+                verdicts += model.verify(group[0].input, read)
+        latents, kept = torch.cat(latents), rae.best(verdicts, config.verifier, config.keep)
+        for i, picture in zip(kept, decode(latents[kept], model, where), strict=True):
+            save(group[i], picture, latents[i], config, settings | verdicts[i]._asdict())
+        rows = [
+            {"seed": job.seed, "rank": kept.index(i) if i in kept else None} | verdict._asdict()
+            for i, (job, verdict) in enumerate(zip(group, verdicts, strict=True))
+        ]
+        with common.replacing(scores_of(group, config)) as temporary:
+            text = {"prompt": group[0].input, "settings": about, "candidates": rows}
+            temporary.write_text(json.dumps(text, indent=1) + "\n")
 
 
 def show(jobs: list[Job], out: Path, config: Config) -> None:
@@ -332,18 +419,18 @@ def draw_noise(seed: int, latent_shape: tuple[int, int]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def pictures_of(
+def latents_of(
     jobs: list[Job],
     model: rae.LatentModel,
     guide: rae.LatentModel | None,
     config: Config,
     where: common.Launch,
     condition: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures (B, 3, H, W) and their latents (B, N, C), on the CPU."""
+) -> torch.Tensor:
+    """(B, N, C)."""
     noise = torch.stack([draw_noise(job.seed, model.latent_shape) for job in jobs])
     with where.autocast():
-        latents = model.generate(
+        return model.generate(
             [job.input for job in jobs] if condition is None else condition,
             config.steps,
             config.guidance,
@@ -353,7 +440,13 @@ def pictures_of(
             guide=guide,
             interval=interval(config),
         )
-        return model.autoencoder.decode(latents).float().cpu(), latents.float().cpu()
+
+
+@torch.no_grad()
+def decode(latents: torch.Tensor, model: rae.LatentModel, where: common.Launch) -> torch.Tensor:
+    """(B, 3, H, W) on the CPU."""
+    with where.autocast():
+        return model.autoencoder.decode(latents).float().cpu()
 
 
 def interval(config: Config) -> tuple[float, float]:
@@ -387,8 +480,9 @@ def main() -> None:
     if config.file:
         lines = Path(config.file).read_text().splitlines()
         config.prompts = [*config.prompts, *(line for line in lines if line.strip())]
-    if config.classes and (config.prompts or config.reconstruct or config.ask or config.chat):
-        raise ValueError("--classes draws labels: leave the prompt, --reconstruct, --ask or --chat out")
+    others = ("prompts", "reconstruct", "ask", "chat", "best_of")
+    if config.classes and (given := [name for name in others if getattr(config, name)]):
+        raise ValueError(f"--classes draws labels: leave out {given[0].replace('_', '-')}")
     config.model = config.model or str(common.WEIGHTS / "t2i")
     if not (config.prompts or config.classes or config.reconstruct):
         raise ValueError('give a prompt: sample.py "a red circle above a blue square"')

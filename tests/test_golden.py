@@ -537,6 +537,25 @@ def test_question_about_latents(full_model):
     assert found == pytest.approx(GOLDEN["SD"]["first_answer_logit_noround"], rel=1e-5)
 
 
+def test_verdicts(full_model):
+    """Both scores of test-time scaling and the four that they keep. The reference rounds some activations of
+    the question to bf16, which its answers show; its prompt confidence is known without."""
+    given, expected = inputs("SD"), GOLDEN["SD"]["verdicts"]
+    latents, picture = torch.cat([ramp(**x) for x in given.question_latents]), [rae.IMAGE] * 256
+    with torch.no_grad():
+        question = [*given.question_before, *picture, *given.question_after]
+        answers = full_model.answer_logits(question, latents, given.yes, given.no, given.eos, 4)
+        description = [*given.describe_before, *picture, *given.describe_after]
+        confidence = full_model.prompt_confidence(description, given.prompt, latents).tolist()
+    assert answers[0] == expected["answer"]
+    for name, found in zip(("yes_logit", "no_logit"), answers[1:], strict=True):
+        assert found == pytest.approx(expected[name], abs=1e-3)
+    assert confidence == pytest.approx(expected["prompt_confidence_noround"], rel=1e-5)
+    verdicts = [rae.Verdict(*each) for each in zip(*answers, confidence, strict=True)]
+    for verifier, kept in GOLDEN["SD"]["selected"].items():
+        assert rae.best(verdicts, verifier, 4) == kept
+
+
 def with_patches(ids, labels):
     """16 of them where the picture is."""
     if "IMG" not in ids:

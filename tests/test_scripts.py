@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import common
 import rae
+import sample
 import train_decoder
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +94,32 @@ def test_latents_are_kept_and_read_back(run, parts, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "no.png")
     (tmp_path / "no.png").rename(tmp_path / "no.safetensors")
     assert "cannot read latents" in run("sample.py", "--ask", tmp_path / "no.safetensors", "what?", code=1)
+
+
+def test_best_of_keeps_what_the_verifier_prefers(run, parts, tmp_path):
+    flags = ["--model", parts / "t2i", "--steps", 2, "--out", tmp_path, "--seed", 3]
+    best = ["--best-of", 6, "--keep", 2, "--batch", 4, "--verifier", "prompt_confidence"]
+    out = run("sample.py", "a red star", "two rings", *best, *flags).split()
+    model = rae.TextToImage.from_pretrained(parts / "t2i").eval()
+    for prompt, name, lines in (("a red star", "a-red-star", out[:2]), ("two rings", "two-rings", out[2:4])):
+        noise = torch.stack([sample.draw_noise(seed, (16, 24)) for seed in range(3, 9)])
+        latents = model.generate([prompt] * 6, 2, 3.0, noise=noise)
+        verdicts = model.verify(prompt, latents)
+        expected = rae.best(verdicts, "prompt_confidence", 2)
+        assert [Path(line).name for line in lines] == [f"{name}-{3 + i}.png" for i in expected]
+        rows = json.loads((tmp_path / f"{name}-3-scores.json").read_text())["candidates"]
+        assert [row["seed"] for row in rows] == [*range(3, 9)]
+        assert [row["prompt_confidence"] for row in rows] == pytest.approx(
+            [verdict.prompt_confidence for verdict in verdicts], rel=1e-4
+        )
+        picture = Image.open(tmp_path / f"{name}-{3 + expected[0]}.png")
+        assert float(picture.text["prompt_confidence"]) == rows[expected[0]]["prompt_confidence"]
+    assert len(list(tmp_path.glob("two-rings-*.png"))) == 2  # the others are not decoded
+    again = [*best, "--resume", *flags]
+    assert run("sample.py", "a red star", "two rings", *again).split() == out
+    assert "is of keep 2, not 3" in run("sample.py", "two rings", *again, "--keep", 3, code=1)
+    assert "--keep 7" in run("sample.py", "two rings", *best, *flags, "--keep", 7, code=1)
+    run("sample.py", "a star", "--best-of", 3, "--keep", 1, "--verify-pixels", *flags)
 
 
 def test_own_pictures(parts, tmp_path):
