@@ -369,8 +369,8 @@ def draw_best(
             found = json.loads(scores_of(group, config).read_text())["settings"]
             if wrong := [name for name in about if found.get(name) != about[name]]:
                 raise ValueError(
-                    f"{scores_of(group, config)} is of {wrong[0]} {found.get(wrong[0])}, not {about[wrong[0]]}: choose "
-                    "another --out, or leave --resume out"
+                    f"{scores_of(group, config)} is of {wrong[0]} {found.get(wrong[0])}, not "
+                    f"{about[wrong[0]]}: choose another --out, or leave --resume out"
                 )
             continue
         latents, verdicts = [], []
