@@ -6,6 +6,7 @@
     python bench.py class-step class-sample class-sample-cfg class-sample-auto \\
         --dit DiT-DH-XL --guide DiT-DH-S
     python bench.py --compile --json bench.json
+    python bench.py --plan --gpu H200 --gpus 64 --mfu 0.45    # the papers' runs on paper
 
 Each loop is warmed up, then timed for --seconds. Random weights of the preset's sizes are as fast as trained
 ones.
@@ -22,9 +23,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 
 import common
@@ -59,6 +62,10 @@ class Config:
     compile: bool = flag(False, "compile the blocks")
     dtype: str = flag("auto", "of the compute; weights are fp32", choices=["auto", "bf16", "fp32"])
     json: str = flag("", "file for the results")
+    plan: bool = flag(False, "compute, and measure nothing: time, memory and traffic of the papers' runs")
+    gpu: str = flag("H200", "--plan: its kind", choices=["A100", "H100", "H200", "B200"])
+    gpus: int = flag(8, "--plan: how many", at_least=1)
+    mfu: float = flag(0.4, "--plan: share of the card's bf16 peak that a training reaches")
 
 
 def measure(run: Callable[[], object], images: int, seconds: float, where: common.Launch) -> dict:
@@ -215,8 +222,230 @@ def loops(
     }, {"own": classes, "guide": guide}
 
 
+# -----------------------------------------------------------------------------------------------------------
+# on paper: nothing of the following is measured
+
+GPUS = {  # dense bf16 TFLOP/s, memory in GB, GB/s to the others of a machine of 8, and to other machines
+    "A100": (312, 80, 300, 25),
+    "H100": (989, 80, 450, 50),
+    "H200": (989, 141, 450, 50),
+    "B200": (2250, 180, 900, 50),
+}
+QWEN = {
+    "1.5B": {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
+             "num_key_value_heads": 2, "intermediate_size": 8960, "vocab_size": 151_667,
+             "tie_word_embeddings": True},
+    "7B": {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
+           "num_key_value_heads": 4, "intermediate_size": 18_944, "vocab_size": 151_667,
+           "tie_word_embeddings": False},
+}  # fmt: skip
+SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+          "image_size": 224, "patch_size": 14, "vision_use_head": False}  # fmt: skip
+TOKENS = 256 + 64  # of a conversation: a picture and the text around it
+
+
+class Part(NamedTuple):
+    """A module on the meta device, where it takes no memory, and one sample's pass through it."""
+
+    module: torch.nn.Module
+    call: Callable[[torch.nn.Module], torch.Tensor]
+    passes: int  # 3: it learns; 2: it is frozen, but gradients go through it; 1: it only runs
+
+
+class Paper(NamedTuple):
+    """A training of the papers."""
+
+    parts: list[Part]
+    batch: int
+    steps: int
+    ema: bool = False
+
+
+def siglip() -> Part:
+    model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIGLIP))
+    return Part(model, lambda m: m(torch.zeros(1, 3, 224, 224)).last_hidden_state, 1)
+
+
+def qwen(size: str, frozen: bool) -> Part:
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**QWEN[size]))
+    given = torch.zeros(1, TOKENS, QWEN[size]["hidden_size"])
+    return Part(model, lambda m: m.model(inputs_embeds=given).last_hidden_state, 2 if frozen else 3)
+
+
+def text_training(size: str, language_model: str, steps: int = 30_000, frozen: bool = False) -> Paper:
+    width = rae.DITS[size]["width"]
+    dit = rae.DiT((256, 1152), condition_width=width, **rae.DITS[size])
+    given = torch.zeros(1, 256, 1152), torch.zeros(1), torch.zeros(1, 256, width)
+    return Paper([Part(dit, lambda m: m(*given), 3), qwen(language_model, frozen), siglip()], 2048, steps)
+
+
+def class_training(epochs: int) -> Paper:
+    dit = rae.DiT((256, 768), **rae.class_dit("DiT-DH-XL", 1000))
+    encoder = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig())
+    given = torch.zeros(1, 256, 768), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    picture = torch.zeros(1, 3, 224, 224)
+    parts = [Part(dit, lambda m: m(*given), 3), Part(encoder, lambda m: m(picture).last_hidden_state, 1)]
+    return Paper(parts, 1024, epochs * 1251, ema=True)
+
+
+def decoder_training(pictures: float) -> Paper:
+    decoder = rae.Decoder((256, 1152), 14, **rae.DECODERS["ViT-XL"])
+    part = Part(decoder, lambda m: m(torch.zeros(1, 256, 1152)), 3)
+    return Paper([part, siglip()], 512, round(pictures / 512), ema=True)
+
+
+PAPERS = {
+    "DiT-DH-XL, ImageNet 256, 80 epochs": partial(class_training, 80),
+    "DiT-DH-XL, ImageNet 256, 800 epochs": partial(class_training, 800),
+    "decoder ViT-XL, 73M pictures, L1 alone": partial(decoder_training, 73e6),
+    "0.5B + 1.5B, 30k steps": partial(text_training, "0.5B", "1.5B"),
+    "0.5B + 1.5B frozen, 30k": partial(text_training, "0.5B", "1.5B", frozen=True),
+    "2.4B + 1.5B, 30k": partial(text_training, "2.4B", "1.5B"),
+    "2.4B + 1.5B frozen, 30k": partial(text_training, "2.4B", "1.5B", frozen=True),
+    "2.4B + 1.5B, 60k": partial(text_training, "2.4B", "1.5B", 60_000),
+    "9.8B + 7B, 30k": partial(text_training, "9.8B", "7B"),
+    "9.8B + 7B frozen, 30k": partial(text_training, "9.8B", "7B", frozen=True),
+    "9.8B + 7B, 60k": partial(text_training, "9.8B", "7B", 60_000),
+}
+
+
+def forward_flops(part: Part) -> int:
+    """Of one sample, counted by torch: a multiplication and an addition are two."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        part.call(part.module)
+    return counter.get_total_flops()
+
+
+def kept_bytes(part: Part) -> int:
+    """What autograd keeps of one sample for the backward pass, weights left out."""
+    weights = {p.untyped_storage()._cdata for p in [*part.module.parameters(), *part.module.buffers()]}
+    seen = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            seen[storage._cdata] = storage  # held, so that its address is not used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        part.call(part.module)
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+def blocks_of(part: Part) -> torch.nn.ModuleList:
+    return max((m for m in part.module.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+
+
+def size(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+class Cost(NamedTuple):
+    learned: int  # parameters
+    flops: int  # of one sample, forward and backward, nothing computed twice
+    states: int  # bytes of fp32 weights, gradients, AdamW's two moments and an average; spread over GPUs
+    gathered: (
+        int  # bytes of weights that a GPU holds whole: two blocks, and what is in no block, fp32 and bf16
+    )
+    sample: int  # bytes that one sample keeps: inputs of all blocks, and everything of the largest
+
+
+def cost(paper: Paper) -> Cost:
+    with torch.device("meta"):
+        learned = sum(size(part.module) for part in paper.parts if part.passes == 3)
+        states, gathered, inputs, largest = 0, 0, 0, 0
+        for part in paper.parts:
+            blocks, whole = blocks_of(part), size(part.module)
+            states += whole * (16 + 4 * paper.ema if part.passes == 3 else 4)
+            gathered += 6 * (whole - size(blocks) + 2 * size(blocks[0]))
+            if part.passes > 1:
+                width = next(p.shape[0] for p in blocks.parameters() if p.ndim == 1)
+                inputs += 2 * TOKENS * width * len(blocks)
+                largest = max(largest, kept_bytes(part) // 2 // len(blocks))  # counted in fp32, kept as bf16
+        flops = sum(part.passes * forward_flops(part) for part in paper.parts)
+    return Cost(learned, flops, states, gathered, inputs + largest)
+
+
+def plan(config: Config) -> str:
+    """Two tables: what fits where, and how long it takes; of `--shard full` on a machine of 8 GPUs, and of
+    `--shard hybrid`, which moves gradients alone between machines, on more."""
+    peak, memory, inside, between = GPUS[config.gpu]
+    costs = {}
+    for name, make in PAPERS.items():
+        with torch.device("meta"):
+            paper = make()
+        for part in paper.parts:
+            part.module.to("meta")  # also what is drawn on the CPU
+        costs[name] = paper, cost(paper)
+
+    def used(each: Cost, gpus: int) -> float:
+        """GB on a GPU without samples."""
+        return (each.states / min(gpus, 8) + (gpus > 1) * each.gathered) / 1e9
+
+    def fits(each: Cost, gpus: int, limit: float) -> str:
+        count = int((limit - used(each, gpus)) * 1e9 // each.sample)
+        return str(count) if count > 0 else "-"
+
+    def seconds(paper: Paper, each: Cost, gpus: int) -> dict[str, float]:
+        return {
+            "compute": paper.batch * each.flops / (gpus * peak * 1e12 * config.mfu),
+            "NVLink": 12 * each.learned / (inside * 1e9) * (gpus > 1),  # gathered twice, summed once, fp32
+            "network": 8 * each.learned / 8 / (between * 1e9) * (gpus > 8),  # summed once more
+        }
+
+    def first(paper: Paper, each: Cost, gpus: int) -> str:
+        """What ends first."""
+        if fits(each, gpus, memory) == "-":
+            return "memory"
+        times = seconds(paper, each, gpus)
+        return "batch" if gpus > paper.batch else max(times, key=times.get)
+
+    lines = [
+        f"Computed, not measured. bf16 compute on fp32 weights, checkpointed blocks; {TOKENS - 256} tokens "
+        "of text beside a picture's 256; fragmentation and the allocator's reserve are not in it.",
+        "",
+        "| training | learned | GB without samples on 1, 8, 64 GPUs | MB a sample "
+        "| samples at once on 1 GPU of 24, 80, 141 GB | on each of 8 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (_, each) in costs.items():
+        alone, eight = (", ".join(fits(each, gpus, limit) for limit in (24, 80, 141)) for gpus in (1, 8))
+        use = ", ".join(f"{used(each, gpus):.1f}" for gpus in (1, 8, 64))
+        cells = f"{each.learned / 1e9:.2f}B", use, f"{each.sample / 1e6:.0f}", alone, eight
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"On {config.gpus} {config.gpu} of {peak} TFLOP/s at an MFU of {config.mfu:.0%}, which does not "
+        f"count what is computed twice; {inside} GB/s inside of a machine of 8, {between} GB/s between machines.",
+        "",
+        "| training | PFLOP a step | seconds a step: compute, NVLink, network | hours | GPU hours "
+        "| ends first on 64, 512, 4096 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (paper, each) in costs.items():
+        times = seconds(paper, each, config.gpus)
+        hours = paper.steps * max(times.values()) / 3600
+        ends = ", ".join(first(paper, each, gpus) for gpus in (64, 512, 4096))
+        shown = ", ".join(f"{value:.2f}" for value in times.values())
+        cells = (
+            f"{paper.batch * each.flops / 1e15:.1f}",
+            shown,
+            f"{hours:.1f}",
+            f"{hours * config.gpus:,.0f}",
+            ends,
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     config = common.parse(Config, __doc__)
+    if config.plan:
+        print(plan(config))
+        return
     where = common.launch(config.dtype)
     every, models = loops(config, where)
     if unknown := set(config.what) - set(every):

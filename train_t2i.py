@@ -146,7 +146,7 @@ class Config:
     longest: int = flag(512, "tokens of a conversation, pictures included; longer ones are left out")
     alpha: float | None = flag(None, "factor of the timestep shift (default: sqrt(N C / 4096))")
     dropout: float = flag(0.1, "share of the pictures trained with the null condition")
-    ema: float = flag(0.999, "decay of the averaged weights, which are what is saved")
+    ema: float = flag(0.999, "decay of the averaged weights, which are what is saved; 0: none")
     sample_steps: int = flag(25, "sampling steps of the sample grids", at_least=1)
     guidance: float = flag(3.0, "their scale of classifier-free guidance")
     dtype: str = flag(
@@ -292,8 +292,9 @@ def main() -> None:
     # average -> shard -> compile -> optimizer
     export = copy.deepcopy(model).cpu() if where.main else None  # on its own, to save the average with
     model.to(where.device)
-    average = copy.deepcopy(model)
-    for each in (model, average):
+    average = copy.deepcopy(model) if config.ema else model
+    modules = {"model": model, "average": average} if config.ema else {"average": model}
+    for each in modules.values():
         common.distribute(each, each.blocks, where, "generate")
     common.compile_blocks(model.blocks, config.compile, where)
     if config.checkpoint_blocks:
@@ -307,7 +308,7 @@ def main() -> None:
     peaks = (config.dit_lr, config.lr)[: 1 + text]
     optimizer = torch.optim.AdamW(groups[: 1 + text], weight_decay=0.0, fused=True)
     stepper = common.Stepper(optimizer)
-    state = run.load({"model": model, "average": average}, [stepper], export)
+    state = run.load(modules, [stepper], export)
     start = state["step"]
     loader = data.Loader(
         source, config.batch, config.workers, start, where.rank, where.world, state["positions"]
@@ -377,7 +378,8 @@ def main() -> None:
             common.backward(text_loss + 2 * flow_loss if text else flow_loss)
             losses += torch.stack([text_loss, flow_loss]).detach()
         norm = stepper.step()
-        common.update_average(average, model, config.ema, step)
+        if config.ema:
+            common.update_average(average, model, config.ema, step)
 
         done = step + 1
         if done % 10 == 0:

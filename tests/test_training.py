@@ -136,6 +136,18 @@ def test_nor_do_they_with_requests_questions_and_text_mixed(world, parts, tmp_pa
     assert_same(weights(tmp_path / "one"), whole)
 
 
+def test_without_an_average_the_weights_themselves_are_saved(world, parts, tmp_path):
+    flags = [*EVERY, "--steps", 4, "--save-every", 2, "--ema", 0]
+    world(1, "train_t2i.py", *t2i_flags(parts, tmp_path), *flags).wait()
+    newest = state(tmp_path / "checkpoints/0000004")
+    assert not [name for name in newest if name.startswith("model.")]
+    saved = weights(tmp_path)
+    assert all(torch.equal(tensor, newest[f"average.{name}"]) for name, tensor in saved.items())
+    shutil.rmtree(tmp_path / "checkpoints/0000004")
+    world(1, "train_t2i.py", "--out", tmp_path, "--resume").wait()
+    assert_same(weights(tmp_path), saved)
+
+
 @pytest.mark.parametrize(
     "freeze, moved",
     [

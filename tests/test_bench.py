@@ -1,0 +1,62 @@
+"""What bench.py computes instead of measuring, against tensors that are there."""
+
+import pytest
+import torch
+
+import bench
+import rae
+
+
+def part(passes=3, device="cpu"):
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = rae.DiT((16, 24), width=32, depth=3, heads=2, condition_width=20).to(device)
+        given = torch.zeros(1, 16, 24), torch.zeros(1), torch.zeros(1, 16, 20)
+        return bench.Part(model, lambda m: m(*given), passes)
+
+
+def test_what_a_sample_keeps_is_known_without_memory():
+    assert bench.kept_bytes(part()) == bench.kept_bytes(part(device="meta")) > 16 * 32 * 4 * 3
+    assert bench.kept_bytes(part(passes=1)) == bench.kept_bytes(part())  # the module decides, not its role
+
+
+def test_flops_are_two_for_each_weight_and_token():
+    """And attention: two products of (16, 16) and the width, in each block."""
+    model = part().module
+    linear = {
+        name: p.numel() for name, p in model.named_parameters() if name.endswith("weight") and p.ndim == 2
+    }
+    per_picture = sum(count for name, count in linear.items() if "t_embedder" in name)
+    per_token = sum(linear.values()) - per_picture
+    attention = 3 * 2 * 2 * 16 * 16 * 32
+    assert bench.forward_flops(part()) == 2 * per_picture + 2 * 16 * per_token + attention
+
+
+def test_states_are_those_of_a_training():
+    """Weights, gradients, both moments and an average in fp32; a frozen part has weights alone."""
+    learned, frozen = part(), part(passes=1)
+    optimizer = torch.optim.AdamW([p for p in learned.module.parameters() if p.requires_grad])
+    learned.call(learned.module).sum().backward()
+    optimizer.step()
+    tensors = [*learned.module.parameters(), *learned.module.parameters(), *frozen.module.parameters()]
+    tensors += [p.grad for p in learned.module.parameters() if p.grad is not None]
+    tensors += [v for values in optimizer.state.values() for v in values.values() if v.ndim]
+    measured = sum(tensor.nbytes for tensor in tensors)
+    meta = [part(device="meta"), part(passes=1, device="meta")]
+    computed = bench.cost(bench.Paper(meta, 8, 1, ema=True)).states
+    fixed = sum(p.numel() for p in learned.module.parameters() if p.grad is None)  # tables, frequencies
+    assert computed == measured + 12 * fixed
+    assert fixed < 0.1 * bench.size(learned.module)
+
+
+def test_the_papers_costs():
+    """By hand: 2 FLOPs for a weight and a token, three passes where it learns, one where it runs."""
+    with torch.device("meta"):
+        paper = bench.PAPERS["0.5B + 1.5B frozen, 30k"]()
+    for each in paper.parts:
+        each.module.to("meta")
+    cost = bench.cost(paper)
+    language_model = 1.31e9 * bench.TOKENS * 2  # without its embeddings
+    by_hand = 3 * 0.48e9 * 256 * 2 + 2 * language_model + 0.41e9 * 256 * 2
+    assert cost.flops == pytest.approx(by_hand, rel=0.1)
+    assert cost.learned == pytest.approx(0.481e9, rel=0.01)
