@@ -419,7 +419,7 @@ def plan(config: Config) -> str:
     lines += [
         "",
         f"On {config.gpus} {config.gpu} of {peak} TFLOP/s at an MFU of {config.mfu:.0%}, which does not "
-        f"count what is computed twice; {inside} GB/s inside of a machine of 8, {between} GB/s between machines.",
+        f"count what is computed twice; {inside} GB/s inside of a machine of 8, {between} GB/s outside.",
         "",
         "| training | PFLOP a step | seconds a step: compute, NVLink, network | hours | GPU hours "
         "| ends first on 64, 512, 4096 |",
