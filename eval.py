@@ -6,6 +6,10 @@
     python eval.py shapes --model runs/t2i/model --out runs/t2i/shapes.json
     python eval.py fid --samples samples --reference nano:objects  # FID, sFID, precision and recall
 
+    # GenEval: draw in the official layout, then detect and judge; both go on where they were stopped
+    torchrun --nproc-per-node 8 sample.py --file evaluation_metadata.jsonl --out geneval --resume
+    torchrun --nproc-per-node 8 eval.py geneval --samples geneval
+
     # the papers' table of reconstructions, on 8 GPUs
     torchrun --nproc-per-node 8 eval.py recon --autoencoder runs/decoder/model --features inception \\
         --lpips vgg --data imagenet=path/to/val,yfcc=path/to/yfcc,text=path/to/text --limit 50000
@@ -24,8 +28,14 @@ names something else. Only rfid-inception is the papers' metric; rfid-encoder ne
 fid compares as ADM's evaluator does. Samples and reference are each a .npz (pictures arr_0, or statistics mu,
 sigma, mu_s, sigma_s, or both, as ADM's file of the training set) or a source of data.py. Samples are taken as
 they are, in one size; pictures of a reference that is no .npz are cropped to it, as those of ADM's file were.
+
+geneval needs no mmdetection: the same Mask2Former and CLIP come through `transformers`. Published figures
+that others have scored both ways differ by about 0.01. A row of every picture, as the official file has them,
+is added to OUT with the ending .jsonl, and not scored again. clipscore is 100 times the cosine, or 0, of each
+picture of a folder and of the prompt in its PNG, which sample.py writes there.
 """
 
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -42,12 +52,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import benchmarks
 import common
 import data
 import rae
 from common import flag
 
-WHAT = ("recon", "shapes", "fid")
+WHAT = ("recon", "shapes", "fid", "geneval", "clipscore")
 STRIP = 8  # pictures of each data set that are shown
 SPATIAL = 7  # channels that sFID compares at every place
 SPLIT = 5000  # pictures of an Inception score, of which the mean over all splits is given
@@ -61,7 +72,10 @@ ROWS = 1000  # of a matrix of distances at once
 @dataclass
 class Config:
     what: list[str] = flag(
-        (), "recon, shapes, fid; the first two if none is named", nargs="*", metavar="WHAT"
+        (),
+        "recon, shapes, fid, geneval, clipscore; the first two if none is named",
+        nargs="*",
+        metavar="WHAT",
     )
     model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id, for shapes")
     autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE folder or hub id, for recon")
@@ -71,7 +85,8 @@ class Config:
     )
     limit: int | None = flag(
         None,
-        "pictures a data set (recon, fid; all, of nano 256) and prompts a task (shapes, 20) at most",
+        "pictures a data set (recon, fid; all, of nano 256) or in all (geneval, clipscore), and prompts a "
+        "task (shapes, 20)",
         at_least=2,
     )
     features: str = flag(
@@ -83,7 +98,11 @@ class Config:
     lpips: str = flag(
         "none", "network of LPIPS; torchvision downloads its weights", choices=["vgg", "alex", "none"]
     )
-    samples: str = flag("", "what fid compares with --reference: a .npz as ADM's, or a source of pictures")
+    samples: str = flag(
+        "", "for fid, a .npz as ADM's or a source of pictures; for geneval and clipscore, a folder"
+    )
+    detector: str = flag("facebook/mask2former-swin-small-coco-instance", "Mask2Former of geneval")
+    clip: str = flag("openai/clip-vit-large-patch14", "CLIP of geneval's colours, and of clipscore")
     reference: str = flag(
         "", "for fid, and for rFID instead of the originals: a .npz as ADM's, or a source of pictures"
     )
@@ -712,6 +731,69 @@ def shapes(config: Config, where: common.Launch) -> list[dict]:
     return results
 
 
+def geneval(config: Config, where: common.Launch) -> list[dict]:
+    """Scores the pictures of --samples, each process its share, and sums up all."""
+    if not config.samples:
+        raise ValueError(
+            "geneval needs --samples, a folder in its layout: sample.py --file PROMPTS.jsonl draws one"
+        )
+    networks = {"detector": config.detector, "clip": config.clip}
+    pictures = benchmarks.geneval_pictures(Path(config.samples))[: config.limit]
+    rows = Path(config.out).with_suffix(".jsonl")
+    known = read_geneval(rows, networks)
+    common.global_sum(0)  # all have read before one writes
+    left = [each for each in pictures if str(each[0]) not in known][where.rank :: where.world]
+    if left:
+        with common.loading(config.detector):
+            detector = benchmarks.Detector(config.detector, where.device)
+        with common.loading(config.clip):
+            clip = benchmarks.Clip(config.clip, where.device)
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        with rows.open("a") as file:
+            for path, wanted in tqdm(left, desc="geneval", disable=not where.main):
+                row = benchmarks.score_geneval(path, wanted, detector, clip) | networks
+                file.write(json.dumps(row) + "\n")
+                file.flush()  # a line at once: processes share the file
+    common.global_sum(0)
+    known = read_geneval(rows, networks)
+    figures = benchmarks.geneval_summary(known[str(path)] for path, _ in pictures)
+    return [{"metric": f"geneval/{name}", "value": v, "n": n} for name, (v, n) in figures.items()]
+
+
+def clipscore(config: Config, where: common.Launch) -> list[dict]:
+    if not config.samples:
+        raise ValueError("clipscore needs --samples, a folder of PNG files that sample.py wrote")
+    paths = sorted(path for path in Path(config.samples).rglob("*.png") if path.name != "grid.png")
+    paths = paths[: config.limit]
+    texts = [data.open_metadata(str(path)).get("prompt") for path in paths]
+    if not paths or None in texts:
+        without = paths[texts.index(None)] if paths else config.samples
+        raise ValueError(f"{without} has no pictures with a prompt in their metadata")
+    with common.loading(config.clip):
+        clip = benchmarks.Clip(config.clip, where.device)
+    own = list(zip(paths, texts, strict=True))[where.rank :: where.world]
+    total = 0.0
+    for start in tqdm(range(0, len(own), config.batch), desc="clipscore", disable=not where.main):
+        files, prompts = zip(*own[start : start + config.batch], strict=True)
+        pictures = [data.open_picture(str(path)).convert("RGB") for path in files]
+        total += clip.scores(pictures, list(prompts)).sum().item()
+    [total] = common.global_sum(total)
+    return [{"metric": f"clipscore/{config.clip}", "value": total / len(paths), "n": len(paths)}]
+
+
+def read_geneval(rows: Path, networks: dict[str, str]) -> dict[str, dict]:
+    """Rows by file name. Raises ValueError for those of other networks."""
+    known = {}
+    for row in common.read_rows(rows) if rows.exists() else []:
+        if wrong := [name for name, source in networks.items() if row.get(name) != source]:
+            raise ValueError(
+                f"{rows} has pictures that {row.get(wrong[0])} scored, not {networks[wrong[0]]}: choose "
+                "another --out"
+            )
+        known[row["filename"]] = row
+    return known
+
+
 # -----------------------------------------------------------------------------------------------------------
 # results
 
@@ -740,8 +822,9 @@ def main() -> None:
         print(where)
     results = []
     for name in config.what or ("recon", "shapes"):
-        if name in ("recon", "fid"):
-            part = {"recon": recon, "fid": fid}[name](config, where)
+        if name != "shapes":
+            run = {"recon": recon, "fid": fid, "geneval": geneval, "clipscore": clipscore}[name]
+            part = run(config, where)
         elif where.main:  # alone: it is not split
             part = shapes(config, where)
         if where.main:

@@ -77,7 +77,7 @@ class Config:
     prompts: list[str] = flag(
         (), "what to draw; with --ask or --chat, one turn after the other", nargs="*", metavar="PROMPT"
     )
-    file: str = flag("", "a text file of more prompts, one in each line")
+    file: str = flag("", "more prompts: a text file, one in each line, or GenEval's .jsonl, for its layout")
     classes: str = flag("", "draw these labels instead: 3,17 or all; none for an unconditional model")
     labels: str = flag("equal", "as many of each class, or drawn at random", choices=["equal", "random"])
     model: str = flag(
@@ -176,7 +176,7 @@ def converse(config: Config, where: common.Launch) -> None:
 
 
 class Job(NamedTuple):
-    """A picture to draw: for a prompt or a label, from a seed, into OUT/NAME.png."""
+    """A picture to draw: for a prompt or a label, from a seed, into OUT/NAME.png, with folders in NAME."""
 
     input: str | int
     seed: int
@@ -184,7 +184,12 @@ class Job(NamedTuple):
 
 
 def prompt_jobs(config: Config, count: int) -> list[list[Job]]:
-    """`count` pictures of each prompt."""
+    """`count` pictures of each prompt; of GenEval's as OUT/00000/samples/00000.png, ..."""
+    if config.file.endswith(".jsonl"):
+        return [
+            [Job(prompt, config.seed + k, f"{i:05d}/samples/{k:05d}") for k in range(count)]
+            for i, prompt in enumerate(config.prompts)
+        ]
     names = [file_name(prompt) for prompt in config.prompts]
     if len(set(names)) < len(names):
         names = [f"{i:03d}-{name}" for i, name in enumerate(names)]
@@ -299,7 +304,7 @@ def draw(config: Config, where: common.Launch) -> None:
         draw_all(jobs, config, where, model, guide, settings)
     common.global_sum(0)  # waits for all processes
     if where.main:
-        for path in Path(config.out).glob(".*.tmp"):  # of a run that was killed
+        for path in Path(config.out).rglob(".*.tmp"):  # of a run that was killed
             path.unlink()
         show(kept_of(groups, config) if config.best_of else jobs, Path(config.out), config)
 
@@ -471,6 +476,20 @@ def pack(path: Path, files: list[Path]) -> None:
                 entry.write(np.asarray(data.open_picture(str(file))).tobytes())
 
 
+def geneval_prompts(lines: list[str], config: Config) -> list[str]:
+    """The prompts of GenEval's file, each line of which is kept beside its pictures."""
+    if config.prompts:
+        raise ValueError(f"{config.file} is a whole set of prompts: leave out {config.prompts[0]!r}")
+    try:
+        prompts = [json.loads(line)["prompt"] for line in lines]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f'{config.file} is no file of GenEval\'s: each line needs a "prompt"') from None
+    for i, line in enumerate(lines):
+        with common.replacing(Path(config.out) / f"{i:05d}/metadata.jsonl") as temporary:
+            temporary.write_text(line + "\n")
+    return prompts
+
+
 def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
     if config.classes and not config.model:
@@ -478,8 +497,10 @@ def main() -> None:
             "--classes needs --model, a ClassToImage: train_t2i.py --preset nano-class makes one"
         )
     if config.file:
-        lines = Path(config.file).read_text().splitlines()
-        config.prompts = [*config.prompts, *(line for line in lines if line.strip())]
+        lines = [line for line in Path(config.file).read_text().splitlines() if line.strip()]
+        if config.file.endswith(".jsonl"):
+            lines = geneval_prompts(lines, config)
+        config.prompts = [*config.prompts, *lines]
     others = ("prompts", "reconstruct", "ask", "chat", "best_of")
     if config.classes and (given := [name for name in others if getattr(config, name)]):
         raise ValueError(f"--classes draws labels: leave out {given[0].replace('_', '-')}")

@@ -16,8 +16,9 @@ def part(passes=3, device="cpu"):
 
 
 def test_what_a_sample_keeps_is_known_without_memory():
-    assert bench.kept_bytes(part()) == bench.kept_bytes(part(device="meta")) > 16 * 32 * 4 * 3
-    assert bench.kept_bytes(part(passes=1)) == bench.kept_bytes(part())  # the module decides, not its role
+    """But for what attention keeps, of which the CPU has a kernel of its own."""
+    assert bench.kept_bytes(part(device="meta")) == pytest.approx(bench.kept_bytes(part()), rel=0.05)
+    assert bench.kept_bytes(part()) > 3 * 16 * 32 * 4 * 10
 
 
 def test_flops_are_two_for_each_weight_and_token():

@@ -1,0 +1,243 @@
+"""The papers' benchmarks that compare with other work, GenEval and CLIPScore: what eval.py calls.
+
+Rules and arithmetic are those of the official scorers: a results file of theirs and one of ours sum up to the
+same numbers. Networks are the same ones through `transformers`, without mmdetection.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+
+# -----------------------------------------------------------------------------------------------------------
+# GenEval (arXiv 2310.11513): are the objects of the prompt there, as many, of the colours, and where it says
+
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # of a detection's score
+MOST = 16  # objects of a class
+MARGIN = 0.1  # of both objects' sizes, by which one has to be beside the other
+QUERIES = 100  # detections of a picture, before the threshold
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+TEMPLATES = (
+    "a photo of a {color} {name}",
+    "a photo of a {color}-colored {name}",
+    "a photo of a {color} object",
+)
+GREY = "#999999"  # around an object whose colour is asked for
+NAMES = {
+    "mouse": "computer mouse",
+    "remote": "tv remote",
+    "keyboard": "computer keyboard",
+}  # COCO's: GenEval's
+
+
+class Found(NamedTuple):
+    """A detected object."""
+
+    score: float
+    box: tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+    mask: np.ndarray | None = None  # (H, W) bool
+
+
+def position(one: Found, other: Found) -> set[str]:
+    """Where `one` is, seen from the other: of left of, right of, above and below up to two."""
+    (x0, y0, x1, y1), (u0, v0, u1, v1) = one.box, other.box
+    offset = np.array([x0 + x1 - u0 - u1, y0 + y1 - v0 - v1]) / 2
+    sizes = np.abs([x1 - x0 + 0.0, y1 - y0]) + np.abs([u1 - u0 + 0.0, v1 - v0])
+    beyond = np.maximum(np.abs(offset) - MARGIN * sizes, 0) * np.sign(offset)
+    if (np.abs(beyond) < 1e-3).all():
+        return set()
+    across, down = beyond / np.linalg.norm(offset)
+    named = {"left of": across < -0.5, "right of": across > 0.5, "above": down < -0.5, "below": down > 0.5}
+    return {name for name, holds in named.items() if holds}
+
+
+def judge(wanted: dict, found: dict[str, list[Found]], colors_of) -> tuple[bool, list[str]]:
+    """Whether a picture is right for a line of GenEval's prompts, and every reason why not.
+
+    wanted: its `include` and `exclude`; found: detections by class, the best first; colors_of(objects, name):
+    the colour of each.
+    """
+    reasons, groups = [], []
+    for part in wanted.get("include", []):
+        name, count = part["class"], part["count"]
+        objects, right = found.get(name, [])[:count], True
+        if len(objects) < count:
+            right = False
+            reasons.append(f"expected {name}>={count}, found {len(objects)}")
+        else:
+            if "color" in part:
+                colors = colors_of(objects, name)
+                if colors.count(part["color"]) < count:
+                    right = False
+                    shown = ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color in colors)
+                    reasons.append(f"expected {part['color']} {name}>={count}, found {shown}")
+            if right and "position" in part:
+                relation, target = part["position"]
+                if groups[target] is None:
+                    right = False
+                    reasons.append(f"no target for {name} to be {relation}")
+                elif any(relation not in position(a, b) for a in objects for b in groups[target]):
+                    right = False
+                    reasons.append(f"expected {name} {relation} target")
+        groups.append(objects if right else None)
+    for part in wanted.get("exclude", []):
+        if (count := len(found.get(part["class"], []))) >= part["count"]:
+            reasons.append(f"expected {part['class']}<{part['count']}, found {count}")
+    return not reasons, reasons
+
+
+def confident(found: dict[str, list[Found]], tag: str) -> dict[str, list[Found]]:
+    """The detections that count for a task, the best first."""
+    least = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
+    ranked = {name: sorted(objects, key=lambda o: -o.score)[:MOST] for name, objects in found.items()}
+    ranked = {name: [o for o in objects if o.score > least] for name, objects in ranked.items()}
+    return {name: objects for name, objects in ranked.items() if objects}
+
+
+class Detector:
+    """Mask2Former on one picture at a time: instances by class name."""
+
+    def __init__(self, source: str, device: torch.device):
+        from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
+
+        size = {"shortest_edge": 800, "longest_edge": 1333}
+        self.processor = AutoImageProcessor.from_pretrained(source, size=size)
+        self.model = Mask2FormerForUniversalSegmentation.from_pretrained(source).float().eval().to(device)
+        self.names = [NAMES.get(name, name) for _, name in sorted(self.model.config.id2label.items())]
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image) -> dict[str, list[Found]]:
+        """Scores are the class's probability times the mean of the mask's over its own pixels, boxes those of
+        masks, as mmdetection has them."""
+        given = self.processor(image, return_tensors="pt").to(self.model.device)
+        out = self.model(given["pixel_values"], pixel_mask=given["pixel_mask"])
+        height, width = (
+            int(given["pixel_mask"][0].any(dim=axis).sum()) for axis in (1, 0)
+        )  # without padding
+        chances = out.class_queries_logits[0].softmax(dim=-1)[:, :-1].flatten()
+        chances, index = chances.topk(min(QUERIES, len(chances)))
+        masks = out.masks_queries_logits[0, index // len(self.names)][None]
+        masks = F.interpolate(masks, given["pixel_values"].shape[-2:], mode="bilinear")[..., :height, :width]
+        masks = F.interpolate(masks, (image.height, image.width), mode="bilinear")[0]
+        inside = masks > 0
+        area = inside.flatten(1).sum(dim=1)
+        scores = chances * (masks.sigmoid() * inside).flatten(1).sum(dim=1) / area.clamp(min=1)
+        found = defaultdict(list)
+        for i, label in enumerate((index % len(self.names)).tolist()):
+            if scores[i] <= THRESHOLD or not area[i]:
+                continue
+            rows, columns = (inside[i].any(dim=axis).nonzero().flatten() for axis in (1, 0))
+            box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+            object_ = Found(scores[i].item(), tuple(float(x) for x in box), inside[i].cpu().numpy())
+            found[self.names[label]].append(object_)
+        return {name: sorted(objects, key=lambda o: -o.score) for name, objects in found.items()}
+
+
+class Clip:
+    """Embeddings of CLIP, normalised."""
+
+    def __init__(self, source: str, device: torch.device):
+        from transformers import AutoProcessor, CLIPModel
+
+        self.processor = AutoProcessor.from_pretrained(source)
+        self.model = CLIPModel.from_pretrained(source).float().eval().to(device)
+        self.classes: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def images(self, pictures: list[Image.Image]) -> torch.Tensor:
+        out = self.model.get_image_features(
+            **self.processor(images=pictures, return_tensors="pt").to(self.model.device)
+        )
+        return F.normalize(getattr(out, "pooler_output", out), dim=-1)  # `transformers` 5 wraps it
+
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        given = self.processor(text=texts, return_tensors="pt", padding=True, truncation=True)
+        out = self.model.get_text_features(**given.to(self.model.device))
+        return F.normalize(getattr(out, "pooler_output", out), dim=-1)
+
+    def scores(self, pictures: list[Image.Image], texts: list[str]) -> torch.Tensor:
+        """CLIPScore (arXiv 2104.08718) of each picture and text, from 0 to 100: (B,)."""
+        return 100 * (self.images(pictures) * self.texts(texts)).sum(dim=-1).clamp(min=0)
+
+    def colors(self, image: Image.Image, objects: list[Found], name: str) -> list[str]:
+        """The colour of each object, of its pixels on grey."""
+        if name not in self.classes:
+            of_color = [[t.format(color=color, name=name) for t in TEMPLATES] for color in COLORS]
+            means = torch.stack([self.texts(texts).mean(dim=0) for texts in of_color])
+            self.classes[name] = F.normalize(means, dim=-1)
+        crops = []
+        for found in objects:
+            shown = image
+            if found.mask is not None:
+                shown = Image.composite(
+                    image, Image.new("RGB", image.size, GREY), Image.fromarray(found.mask)
+                )
+            crops.append(shown.crop(tuple(map(round, found.box))))
+        return [COLORS[i] for i in (self.images(crops) @ self.classes[name].T).argmax(dim=-1).tolist()]
+
+
+def geneval_pictures(folder: Path) -> list[tuple[Path, dict]]:
+    """The pictures of a folder in GenEval's layout, each with the line of its prompt: NUMBER/metadata.jsonl
+    beside NUMBER/samples/NUMBER.png. Raises ValueError for any other."""
+    found = []
+    for prompt in sorted(path for path in folder.glob("*") if path.is_dir() and path.name.isdigit()):
+        try:
+            wanted = json.loads((prompt / "metadata.jsonl").read_text().splitlines()[0])
+        except (OSError, ValueError, IndexError) as error:
+            raise ValueError(f"{prompt}/metadata.jsonl cannot be read: {error}") from None
+        if not (isinstance(wanted, dict) and {"tag", "prompt", "include"} <= wanted.keys()):
+            raise ValueError(
+                f"{prompt}/metadata.jsonl is no line of GenEval's: it needs tag, prompt, include"
+            )
+        pictures = sorted(path for path in (prompt / "samples").glob("*.png") if path.stem.isdigit())
+        if not pictures:
+            raise ValueError(f"{prompt} has a prompt, but no pictures in samples/")
+        found += [(path, wanted) for path in pictures]
+    if not found:
+        raise ValueError(
+            f"{folder} is not in GenEval's layout: 00000/metadata.jsonl, 00000/samples/0000.png, ..."
+        )
+    return found
+
+
+def score_geneval(path: Path, wanted: dict, detector: Detector, clip: Clip) -> dict:
+    """A row of the results, with the keys of the official file."""
+    image = data.open_picture(str(path)).convert("RGB")
+    found = confident(detector(image), wanted["tag"])
+    right, reasons = judge(wanted, found, lambda objects, name: clip.colors(image, objects, name))
+    details = {
+        name: [[round(x, 2) for x in (*o.box, o.score)] for o in objects] for name, objects in found.items()
+    }
+    return {
+        "filename": str(path),
+        "tag": wanted["tag"],
+        "prompt": wanted["prompt"],
+        "correct": right,
+        "reason": "\n".join(reasons),
+        "metadata": json.dumps(wanted),
+        "details": json.dumps(details),
+    }
+
+
+def geneval_summary(rows: Iterable[dict]) -> dict[str, tuple[float, int]]:
+    """Value and number of each figure, of rows of a results file: the share of right pictures of every task,
+    `overall`, the mean of the tasks, and the shares of right pictures and of prompts with a right one."""
+    tasks, prompts = defaultdict(list), defaultdict(list)
+    for row in rows:
+        tasks[row["tag"]].append(row["correct"])
+        prompts[row["metadata"]].append(row["correct"])
+    every = [correct for task in tasks.values() for correct in task]
+    figures = {tag: (float(np.mean(task)), len(task)) for tag, task in sorted(tasks.items())}
+    figures["overall"] = float(np.mean([value for value, _ in figures.values()])), len(every)
+    figures["pictures"] = float(np.mean(every)), len(every)
+    figures["prompts"] = float(np.mean([any(each) for each in prompts.values()])), len(prompts)
+    return figures

@@ -1,0 +1,271 @@
+"""GenEval's rules against detections made by hand, its arithmetic, and both networks from folders."""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image, PngImagePlugin
+
+import benchmarks
+from benchmarks import Found, confident, judge, position
+
+ROOT = Path(__file__).parent.parent
+
+
+def at(left, top, width=10, height=10, score=0.95):
+    return Found(score, (left, top, left + width, top + height))
+
+
+def no_colors(objects, name):
+    raise AssertionError("no colour was asked for")
+
+
+# -- rules
+
+
+@pytest.mark.parametrize(
+    "one, other, relations",
+    [
+        (at(0, 50), at(50, 50), {"left of"}),
+        (at(50, 50), at(0, 50), {"right of"}),
+        (at(50, 0), at(50, 50), {"above"}),
+        (at(50, 50), at(50, 0), {"below"}),
+        (at(0, 0), at(50, 50), {"left of", "above"}),
+        (at(50, 50), at(50, 50), set()),
+        (at(0, 0), at(2, 0), set()),  # 2 apart, the margin is 0.1 * (10 + 10)
+        (at(0, 0), at(3, 0), set()),  # 1 beyond it, a third of the distance
+        (at(0, 0), at(4.1, 0), {"left of"}),  # 2.1 of 4.1
+        (at(0, 0), at(50, 20), {"left of"}),  # above by 18 of 54
+    ],
+)
+def test_positions(one, other, relations):
+    assert position(one, other) == relations
+
+
+CAT, TWO = {"class": "cat", "count": 1}, {"class": "cat", "count": 2}
+LEFT = [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}]
+
+
+@pytest.mark.parametrize(
+    "wanted, found, reasons",
+    [
+        ({"include": [CAT]}, {"cat": [at(0, 0)]}, []),
+        ({"include": [CAT]}, {"cat": [at(0, 0), at(9, 9)]}, []),
+        ({"include": [CAT]}, {"dog": [at(0, 0)]}, ["expected cat>=1, found 0"]),
+        ({"include": [TWO], "exclude": [{"class": "cat", "count": 3}]}, {"cat": [at(0, 0)] * 2}, []),
+        ({"include": [TWO], "exclude": [{"class": "cat", "count": 3}]}, {"cat": [at(0, 0)] * 3},
+         ["expected cat<3, found 3"]),
+        ({"include": [TWO], "exclude": [{"class": "cat", "count": 3}]}, {"cat": [at(0, 0)]},
+         ["expected cat>=2, found 1"]),
+        ({"include": LEFT}, {"cat": [at(0, 50)], "dog": [at(50, 50)]}, []),
+        ({"include": LEFT}, {"cat": [at(50, 50)], "dog": [at(0, 50)]}, ["expected cat left of target"]),
+        ({"include": LEFT}, {"cat": [at(0, 50)]},
+         ["expected dog>=1, found 0", "no target for cat to be left of"]),
+        ({"include": LEFT}, {"dog": [at(0, 50)]}, ["expected cat>=1, found 0"]),
+    ],
+)  # fmt: skip
+def test_judgement(wanted, found, reasons):
+    assert judge(wanted, found, no_colors) == (not reasons, reasons)
+
+
+def test_colors():
+    wanted = {"include": [CAT | {"color": "red"}, {"class": "dog", "count": 1, "color": "blue"}]}
+    found = {"cat": [at(0, 0), at(9, 9)], "dog": [at(30, 30)]}
+    said = {"cat": ["red"], "dog": ["blue"]}
+    asked = []
+
+    def colors_of(objects, name):
+        asked.append((name, len(objects)))
+        return said[name]
+
+    assert judge(wanted, found, colors_of) == (True, [])
+    assert asked == [("cat", 1), ("dog", 1)]  # of as many as were asked for, the best
+    said["dog"] = ["green"]
+    assert judge(wanted, found, colors_of) == (False, ["expected blue dog>=1, found 1 green"])
+
+
+def test_thresholds():
+    found = {
+        "cat": [at(0, 0, score=0.31), at(0, 0, score=0.95), at(0, 0, score=0.3)],
+        "dog": [at(0, 0, score=0.2)],
+    }
+    assert [o.score for o in confident(found, "colors")["cat"]] == [0.95, 0.31]
+    assert "dog" not in confident(found, "colors")
+    assert [o.score for o in confident(found, "counting")["cat"]] == [0.95]
+    assert len(confident({"cat": [at(0, 0)] * 20}, "counting")["cat"]) == 16
+
+
+def test_summary():
+    """Tasks are means of pictures, overall is the mean of the tasks."""
+    rows = [("a", "x", [1, 1, 0, 0]), ("a", "y", [0, 0, 0, 0]), ("b", "z", [1, 1, 1, 0])]
+    rows = [{"tag": t, "metadata": m, "correct": bool(c)} for t, m, each in rows for c in each]
+    assert benchmarks.geneval_summary(rows) == {
+        "a": (0.25, 8), "b": (0.75, 4), "overall": (0.5, 12), "pictures": (5 / 12, 12), "prompts": (2 / 3, 3),
+    }  # fmt: skip
+
+
+# -- networks
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """Random ones of the same classes, as folders."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("networks")
+    swin = transformers.SwinConfig(
+        image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = transformers.Mask2FormerConfig(
+        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
+        encoder_feedforward_dim=16,
+        encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, num_queries=12,
+        id2label={0: "cat", 1: "mouse", 2: "dog"}, label2id={"cat": 0, "mouse": 1, "dog": 2},
+    )  # fmt: skip
+    detector = transformers.Mask2FormerForUniversalSegmentation(config)
+    detector.class_predictor.weight.data.mul_(20)  # sure of something
+    detector.save_pretrained(folder / "detector")
+    transformers.Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(
+        folder / "detector"
+    )
+    vocabulary = {
+        token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *map(chr, range(97, 123))])
+    }
+    vocabulary |= {f"{token}</w>": i + len(vocabulary) for i, token in enumerate(map(chr, range(97, 123)))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = transformers.CLIPTextConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **small)
+    vision = transformers.CLIPVisionConfig(image_size=32, patch_size=8, **small)
+    clip = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    )
+    clip.save_pretrained(folder / "clip")
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    transformers.CLIPProcessor(processor, tokenizer).save_pretrained(folder / "clip")
+    return folder
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8))
+
+
+def test_detections_fit_the_picture(networks):
+    detector = benchmarks.Detector(str(networks / "detector"), torch.device("cpu"))
+    assert detector.names == ["cat", "computer mouse", "dog"]
+    found = detector(noise(60, 90))
+    assert found and set(found) <= set(detector.names)
+    for objects in found.values():
+        assert [o.score for o in objects] == sorted((o.score for o in objects), reverse=True)
+        for each in objects:
+            rows, columns = np.nonzero(each.mask)
+            assert each.mask.shape == (90, 60) and benchmarks.THRESHOLD < each.score <= 1
+            assert each.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+
+
+def test_colors_are_those_of_the_pixels_in_the_mask(networks):
+    """Of a picture with a mask CLIP sees what it would see of the object alone on grey."""
+    clip = benchmarks.Clip(str(networks / "clip"), torch.device("cpu"))
+    image, mask = noise(40, 40), np.zeros((40, 40), bool)
+    mask[5:25, 10:30] = True
+    alone = Image.new("RGB", (40, 40), "#999999")
+    alone.paste(image.crop((10, 5, 30, 25)), (10, 5))
+    seen = []
+    images = clip.images
+    clip.images = lambda pictures: seen.append(pictures) or images(pictures)
+    [color] = clip.colors(image, [Found(1.0, (10, 5, 30, 25), mask)], "cat")
+    assert color in benchmarks.COLORS
+    assert np.array_equal(np.asarray(seen[0][0]), np.asarray(alone.crop((10, 5, 30, 25))))
+    texts = ["a photo of a red cat", "a photo of a red-colored cat", "a photo of a red object"]
+    mean = clip.texts(texts).mean(dim=0)
+    torch.testing.assert_close(clip.classes["cat"][0], mean / mean.norm())
+
+
+def run(capsys, *args, code=0):
+    old, sys.argv = sys.argv, [str(a) for a in args]
+    try:
+        runpy.run_path(str(ROOT / args[0]), run_name="__main__")
+    except SystemExit as left:
+        assert left.code == code, capsys.readouterr().err
+    finally:
+        sys.argv = old
+    printed = capsys.readouterr()
+    return printed.err.strip().splitlines()[-1] if code else printed.out
+
+
+def test_geneval_from_prompts_to_figures(networks, parts, tmp_path, capsys):
+    red = CAT | {"color": "red"}
+    lines = [
+        {"tag": "single_object", "include": [CAT], "prompt": "a photo of a cat"},
+        {"tag": "colors", "include": [red], "prompt": "a photo of a red cat"},
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "geneval"
+    draw = [
+        "sample.py",
+        "--file",
+        tmp_path / "prompts.jsonl",
+        "--n",
+        2,
+        "--steps",
+        1,
+        "--model",
+        parts / "t2i",
+    ]
+    run(capsys, *draw, "--out", out)
+    assert [json.loads((out / f"{i:05d}/metadata.jsonl").read_text()) for i in range(2)] == lines
+    assert sorted(path.name for path in out.glob("*/samples/*")) == ["00000.png"] * 2 + ["00001.png"] * 2
+    flags = ["--detector", networks / "detector", "--clip", networks / "clip", "--samples", out]
+    command = ["eval.py", "geneval", *flags, "--out", tmp_path / "results.json"]
+    run(capsys, *command)
+    results = {r["metric"]: r for r in json.loads((tmp_path / "results.json").read_text())}
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 == results["geneval/overall"]["n"]
+    assert {"filename", "tag", "prompt", "correct", "reason", "metadata", "details"} <= rows[0].keys()
+    tasks = [np.mean([r["correct"] for r in rows if r["tag"] == tag]) for tag in ("single_object", "colors")]
+    assert results["geneval/overall"]["value"] == pytest.approx(np.mean(tasks))
+    rows[0]["correct"], rows[1]["correct"] = True, False  # are kept, not scored again
+    left = "".join(json.dumps(row) + "\n" for row in rows[:2])
+    (tmp_path / "results.jsonl").write_text(left)
+    run(capsys, *command)
+    assert (tmp_path / "results.jsonl").read_text().startswith(left)
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
+    wrong = [*command, "--clip", "another/clip"]
+    assert "choose another --out" in run(capsys, *wrong, code=1)
+    for path in (out / "00001/samples").iterdir():
+        path.unlink()
+    assert "00001 has a prompt, but no pictures" in run(capsys, *command, code=1)
+    (out / "00001/metadata.jsonl").write_text("{}")
+    assert "is no line of GenEval's" in run(capsys, *command, code=1)
+    empty = ["eval.py", "geneval", "--samples", networks, "--out", tmp_path / "none.json"]
+    assert "not in GenEval's layout" in run(capsys, *empty, code=1)
+    (tmp_path / "prompts.jsonl").write_text("[]\n")
+    assert 'needs a "prompt"' in run(capsys, *draw, "--out", out, code=1)
+
+
+def test_clipscore(networks, tmp_path, capsys):
+    clip = benchmarks.Clip(str(networks / "clip"), torch.device("cpu"))
+    expected = []
+    for i, text in enumerate(("a cat", "a dog", "two red birds")):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("prompt", text)
+        noise(40, 40, i).save(tmp_path / f"{i}.png", pnginfo=info)
+        cosine = torch.nn.functional.cosine_similarity(clip.images([noise(40, 40, i)]), clip.texts([text]))
+        expected.append(max(100 * cosine.item(), 0))
+    flags = ["eval.py", "clipscore", "--samples", tmp_path, "--clip", networks / "clip", "--batch", 2]
+    run(capsys, *flags, "--out", tmp_path / "results.json")
+    [result] = json.loads((tmp_path / "results.json").read_text())
+    assert result["value"] == pytest.approx(np.mean(expected), rel=1e-4) and result["n"] == 3
+    assert str(networks / "clip") in result["metric"]
+    os.makedirs(tmp_path / "more")
+    noise(8, 8).save(tmp_path / "more/4.png")
+    assert "no pictures with a prompt" in run(capsys, *flags, code=1)
