@@ -1,9 +1,10 @@
-"""The papers' benchmarks that compare with other work, GenEval and CLIPScore: what eval.py calls.
+"""The papers' benchmarks that compare with other work, GenEval, CLIPScore and DPG-Bench: what eval.py calls.
 
 Rules and arithmetic are those of the official scorers: a results file of theirs and one of ours sum up to the
 same numbers. Networks are the same ones through `transformers`, without mmdetection.
 """
 
+import csv
 import json
 from collections import defaultdict
 from collections.abc import Iterable
@@ -241,3 +242,107 @@ def geneval_summary(rows: Iterable[dict]) -> dict[str, tuple[float, int]]:
     figures["pictures"] = float(np.mean(every)), len(every)
     figures["prompts"] = float(np.mean([any(each) for each in prompts.values()])), len(prompts)
     return figures
+
+
+# -----------------------------------------------------------------------------------------------------------
+# DPG-Bench (arXiv 2403.05135): questions about dense prompts, of which some make sense only after others
+
+
+class Question(NamedTuple):
+    """A row of DPG-Bench's table."""
+
+    text: str
+    parents: tuple[int, ...]  # questions that must be answered with yes before this one counts
+    category: str  # entity, attribute, relation, ...
+    detail: str  # and a finer one
+
+
+def read_dpg(path: str) -> dict[str, dict[int, Question]]:
+    """Questions by number, by item. Raises ValueError for a table without the official columns."""
+    items, columns = defaultdict(dict), ("item_id", "proposition_id", "dependency", "category_broad")
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                parents = tuple(int(parent) for parent in row["dependency"].split(",") if int(parent))
+                items[row["item_id"]][int(row["proposition_id"])] = Question(
+                    row["question_natural_language"], parents, row["category_broad"], row["category_detailed"]
+                )
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no table of DPG-Bench, with {', '.join(columns)}, ...: {error!r}"
+        ) from None
+    return dict(items)
+
+
+def filtered(answers: dict[int, bool], questions: dict[int, Question]) -> dict[int, bool]:
+    """Yes only where all parents were answered with yes."""
+    return {n: yes and all(answers[parent] for parent in questions[n].parents) for n, yes in answers.items()}
+
+
+def dpg_summary(rows: list[dict], items: dict[str, dict[int, Question]]) -> dict[str, tuple[float, int]]:
+    """Value, in percent, and number of each figure: `overall`, the mean over items of the mean over their
+    pictures of the mean over questions; and the means over all questions of all pictures of each category."""
+    pictures, categories = defaultdict(list), defaultdict(list)
+    for row in rows:
+        questions = items[row["item_id"]]
+        answers = filtered({int(n): yes for n, yes in row["answers"].items()}, questions)
+        pictures[row["item_id"]].append(np.mean(list(answers.values())))
+        for number, yes in answers.items():
+            question = questions[number]
+            for name in (question.category, f"{question.category} - {question.detail}"):
+                categories[name].append(yes)
+    figures = {name: (100 * float(np.mean(each)), len(each)) for name, each in sorted(categories.items())}
+    overall = np.mean([np.mean(each) for each in pictures.values()])
+    return figures | {"overall": (100 * float(overall), len(pictures))}
+
+
+def dpg_pictures(folder: Path, items: dict, side: int = 2) -> list[tuple[Path, int]]:
+    """The squares of every grid ITEM.png, side x side pictures. Raises ValueError for missing ones."""
+    paths = [folder / f"{item}.png" for item in items]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise ValueError(f"{len(missing)} of {len(paths)} grids are missing, the first is {missing[0]}")
+    return [(path, square) for path in paths for square in range(side * side)]
+
+
+def square_of(grid: Image.Image, number: int, side: int = 2) -> Image.Image:
+    row, column = divmod(number, side)
+    width, height = grid.width // side, grid.height // side
+    return grid.crop((column * width, row * height, (column + 1) * width, (row + 1) * height))
+
+
+class Answerer:
+    """A visual question answering model: BLIP and its like, or one with a chat template."""
+
+    def __init__(self, source: str, device: torch.device):
+        from transformers import (
+            AutoConfig,
+            AutoModelForImageTextToText,
+            AutoModelForVisualQuestionAnswering,
+            AutoProcessor,
+        )
+
+        mapping = AutoModelForVisualQuestionAnswering._model_mapping
+        self.talks = type(AutoConfig.from_pretrained(source)) not in mapping
+        kind = AutoModelForImageTextToText if self.talks else AutoModelForVisualQuestionAnswering
+        self.model = kind.from_pretrained(source).float().eval().to(device)
+        self.processor = AutoProcessor.from_pretrained(source)
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, question: str) -> str:
+        """A short answer, greedy."""
+        text = question
+        if self.talks:
+            content = [{"type": "image"}, {"type": "text", "text": f"{question} Answer with one word."}]
+            turns = [{"role": "user", "content": content}]
+            text = self.processor.apply_chat_template(turns, add_generation_prompt=True)
+        given = self.processor(images=image, text=text, return_tensors="pt").to(self.model.device)
+        out = self.model.generate(**given, max_new_tokens=10, do_sample=False)
+        out = out[:, given["input_ids"].shape[1] :] if self.talks else out
+        return self.processor.decode(out[0], skip_special_tokens=True).strip()
+
+
+def score_dpg(path: Path, square: int, questions: dict[int, Question], answerer: Answerer) -> dict:
+    """A row of the results: which questions about a picture are answered with yes."""
+    image = square_of(data.open_picture(str(path)).convert("RGB"), square)
+    yes = {n: answerer(image, question.text).lower().startswith("yes") for n, question in questions.items()}
+    return {"item_id": path.stem, "square": square, "answers": yes}

@@ -32,7 +32,9 @@ they are, in one size; pictures of a reference that is no .npz are cropped to it
 geneval needs no mmdetection: the same Mask2Former and CLIP come through `transformers`. Published figures
 that others have scored both ways differ by about 0.01. A row of every picture, as the official file has them,
 is added to OUT with the ending .jsonl, and not scored again. clipscore is 100 times the cosine, or 0, of each
-picture of a folder and of the prompt in its PNG, which sample.py writes there.
+picture of a folder and of the prompt in its PNG, which sample.py writes there. dpg wants grids of 2 x 2
+pictures, ITEM.png, as sample.py --file FOLDER draws them for the official prompts; any visual question
+answering model of `transformers` answers, but only figures of mPLUG compare with published ones.
 """
 
 import json
@@ -58,7 +60,6 @@ import data
 import rae
 from common import flag
 
-WHAT = ("recon", "shapes", "fid", "geneval", "clipscore")
 STRIP = 8  # pictures of each data set that are shown
 SPATIAL = 7  # channels that sFID compares at every place
 SPLIT = 5000  # pictures of an Inception score, of which the mean over all splits is given
@@ -73,7 +74,7 @@ ROWS = 1000  # of a matrix of distances at once
 class Config:
     what: list[str] = flag(
         (),
-        "recon, shapes, fid, geneval, clipscore; the first two if none is named",
+        "recon, shapes, fid, geneval, clipscore, dpg; the first two if none is named",
         nargs="*",
         metavar="WHAT",
     )
@@ -85,7 +86,7 @@ class Config:
     )
     limit: int | None = flag(
         None,
-        "pictures a data set (recon, fid; all, of nano 256) or in all (geneval, clipscore), and prompts a "
+        "pictures a data set (recon, fid; all, of nano 256) or in all (others), and prompts a "
         "task (shapes, 20)",
         at_least=2,
     )
@@ -98,10 +99,10 @@ class Config:
     lpips: str = flag(
         "none", "network of LPIPS; torchvision downloads its weights", choices=["vgg", "alex", "none"]
     )
-    samples: str = flag(
-        "", "for fid, a .npz as ADM's or a source of pictures; for geneval and clipscore, a folder"
-    )
+    samples: str = flag("", "for fid, a .npz as ADM's or a source of pictures; for the others, a folder")
     detector: str = flag("facebook/mask2former-swin-small-coco-instance", "Mask2Former of geneval")
+    questions: str = flag("dpg_bench.csv", "DPG-Bench's table")
+    vqa: str = flag("Salesforce/blip-vqa-base", "what answers them")
     clip: str = flag("openai/clip-vit-large-patch14", "CLIP of geneval's colours, and of clipscore")
     reference: str = flag(
         "", "for fid, and for rFID instead of the originals: a .npz as ADM's, or a source of pictures"
@@ -731,39 +732,97 @@ def shapes(config: Config, where: common.Launch) -> list[dict]:
     return results
 
 
-def geneval(config: Config, where: common.Launch) -> list[dict]:
-    """Scores the pictures of --samples, each process its share, and sums up all."""
+def scored(
+    config: Config,
+    where: common.Launch,
+    pictures: list[tuple],
+    networks: dict[str, str],
+    key: Callable[[dict], tuple],
+    open_networks: Callable[[], Callable[..., dict]],
+) -> list[dict]:
+    """A row for each of the pictures, kept in OUT with the ending .jsonl: each process scores its share of
+    those that are not there yet. key: of a row, what a picture is told by. Raises ValueError for rows that
+    other networks have scored."""
+    rows = Path(config.out).with_suffix(".jsonl")
+
+    def known() -> dict[tuple, dict]:
+        found = common.read_rows(rows) if rows.exists() else []
+        for row in found:
+            if wrong := [name for name, source in networks.items() if row.get(name) != source]:
+                raise ValueError(
+                    f"{rows} has pictures that {row.get(wrong[0])} scored, not {networks[wrong[0]]}: choose "
+                    "another --out"
+                )
+        return {key(row): row for row in found}
+
+    done = known()
+    common.global_sum(0)  # all have read before one writes
+    left = [each for each in pictures if key_of(each) not in done][where.rank :: where.world]
+    if left:
+        score = open_networks()
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        with rows.open("a") as file:
+            for each in tqdm(left, desc=rows.stem, disable=not where.main):
+                file.write(json.dumps(score(*each) | networks) + "\n")
+                file.flush()  # a line at once: processes share the file
+    common.global_sum(0)
+    done = known()
+    return [done[key_of(each)] for each in pictures]
+
+
+def key_of(picture: tuple) -> tuple:
+    """Its file, and for a grid which of it."""
+    path, *rest = picture
+    return (str(path), *(part for part in rest if isinstance(part, int)))
+
+
+def folder_of(config: Config, name: str) -> Path:
     if not config.samples:
         raise ValueError(
-            "geneval needs --samples, a folder in its layout: sample.py --file PROMPTS.jsonl draws one"
+            f"{name} needs --samples, a folder of pictures that sample.py drew: see the top of eval.py"
         )
+    return Path(config.samples)
+
+
+def geneval(config: Config, where: common.Launch) -> list[dict]:
+    pictures = benchmarks.geneval_pictures(folder_of(config, "geneval"))[: config.limit]
     networks = {"detector": config.detector, "clip": config.clip}
-    pictures = benchmarks.geneval_pictures(Path(config.samples))[: config.limit]
-    rows = Path(config.out).with_suffix(".jsonl")
-    known = read_geneval(rows, networks)
-    common.global_sum(0)  # all have read before one writes
-    left = [each for each in pictures if str(each[0]) not in known][where.rank :: where.world]
-    if left:
+
+    def open_networks() -> Callable[..., dict]:
         with common.loading(config.detector):
             detector = benchmarks.Detector(config.detector, where.device)
         with common.loading(config.clip):
             clip = benchmarks.Clip(config.clip, where.device)
-        rows.parent.mkdir(parents=True, exist_ok=True)
-        with rows.open("a") as file:
-            for path, wanted in tqdm(left, desc="geneval", disable=not where.main):
-                row = benchmarks.score_geneval(path, wanted, detector, clip) | networks
-                file.write(json.dumps(row) + "\n")
-                file.flush()  # a line at once: processes share the file
-    common.global_sum(0)
-    known = read_geneval(rows, networks)
-    figures = benchmarks.geneval_summary(known[str(path)] for path, _ in pictures)
+        return lambda path, wanted: benchmarks.score_geneval(path, wanted, detector, clip)
+
+    rows = scored(config, where, pictures, networks, lambda row: (row["filename"],), open_networks)
+    figures = benchmarks.geneval_summary(rows)
     return [{"metric": f"geneval/{name}", "value": v, "n": n} for name, (v, n) in figures.items()]
 
 
+def dpg(config: Config, where: common.Launch) -> list[dict]:
+    folder, items = folder_of(config, "dpg"), benchmarks.read_dpg(config.questions)
+    pictures = benchmarks.dpg_pictures(folder, items)[: config.limit]
+
+    def open_networks() -> Callable[..., dict]:
+        with common.loading(config.vqa):
+            answerer = benchmarks.Answerer(config.vqa, where.device)
+        return lambda path, square: benchmarks.score_dpg(path, square, items[path.stem], answerer)
+
+    def key(row: dict) -> tuple:
+        return str(folder / f"{row['item_id']}.png"), row["square"]
+
+    rows = scored(config, where, pictures, {"vqa": config.vqa}, key, open_networks)
+    if where.main and "mplug" not in config.vqa.lower():
+        print(f"answered by {config.vqa}: only figures of mPLUG compare with published ones")
+    figures = benchmarks.dpg_summary(rows, items)
+    name = f"dpg ({config.vqa})"
+    return [{"metric": f"{name}/{each}", "value": v, "n": n} for each, (v, n) in figures.items()]
+
+
 def clipscore(config: Config, where: common.Launch) -> list[dict]:
-    if not config.samples:
-        raise ValueError("clipscore needs --samples, a folder of PNG files that sample.py wrote")
-    paths = sorted(path for path in Path(config.samples).rglob("*.png") if path.name != "grid.png")
+    folder = folder_of(config, "clipscore")
+    paths = sorted(path for path in folder.rglob("*.png") if path.name != "grid.png")
     paths = paths[: config.limit]
     texts = [data.open_metadata(str(path)).get("prompt") for path in paths]
     if not paths or None in texts:
@@ -779,19 +838,6 @@ def clipscore(config: Config, where: common.Launch) -> list[dict]:
         total += clip.scores(pictures, list(prompts)).sum().item()
     [total] = common.global_sum(total)
     return [{"metric": f"clipscore/{config.clip}", "value": total / len(paths), "n": len(paths)}]
-
-
-def read_geneval(rows: Path, networks: dict[str, str]) -> dict[str, dict]:
-    """Rows by file name. Raises ValueError for those of other networks."""
-    known = {}
-    for row in common.read_rows(rows) if rows.exists() else []:
-        if wrong := [name for name, source in networks.items() if row.get(name) != source]:
-            raise ValueError(
-                f"{rows} has pictures that {row.get(wrong[0])} scored, not {networks[wrong[0]]}: choose "
-                "another --out"
-            )
-        known[row["filename"]] = row
-    return known
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -813,20 +859,27 @@ def table(results: list[dict]) -> str:
     return "\n".join("| " + " | ".join(f"{cell:19}" for cell in line) + " |" for line in lines)
 
 
+EVALUATIONS = {
+    "recon": recon,
+    "shapes": shapes,
+    "fid": fid,
+    "geneval": geneval,
+    "clipscore": clipscore,
+    "dpg": dpg,
+}
+
+
 def main() -> None:
     config = common.parse(Config, __doc__)
-    if unknown := set(config.what) - set(WHAT):
-        raise ValueError(f"unknown evaluation {', '.join(unknown)}: choose from {', '.join(WHAT)}")
+    if unknown := set(config.what) - EVALUATIONS.keys():
+        raise ValueError(f"unknown evaluation {', '.join(unknown)}: choose from {', '.join(EVALUATIONS)}")
     where = common.launch(config.dtype)
     if where.main:
         print(where)
     results = []
     for name in config.what or ("recon", "shapes"):
-        if name != "shapes":
-            run = {"recon": recon, "fid": fid, "geneval": geneval, "clipscore": clipscore}[name]
-            part = run(config, where)
-        elif where.main:  # alone: it is not split
-            part = shapes(config, where)
+        if name != "shapes" or where.main:  # alone: it is not split
+            part = EVALUATIONS[name](config, where)
         if where.main:
             print(f"\n{table(part)}", flush=True)
             results += part

@@ -20,6 +20,7 @@ picture i of a run with labels from seed + i, whatever else is asked for and on 
 """
 
 import json
+import math
 import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -77,7 +79,11 @@ class Config:
     prompts: list[str] = flag(
         (), "what to draw; with --ask or --chat, one turn after the other", nargs="*", metavar="PROMPT"
     )
-    file: str = flag("", "more prompts: a text file, one in each line, or GenEval's .jsonl, for its layout")
+    file: str = flag(
+        "",
+        "more prompts: a text file, one in each line; GenEval's .jsonl or DPG-Bench's folder of .txt, for their "
+        "layouts",
+    )
     classes: str = flag("", "draw these labels instead: 3,17 or all; none for an unconditional model")
     labels: str = flag("equal", "as many of each class, or drawn at random", choices=["equal", "random"])
     model: str = flag(
@@ -184,11 +190,17 @@ class Job(NamedTuple):
 
 
 def prompt_jobs(config: Config, count: int) -> list[list[Job]]:
-    """`count` pictures of each prompt; of GenEval's as OUT/00000/samples/00000.png, ..."""
+    """`count` pictures of each prompt; of GenEval's as OUT/00000/samples/00000.png, of DPG-Bench's as
+    OUT/ITEM/0.png, beside the grid OUT/ITEM.png."""
+    layout = None
     if config.file.endswith(".jsonl"):
+        layout = [f"{i:05d}/samples/{{:05d}}" for i in range(len(config.prompts))]
+    elif Path(config.file).is_dir() and config.file:
+        layout = [f"{path.stem}/{{}}" for path in dpg_files(config)]
+    if layout:
+        named = zip(config.prompts, layout, strict=True)
         return [
-            [Job(prompt, config.seed + k, f"{i:05d}/samples/{k:05d}") for k in range(count)]
-            for i, prompt in enumerate(config.prompts)
+            [Job(prompt, config.seed + k, name.format(k)) for k in range(count)] for prompt, name in named
         ]
     names = [file_name(prompt) for prompt in config.prompts]
     if len(set(names)) < len(names):
@@ -306,6 +318,9 @@ def draw(config: Config, where: common.Launch) -> None:
     if where.main:
         for path in Path(config.out).rglob(".*.tmp"):  # of a run that was killed
             path.unlink()
+        if config.file and Path(config.file).is_dir():
+            for group in groups:
+                write_dpg_grid(group, config)
         show(kept_of(groups, config) if config.best_of else jobs, Path(config.out), config)
 
 
@@ -476,6 +491,19 @@ def pack(path: Path, files: list[Path]) -> None:
                 entry.write(np.asarray(data.open_picture(str(file))).tobytes())
 
 
+def dpg_files(config: Config) -> list[Path]:
+    return sorted(Path(config.file).glob("*.txt"))
+
+
+def write_dpg_grid(group: list[Job], config: Config) -> None:
+    """The pictures of a prompt as DPG-Bench reads them: a square without gaps."""
+    files = [str(Path(config.out) / f"{job.name}.png") for job in group]
+    pictures = [np.asarray(data.open_picture(file)) for file in files]
+    grid = rearrange(np.stack(pictures), "(r c) h w ch -> ch (r h) (c w)", r=math.isqrt(len(group)))
+    path = Path(config.out) / f"{group[0].name.split('/')[0]}.png"
+    common.save_picture(path, torch.from_numpy(grid).float() / 255, prompt=group[0].input)
+
+
 def geneval_prompts(lines: list[str], config: Config) -> list[str]:
     """The prompts of GenEval's file, each line of which is kept beside its pictures."""
     if config.prompts:
@@ -496,7 +524,11 @@ def main() -> None:
         raise ValueError(
             "--classes needs --model, a ClassToImage: train_t2i.py --preset nano-class makes one"
         )
-    if config.file:
+    if config.file and Path(config.file).is_dir():
+        if config.prompts or not dpg_files(config) or config.best_of or (config.n or 4) != 4:
+            raise ValueError(f"--file {config.file}: DPG-Bench is a folder of .txt, alone, with --n 4")
+        config.prompts = [file.read_text().strip() for file in dpg_files(config)]
+    elif config.file:
         lines = [line for line in Path(config.file).read_text().splitlines() if line.strip()]
         if config.file.endswith(".jsonl"):
             lines = geneval_prompts(lines, config)

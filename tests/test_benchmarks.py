@@ -269,3 +269,117 @@ def test_clipscore(networks, tmp_path, capsys):
     os.makedirs(tmp_path / "more")
     noise(8, 8).save(tmp_path / "more/4.png")
     assert "no pictures with a prompt" in run(capsys, *flags, code=1)
+
+
+# -- DPG-Bench
+
+COLUMNS = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,"
+TABLE = f"""{COLUMNS}question_natural_language
+a,,,1,0,entity,whole,,Is there a cat?
+a,,,2,1,attribute,color,,Is the cat red?
+a,,,3,"1,2",relation,spatial,,Is the red cat on a mat?
+b,,,1,0,entity,whole,,Is there a dog?
+b,,,2,0,attribute,color,,"Is it blue, or green?"
+"""
+
+
+def test_dpg_arithmetic(tmp_path):
+    """By hand: a child counts where its parents were answered with yes; means over questions, pictures,
+    items."""
+    (tmp_path / "t.csv").write_text(TABLE)
+    items = benchmarks.read_dpg(str(tmp_path / "t.csv"))
+    assert items["a"][3].parents == (1, 2) and items["b"][2].text == "Is it blue, or green?"
+    rows = [
+        {"item_id": "a", "answers": {"1": True, "2": True, "3": True}},  # 1
+        {"item_id": "a", "answers": {"1": False, "2": True, "3": True}},  # 0: all hang on the first
+        {"item_id": "a", "answers": {"1": True, "2": False, "3": True}},  # 1/3
+        {"item_id": "a", "answers": {"1": True, "2": True, "3": False}},  # 2/3
+        *[{"item_id": "b", "answers": {"1": True, "2": False}}] * 4,  # 1/2
+    ]
+    figures = benchmarks.dpg_summary(rows, items)
+    assert figures["overall"] == (pytest.approx(100 * (0.5 + 0.5) / 2), 2)
+    assert figures["entity"] == (pytest.approx(100 * 7 / 8), 8)
+    assert figures["attribute - color"] == figures["attribute"] == (pytest.approx(100 * 2 / 8), 8)
+    assert figures["relation"] == (pytest.approx(25), 4)
+    (tmp_path / "t.csv").write_text("item_id,text\na,b\n")
+    with pytest.raises(ValueError, match="no table of DPG-Bench"):
+        benchmarks.read_dpg(str(tmp_path / "t.csv"))
+
+
+def test_squares_of_a_grid():
+    grid = Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3))
+    squares = [np.asarray(benchmarks.square_of(grid, i)) for i in range(4)]
+    assert np.array_equal(
+        np.block([[[squares[0]], [squares[1]]], [[squares[2]], [squares[3]]]]), np.asarray(grid)
+    )
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("blip")
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "[DEC]",
+        "[ENC]",
+        "is",
+        "the",
+        "cat",
+        "yes",
+        "no",
+        "?",
+    ]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"bos_token_id": 5, "sep_token_id": 3, "pad_token_id": 0, "eos_token_id": 3}
+    text = transformers.BlipTextConfig(vocab_size=len(words), encoder_hidden_size=16, **small, **ids)
+    vision = transformers.BlipVisionConfig(image_size=32, patch_size=16, **small)
+    config = transformers.BlipConfig(text_config=text, vision_config=vision, projection_dim=8)
+    transformers.BlipForQuestionAnswering(config).save_pretrained(folder)
+    processor = transformers.BlipProcessor(
+        transformers.BlipImageProcessor(size={"height": 32, "width": 32}),
+        transformers.BertTokenizer(str(folder / "vocab.txt")),
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_dpg_from_prompts_to_figures(blip, parts, tmp_path, capsys):
+    (tmp_path / "t.csv").write_text(TABLE)
+    (tmp_path / "prompts").mkdir()
+    for item in "ab":
+        (tmp_path / f"prompts/{item}.txt").write_text(f"a picture of {item}\n")
+    out = tmp_path / "dpg"
+    run(
+        capsys,
+        "sample.py",
+        "--file",
+        tmp_path / "prompts",
+        "--steps",
+        1,
+        "--model",
+        parts / "t2i",
+        "--out",
+        out,
+    )
+    single, grid = np.asarray(Image.open(out / "b/3.png")), Image.open(out / "b.png")
+    assert grid.size == (64, 64)
+    assert np.array_equal(np.asarray(benchmarks.square_of(grid, 3)), single)
+    flags = ["--samples", out, "--questions", tmp_path / "t.csv", "--vqa", blip]
+    command = ["eval.py", "dpg", *flags, "--out", tmp_path / "results.json"]
+    assert "only figures of mPLUG compare" in run(capsys, *command)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(row["item_id"], row["square"], len(row["answers"])) for row in rows] == [
+        *[("a", i, 3) for i in range(4)], *[("b", i, 2) for i in range(4)]
+    ]  # fmt: skip
+    results = {r["metric"]: r["value"] for r in json.loads((tmp_path / "results.json").read_text())}
+    items = benchmarks.read_dpg(str(tmp_path / "t.csv"))
+    assert results[f"dpg ({blip})/overall"] == pytest.approx(
+        benchmarks.dpg_summary(rows, items)["overall"][0]
+    )
+    (out / "a.png").unlink()
+    assert "1 of 2 grids are missing" in run(capsys, *command, code=1)
