@@ -1261,8 +1261,12 @@ class TextToImage(LatentModel, library_name="rae"):
     # -- training
 
     def embed(self, chat: Chat, context_latents: Tensor | None = None) -> Tensor:
-        """Input embeddings (B, L, width); pictures to generate are the queries, pictures to read are
-        projected."""
+        """Input embeddings (B, L, width); pictures to generate are the queries, pictures to read, (C,
+        *read_shape), are projected. Raises ValueError for latents of another space."""
+        if context_latents is not None and context_latents.shape[1:] != self.read_shape:
+            raise ValueError(
+                f"latents {tuple(context_latents.shape[1:])} cannot be read, only {self.read_shape}"
+            )
         embeddings = self.language_model.get_input_embeddings()(chat.ids.clamp(min=0))
         # no branches: every process touches every weight, even where its part of the batch needs it not
         flat, queries = embeddings.flatten(0, 1), self.latent_queries.repeat(len(chat.answers), 1)

@@ -81,8 +81,8 @@ class Config:
     )
     file: str = flag(
         "",
-        "more prompts: a text file, one in each line; GenEval's .jsonl or DPG-Bench's folder of .txt, for their "
-        "layouts",
+        "more prompts: a text file, one in each line; GenEval's .jsonl or DPG-Bench's folder of .txt, for "
+        "their layouts",
     )
     classes: str = flag("", "draw these labels instead: 3,17 or all; none for an unconditional model")
     labels: str = flag("equal", "as many of each class, or drawn at random", choices=["equal", "random"])
