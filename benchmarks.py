@@ -1,13 +1,16 @@
-"""The papers' benchmarks that compare with other work, GenEval, CLIPScore and DPG-Bench: what eval.py calls.
+"""The papers' benchmarks that compare with other work, called by eval.py: GenEval, CLIPScore and DPG-Bench of
+pictures, and MME, TextVQA, AI2D, SEED, MMMU and MMMU-Pro of answers to questions about pictures.
 
 Rules and arithmetic are those of the official scorers: a results file of theirs and one of ours sum up to the
 same numbers. Networks are the same ones through `transformers`, without mmdetection.
 """
 
+import ast
 import csv
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -346,3 +349,174 @@ def score_dpg(path: Path, square: int, questions: dict[int, Question], answerer:
     image = square_of(data.open_picture(str(path)).convert("RGB"), square)
     yes = {n: answerer(image, question.text).lower().startswith("yes") for n, question in questions.items()}
     return {"item_id": path.stem, "square": square, "answers": yes}
+
+
+# -----------------------------------------------------------------------------------------------------------
+# understanding: questions about pictures, with the prompts that the LLaVA line of work asks them with
+
+ONE_WORD = "Answer the question using a single word or phrase."
+ONE_LETTER = "Answer with the option's letter from the given choices directly."
+LETTERS = "ABCDEFGHIJ"
+PERCEPTION = tuple(
+    "existence count position color posters celebrity scene landmark artwork OCR".split()
+)  # of MME's categories; the others are cognition
+
+
+class Item(NamedTuple):
+    """One question."""
+
+    image: Image.Image
+    question: str
+    truth: list[str]  # a letter, or words: of TextVQA ten people's
+    group: str = ""  # MME's category and picture, two questions each
+
+
+def with_options(question: str, options: list[str]) -> str:
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    return "\n".join([question, *lines, ONE_LETTER])
+
+
+def of_mme(row: dict) -> Item:
+    return Item(row["image"], row["question"], [row["answer"]], f"{row['category']}/{row['question_id']}")
+
+
+def of_textvqa(row: dict) -> Item:
+    return Item(row["image"], f"{row['question'].capitalize()}\n{ONE_WORD}", row["answers"])
+
+
+def of_ai2d(row: dict) -> Item:
+    return Item(row["image"], with_options(row["question"], row["options"]), [LETTERS[int(row["answer"])]])
+
+
+def of_seed(row: dict) -> Item:
+    image = row["image"][0] if isinstance(row["image"], list) else row["image"]
+    options = [row[f"choice_{letter}"] for letter in "abcd"]
+    return Item(image, with_options(row["question"], options), [row["answer"]])
+
+
+def of_mmmu(row: dict) -> Item:
+    """Of several pictures the first; where they belong in the text is left out."""
+    question = re.sub(r"\s*<image \d+>\s*", " ", row["question"]).strip()
+    options = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
+    image = row.get("image_1") or row["image"]
+    if not options:
+        truth = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+        return Item(image, f"{question}\n{ONE_WORD}", truth)
+    return Item(image, with_options(question, options), [row["answer"]])
+
+
+class Asked(NamedTuple):
+    """A set of questions: where its rows are on the hub, how one is read, and how answers are scored."""
+
+    path: str
+    split: str
+    read: Callable[[dict], Item]
+    score: Callable[[str, Item], float]
+    only: tuple[str, tuple[str, ...]] | None = None  # a column, and its values of the rows that are asked
+    configs: tuple[str, ...] | None = None  # None: the only one; (): all
+
+
+def plain(text: str) -> str:
+    """As the VQA challenge compares answers: lower case, without articles and most punctuation, numbers as
+    digits, apostrophes where they belong."""
+    text = re.sub(r"[\n\t]", " ", text).strip().lower()
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        spaced = f"{mark} " in text or f" {mark}" in text or re.search(r"\d,\d", text)
+        text = text.replace(mark, "" if spaced else " ")
+    text = re.sub(r"(?<!\d)\.(?!\d)", "", text)
+    words = (DIGITS.get(word, word) for word in text.split() if word not in ("a", "an", "the"))
+    return " ".join(CONTRACTIONS.get(word, word) for word in words)
+
+
+DIGITS = {
+    word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
+}
+DIGITS["none"] = "0"
+CONTRACTIONS = {
+    word.replace("'", ""): word
+    for word in (
+        "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't how'd how'll "
+        "how's isn't it'd it'll let's ma'am might've mightn't must've mustn't needn't not've o'clock "
+        "oughtn't shan't she'd've should've shouldn't somebody'd somebody's someone'd someone'll "
+        "someone's something'd something'll that's there'd there're there's they'd they'll they're "
+        "they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's "
+        "where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd "
+        "you'll you're you've "
+    ).split()
+}
+
+
+def soft_accuracy(answer: str, item: Item) -> float:
+    """VQA's: the mean, over the ten people with one left out, of min(1, those who said the same / 3)."""
+    said, truth = plain(answer), [plain(each) for each in item.truth]
+    same = [said == each for each in truth]
+    return float(np.mean([min(1, (sum(same) - left) / 3) for left in same]))
+
+
+def letter_of(answer: str) -> str:
+    """The option that an answer names: "B", "B.", "(B) a cat"; "" for none."""
+    found = re.match(r"\s*\(?([A-J])(?:[).:,\s]|$)", answer)
+    return found[1] if found else ""
+
+
+def exact(answer: str, item: Item) -> float:
+    """Of the letter where that is the answer, else of the words."""
+    if len(item.truth) == 1 and re.fullmatch("[A-J]", item.truth[0]):
+        return float(letter_of(answer) == item.truth[0])
+    return float(plain(answer) in [plain(each) for each in item.truth])
+
+
+def yes_or_no(answer: str, item: Item) -> float:
+    """Of the first word."""
+    word = re.match(r"\W*(yes|no)\b", answer.lower())
+    return float(bool(word) and word[1] == item.truth[0].lower())
+
+
+ASKED = {
+    "mme": Asked("lmms-lab/MME", "test", of_mme, yes_or_no, ("category", PERCEPTION)),
+    "textvqa": Asked("lmms-lab/textvqa", "validation", of_textvqa, soft_accuracy),
+    "ai2d": Asked("lmms-lab/ai2d", "test", of_ai2d, exact),
+    "seed": Asked("lmms-lab/SEED-Bench", "test", of_seed, exact, ("data_type", ("image",))),
+    "mmmu": Asked("MMMU/MMMU", "validation", of_mmmu, exact, None, ()),
+    "mmmu-pro": Asked("MMMU/MMMU_Pro", "test", of_mmmu, exact, None, ("standard (10 options)",)),
+}
+
+
+def open_asked(name: str, local: str) -> list:
+    """The tables of a set: of the hub, or the parquet files of LOCAL/NAME. Raises ValueError without them."""
+    import datasets
+
+    asked = ASKED[name]
+    if local:
+        files = sorted(str(file) for file in (Path(local) / name).rglob("*.parquet"))
+        if not files:
+            raise ValueError(f"{Path(local) / name} has no .parquet files with the columns of {asked.path}")
+        return [datasets.load_dataset("parquet", data_files=files, split="train")]
+    if asked.configs is None:
+        return [datasets.load_dataset(asked.path, split=asked.split)]
+    configs = asked.configs or datasets.get_dataset_config_names(asked.path)
+    return [datasets.load_dataset(asked.path, config, split=asked.split) for config in configs]
+
+
+def asked_rows(name: str, table) -> list[int]:
+    """The rows of a table that are asked; no picture is decoded to find them."""
+    column, values = ASKED[name].only or (None, ())
+    return (
+        [i for i, value in enumerate(table[column]) if value in values] if column else list(range(len(table)))
+    )
+
+
+def understanding_summary(name: str, rows: list[dict]) -> tuple[float, int]:
+    """In percent the mean of all answers; of MME the sum over its categories of the accuracy of the
+    questions and of that of the pictures, both of whose two have to be right: 2000 at most."""
+    if name != "mme":
+        return 100 * float(np.mean([row["score"] for row in rows])), len(rows)
+    pictures = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        category, _, picture = row["group"].partition("/")
+        pictures[category][picture].append(row["score"])
+    total = 0.0
+    for each in pictures.values():
+        questions = [score for scores in each.values() for score in scores]
+        total += 100 * (np.mean(questions) + np.mean([min(scores) for scores in each.values()]))
+    return float(total), len(rows)

@@ -35,6 +35,7 @@ is added to OUT with the ending .jsonl, and not scored again. clipscore is 100 t
 picture of a folder and of the prompt in its PNG, which sample.py writes there. dpg wants grids of 2 x 2
 pictures, ITEM.png, as sample.py --file FOLDER draws them for the official prompts; any visual question
 answering model of `transformers` answers, but only figures of mPLUG compare with published ones.
+understanding asks --model itself; a picture is squeezed into its square, of several the first is shown.
 """
 
 import json
@@ -43,6 +44,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +76,7 @@ ROWS = 1000  # of a matrix of distances at once
 class Config:
     what: list[str] = flag(
         (),
-        "recon, shapes, fid, geneval, clipscore, dpg; the first two if none is named",
+        "recon, shapes, fid, geneval, clipscore, dpg, understanding; the first two if none is named",
         nargs="*",
         metavar="WHAT",
     )
@@ -103,6 +105,8 @@ class Config:
     detector: str = flag("facebook/mask2former-swin-small-coco-instance", "Mask2Former of geneval")
     questions: str = flag("dpg_bench.csv", "DPG-Bench's table")
     vqa: str = flag("Salesforce/blip-vqa-base", "what answers them")
+    sets: str = flag(",".join(benchmarks.ASKED), "of understanding, comma separated")
+    local: str = flag("", "read them from LOCAL/NAME/*.parquet with the hub's columns, instead of from there")
     clip: str = flag("openai/clip-vit-large-patch14", "CLIP of geneval's colours, and of clipscore")
     reference: str = flag(
         "", "for fid, and for rFID instead of the originals: a .npz as ADM's, or a source of pictures"
@@ -820,6 +824,46 @@ def dpg(config: Config, where: common.Launch) -> list[dict]:
     return [{"metric": f"{name}/{each}", "value": v, "n": n} for each, (v, n) in figures.items()]
 
 
+def understanding(config: Config, where: common.Launch) -> list[dict]:
+    """Each of --sets, each process its share of the questions."""
+    results, opened = [], []
+    if unknown := set(config.sets.split(",")) - benchmarks.ASKED.keys():
+        raise ValueError(f"--sets {', '.join(unknown)}: choose from {', '.join(benchmarks.ASKED)}")
+
+    def open_networks() -> Callable[..., dict]:
+        if not opened:
+            opened.append(common.load_model(rae.TextToImage, config.model, "", where))
+        return answer
+
+    def answer(name: str, table: int, row: int) -> dict:
+        [model], asked = opened, benchmarks.ASKED[name]
+        item, side = asked.read(tables[table][row]), opened[0].reader.image_size
+        picture = item.image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)  # not cropped
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        with where.autocast():
+            try:
+                said, error = model.answer(data.to_unit(pixels, where.device), item.question), ""
+            except ValueError as refused:  # a question that is too long, or has a special token: it is wrong
+                said, error = "", str(refused)
+        about = {"set": name, "table": table, "row": row, "group": item.group, "error": error}
+        return about | {"answer": said, "score": asked.score(said, item)}
+
+    for name in config.sets.split(","):
+        try:
+            tables = benchmarks.open_asked(name, config.local)
+        except (OSError, ConnectionError) as error:
+            raise ValueError(f"cannot read {benchmarks.ASKED[name].path}: {error}") from error
+        places = [(name, t, r) for t, table in enumerate(tables) for r in benchmarks.asked_rows(name, table)]
+        places = places[: config.limit]
+        key = itemgetter("set", "table", "row")
+        rows = scored(config, where, places, {"model": config.model}, key, open_networks)
+        if where.main and (refused := [row["error"] for row in rows if row["error"]]):
+            print(f"{name}: {len(refused)} questions count as wrong, the first because {refused[0]}")
+        value, n = benchmarks.understanding_summary(name, rows)
+        results.append({"metric": f"understanding/{name}", "value": value, "n": n})
+    return results
+
+
 def clipscore(config: Config, where: common.Launch) -> list[dict]:
     folder = folder_of(config, "clipscore")
     paths = sorted(path for path in folder.rglob("*.png") if path.name != "grid.png")
@@ -866,6 +910,7 @@ EVALUATIONS = {
     "geneval": geneval,
     "clipscore": clipscore,
     "dpg": dpg,
+    "understanding": understanding,
 }
 
 

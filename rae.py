@@ -1490,7 +1490,7 @@ class Dialogue:
         empty, over-long or contains a special token.
         """
         model, latents = self.model, None
-        model.plain_text([text])
+        model.plain_text([text], max_tokens=1024)
         if image_or_latents is not None:
             text, picture = f"<image>\n{text}", image_or_latents.to(model.device)[None]
             latents = picture if picture.ndim == 3 else model.reader.encode(picture)

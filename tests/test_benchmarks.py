@@ -383,3 +383,108 @@ def test_dpg_from_prompts_to_figures(blip, parts, tmp_path, capsys):
     )
     (out / "a.png").unlink()
     assert "1 of 2 grids are missing" in run(capsys, *command, code=1)
+
+
+# -- understanding
+
+
+def asked(*truth):
+    return benchmarks.Item(None, "?", list(truth))
+
+
+@pytest.mark.parametrize(
+    "answer, truth, score",
+    [
+        ("B", "B", 1), ("B.", "B", 1), ("(B) a cat", "B", 1), ("B: cat", "B", 1), ("b", "B", 0),
+        ("Bee", "B", 0), ("A", "B", 0), ("", "B", 0), ("The answer is B", "B", 0),
+        ("12", "12", 1), ("Twelve", "12", 0), ("two", "2", 1), ("the cat.", "Cat", 1), ("a dog", "cat", 0),
+    ],
+)  # fmt: skip
+def test_exact_match(answer, truth, score):
+    assert benchmarks.exact(answer, asked(truth)) == score
+
+
+def test_vqa_soft_accuracy():
+    """By hand: with n of ten who said it, leave one out: n ones out of ten see n - 1 left, the others n."""
+    for n, expected in ((0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)):
+        truth = asked(*["nokia"] * n, *["phone"] * (10 - n))
+        assert benchmarks.soft_accuracy("A Nokia", truth) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("The  Red, Car!", "red car"), ("1,000", "1000"), ("3.14", "3.14"), ("st. john", "st john"),
+        ("dont", "don't"), ("none", "0"), ("half-full", "half full"), ("we were", "we were"),
+    ],
+)  # fmt: skip
+def test_plain_answers(text, expected):
+    assert benchmarks.plain(text) == expected
+
+
+def test_yes_or_no():
+    scores = [
+        benchmarks.yes_or_no(said, asked("Yes"))
+        for said in ("Yes, it is", "yes", " YES.", "No", "", "yesterday")
+    ]
+    assert scores == [1, 1, 1, 0, 0, 0]
+
+
+def test_mme_sums_questions_and_pictures():
+    """Two categories: accuracies 3/4 and 1/2 of one, 1 and 1 of the other."""
+    rows = [("count/a", 1), ("count/a", 1), ("count/b", 1), ("count/b", 0), ("color/c", 1), ("color/c", 1)]
+    rows = [{"group": group, "score": float(score)} for group, score in rows]
+    assert benchmarks.understanding_summary("mme", rows) == (pytest.approx(100 * (0.75 + 0.5 + 1 + 1)), 6)
+    assert benchmarks.understanding_summary("ai2d", rows) == (pytest.approx(500 / 6), 6)
+
+
+ROWS = {  # two rows each, with the hub's columns
+    "mme": [{"question_id": "a.jpg", "question": "Is it red? Please answer yes or no.", "answer": "Yes",
+             "category": "color"},
+            {"question_id": "b", "question": "1 + 1 = 3? Please answer yes or no.", "answer": "No",
+             "category": "numerical_calculation"}],
+    "textvqa": [{"question": "what brand?", "answers": ["x"] * 10}] * 2,
+    "ai2d": [{"question": "which?", "options": ["a", "b", "c", "d"], "answer": "2"}] * 2,
+    "seed": [{"question": "how?", "choice_a": "a", "choice_b": "b", "choice_c": "c", "choice_d": "d",
+              "answer": "C", "data_type": kind} for kind in ("image", "video")],
+    "mmmu": [{"question": "What is <image 1>?", "options": "['x', 'y']", "answer": "B"},
+             {"question": "How many?", "options": "[]", "answer": "7"}],
+    "mmmu-pro": [{"question": "<image 1> Which?", "options": "['x', 'y', 'z']", "answer": "C"}] * 2,
+}  # fmt: skip
+
+
+def test_questions_as_they_are_asked():
+    first = {
+        name: benchmarks.ASKED[name].read({"image": None, "image_1": "p"} | rows[0])
+        for name, rows in ROWS.items()
+    }
+    assert (
+        first["mme"].question == "Is it red? Please answer yes or no." and first["mme"].group == "color/a.jpg"
+    )
+    assert first["textvqa"].question == f"What brand?\n{benchmarks.ONE_WORD}"
+    assert first["ai2d"].question == f"which?\nA. a\nB. b\nC. c\nD. d\n{benchmarks.ONE_LETTER}"
+    assert first["ai2d"].truth == ["C"] == first["seed"].truth
+    assert first["mmmu"].question == f"What is ?\nA. x\nB. y\n{benchmarks.ONE_LETTER}"
+    assert (
+        benchmarks.ASKED["mmmu"]
+        .read({"image_1": "p"} | ROWS["mmmu"][1])
+        .question.endswith(benchmarks.ONE_WORD)
+    )
+
+
+def test_understanding_end_to_end(parts, tmp_path, capsys):
+    import datasets
+
+    for name, rows in ROWS.items():
+        column = "image_1" if name.startswith("mmmu") else "image"
+        table = datasets.Dataset.from_list([row | {column: noise(20, 30)} for row in rows])
+        (tmp_path / name).mkdir()
+        table.to_parquet(tmp_path / name / "part.parquet")
+    command = ["eval.py", "understanding", "--model", parts / "t2i", "--out", tmp_path / "results.json"]
+    run(capsys, *command, "--local", tmp_path)
+    results = {r["metric"]: r["n"] for r in json.loads((tmp_path / "results.json").read_text())}
+    assert results == {f"understanding/{name}": 1 if name in ("mme", "seed") else 2 for name in ROWS}
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 10 and all(row["model"] == str(parts / "t2i") for row in rows)
+    assert "choose from mme" in run(capsys, *command, "--sets", "mme,vqa", code=1)
+    assert "no .parquet files" in run(capsys, *command, "--local", tmp_path / "nothing", code=1)
