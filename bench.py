@@ -242,6 +242,7 @@ QWEN = {
 SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
           "image_size": 224, "patch_size": 14, "vision_use_head": False}  # fmt: skip
 TOKENS = 256 + 64  # of a conversation: a picture and the text around it
+LEARNED = 24  # of them with a loss: their logits over the vocabulary are computed, and kept
 
 
 class Part(NamedTuple):
@@ -249,7 +250,7 @@ class Part(NamedTuple):
 
     module: torch.nn.Module
     call: Callable[[torch.nn.Module], torch.Tensor]
-    passes: int  # 3: it learns; 2: it is frozen, but gradients go through it; 1: it only runs
+    passes: int  # 3: it learns; 2: it is frozen, but gradients go through it; 1: it only runs; 0: or not even
 
 
 class Paper(NamedTuple):
@@ -269,14 +270,19 @@ def siglip() -> Part:
 def qwen(size: str, frozen: bool) -> Part:
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**QWEN[size]))
     given = torch.zeros(1, TOKENS, QWEN[size]["hidden_size"])
-    return Part(model, lambda m: m.model(inputs_embeds=given).last_hidden_state, 2 if frozen else 3)
+
+    def call(m: torch.nn.Module) -> torch.Tensor:
+        return m.lm_head(m.model(inputs_embeds=given).last_hidden_state[:, :LEARNED])
+
+    return Part(model, call, 2 if frozen else 3)
 
 
 def text_training(size: str, language_model: str, steps: int = 30_000, frozen: bool = False) -> Paper:
     width = rae.DITS[size]["width"]
     dit = rae.DiT((256, 1152), condition_width=width, **rae.DITS[size])
     given = torch.zeros(1, 256, 1152), torch.zeros(1), torch.zeros(1, 256, width)
-    return Paper([Part(dit, lambda m: m(*given), 3), qwen(language_model, frozen), siglip()], 2048, steps)
+    parts = [Part(dit, lambda m: m(*given), 3), qwen(language_model, frozen), siglip(), decoder_xl(1152, 0)]
+    return Paper(parts, 2048, steps)
 
 
 def class_training(epochs: int) -> Paper:
@@ -284,14 +290,17 @@ def class_training(epochs: int) -> Paper:
     encoder = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig())
     given = torch.zeros(1, 256, 768), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     picture = torch.zeros(1, 3, 224, 224)
-    parts = [Part(dit, lambda m: m(*given), 3), Part(encoder, lambda m: m(picture).last_hidden_state, 1)]
-    return Paper(parts, 1024, epochs * 1251, ema=True)
+    run = Part(encoder, lambda m: m(picture).last_hidden_state, 1)
+    return Paper([Part(dit, lambda m: m(*given), 3), run, decoder_xl(768, 0)], 1024, epochs * 1251, ema=True)
+
+
+def decoder_xl(channels: int, passes: int) -> Part:
+    decoder = rae.Decoder((256, channels), 14, **rae.DECODERS["ViT-XL"])
+    return Part(decoder, lambda m: m(torch.zeros(1, 256, channels)), passes)
 
 
 def decoder_training(pictures: float) -> Paper:
-    decoder = rae.Decoder((256, 1152), 14, **rae.DECODERS["ViT-XL"])
-    part = Part(decoder, lambda m: m(torch.zeros(1, 256, 1152)), 3)
-    return Paper([part, siglip()], 512, round(pictures / 512), ema=True)
+    return Paper([decoder_xl(1152, 3), siglip()], 512, round(pictures / 512), ema=True)
 
 
 PAPERS = {
@@ -346,27 +355,33 @@ def size(module: torch.nn.Module) -> int:
 class Cost(NamedTuple):
     learned: int  # parameters
     flops: int  # of one sample, forward and backward, nothing computed twice
-    states: int  # bytes of fp32 weights, gradients, AdamW's two moments and an average; spread over GPUs
-    gathered: (
-        int  # bytes of weights that a GPU holds whole: two blocks, and what is in no block, fp32 and bf16
-    )
-    sample: int  # bytes that one sample keeps: inputs of all blocks, and everything of the largest
+    spread: int  # bytes of fp32 weights, gradients, AdamW's two moments and an average, over all GPUs
+    held: int  # bytes that each GPU has: fp32 weights of what only runs, or draws samples at checkpoints
+    gathered: int  # and of what is spread two blocks at a time and what is in no block, fp32 and bf16
+    moved: int  # bytes that it gathers and sums in a step: fp32 weights twice, and gradients
+    sample: int  # bytes that one sample keeps: inputs of all blocks, fp32; everything of one block; logits
 
 
 def cost(paper: Paper) -> Cost:
+    spread = held = gathered = moved = inputs = largest = logits = 0
     with torch.device("meta"):
-        learned = sum(size(part.module) for part in paper.parts if part.passes == 3)
-        states, gathered, inputs, largest = 0, 0, 0, 0
         for part in paper.parts:
             blocks, whole = blocks_of(part), size(part.module)
-            states += whole * (16 + 4 * paper.ema if part.passes == 3 else 4)
+            if part.passes < 2:
+                held += 4 * whole
+                continue
+            learns = part.passes == 3
+            spread += whole * (16 + 4 * paper.ema if learns else 4)
+            moved += whole * (12 if learns else 8)
             gathered += 6 * (whole - size(blocks) + 2 * size(blocks[0]))
-            if part.passes > 1:
-                width = next(p.shape[0] for p in blocks.parameters() if p.ndim == 1)
-                inputs += 2 * TOKENS * width * len(blocks)
-                largest = max(largest, kept_bytes(part) // 2 // len(blocks))  # counted in fp32, kept as bf16
-        flops = sum(part.passes * forward_flops(part) for part in paper.parts)
-    return Cost(learned, flops, states, gathered, inputs + largest)
+            width = next(p.shape[0] for p in blocks.parameters() if p.ndim == 1)
+            inputs += 4 * TOKENS * width * len(blocks)
+            largest = max(largest, kept_bytes(part) // 2 // len(blocks))  # counted in fp32, kept as bf16
+            vocabulary = getattr(getattr(part.module, "config", None), "vocab_size", 0)
+            logits += LEARNED * vocabulary * (2 + 4 + 4)  # bf16, fp32, and its gradient
+        flops = sum(part.passes * forward_flops(part) for part in paper.parts if part.passes)
+    learned = sum(size(part.module) for part in paper.parts if part.passes == 3)
+    return Cost(learned, flops, spread, held, gathered, moved, inputs + largest + logits)
 
 
 def plan(config: Config) -> str:
@@ -383,7 +398,7 @@ def plan(config: Config) -> str:
 
     def used(each: Cost, gpus: int) -> float:
         """GB on a GPU without samples."""
-        return (each.states / min(gpus, 8) + (gpus > 1) * each.gathered) / 1e9
+        return (each.spread / min(gpus, 8) + each.held + (gpus > 1) * each.gathered) / 1e9
 
     def fits(each: Cost, gpus: int, limit: float) -> str:
         count = int((limit - used(each, gpus)) * 1e9 // each.sample)
@@ -392,8 +407,8 @@ def plan(config: Config) -> str:
     def seconds(paper: Paper, each: Cost, gpus: int) -> dict[str, float]:
         return {
             "compute": paper.batch * each.flops / (gpus * peak * 1e12 * config.mfu),
-            "NVLink": 12 * each.learned / (inside * 1e9) * (gpus > 1),  # gathered twice, summed once, fp32
-            "network": 8 * each.learned / 8 / (between * 1e9) * (gpus > 8),  # summed once more
+            "NVLink": each.moved / (inside * 1e9) * (gpus > 1),
+            "network": 8 * each.learned / 8 / (between * 1e9) * (gpus > 8),  # gradients, once more
         }
 
     def first(paper: Paper, each: Cost, gpus: int) -> str:
@@ -405,7 +420,8 @@ def plan(config: Config) -> str:
 
     lines = [
         f"Computed, not measured. bf16 compute on fp32 weights, checkpointed blocks; {TOKENS - 256} tokens "
-        "of text beside a picture's 256; fragmentation and the allocator's reserve are not in it.",
+        f"of text beside a picture's 256, {LEARNED} of them learned. Fragmentation and the "
+        "allocator's reserve are not in it; at the start each GPU holds the whole model in fp32.",
         "",
         "| training | learned | GB without samples on 1, 8, 64 GPUs | MB a sample "
         "| samples at once on 1 GPU of 24, 80, 141 GB | on each of 8 |",

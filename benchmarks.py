@@ -9,7 +9,7 @@ import ast
 import csv
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -35,11 +35,16 @@ TEMPLATES = (
     "a photo of a {color} object",
 )
 GREY = "#999999"  # around an object whose colour is asked for
-NAMES = {
-    "mouse": "computer mouse",
-    "remote": "tv remote",
-    "keyboard": "computer keyboard",
-}  # COCO's: GenEval's
+NAMES = (  # of COCO's 80 classes in their order, as GenEval's prompts have them
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire "
+    "hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, "
+    "zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports "
+    "ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine "
+    "glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot "
+    "dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, "
+    "computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, "
+    "refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
+).split(", ")
 
 
 class Found(NamedTuple):
@@ -115,7 +120,8 @@ class Detector:
         size = {"shortest_edge": 800, "longest_edge": 1333}
         self.processor = AutoImageProcessor.from_pretrained(source, size=size)
         self.model = Mask2FormerForUniversalSegmentation.from_pretrained(source).float().eval().to(device)
-        self.names = [NAMES.get(name, name) for _, name in sorted(self.model.config.id2label.items())]
+        labels = [name for _, name in sorted(self.model.config.id2label.items())]
+        self.names = NAMES if len(labels) == len(NAMES) else labels  # files spell some of them in other ways
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> dict[str, list[Found]]:
@@ -206,6 +212,12 @@ def geneval_pictures(folder: Path) -> list[tuple[Path, dict]]:
         if not pictures:
             raise ValueError(f"{prompt} has a prompt, but no pictures in samples/")
         found += [(path, wanted) for path in pictures]
+    counts = Counter(path.parent.parent for path, _ in found)
+    if len(set(counts.values())) > 1:
+        most, least = (counts.most_common()[place] for place in (0, -1))
+        raise ValueError(
+            f"{most[0]} has {most[1]} pictures, {least[0]} has {least[1]}: draw into an empty folder"
+        )
     if not found:
         raise ValueError(
             f"{folder} is not in GenEval's layout: 00000/metadata.jsonl, 00000/samples/0000.png, ..."
@@ -216,6 +228,9 @@ def geneval_pictures(folder: Path) -> list[tuple[Path, dict]]:
 def score_geneval(path: Path, wanted: dict, detector: Detector, clip: Clip) -> dict:
     """A row of the results, with the keys of the official file."""
     image = data.open_picture(str(path)).convert("RGB")
+    asked = {part["class"] for part in [*wanted["include"], *wanted.get("exclude", [])]}
+    if unknown := asked - set(detector.names):
+        raise ValueError(f"{path} is asked for a {min(unknown)}, which the detector does not know")
     found = confident(detector(image), wanted["tag"])
     right, reasons = judge(wanted, found, lambda objects, name: clip.colors(image, objects, name))
     details = {
@@ -278,18 +293,23 @@ def read_dpg(path: str) -> dict[str, dict[int, Question]]:
 
 
 def filtered(answers: dict[int, bool], questions: dict[int, Question]) -> dict[int, bool]:
-    """Yes only where all parents were answered with yes."""
-    return {n: yes and all(answers[parent] for parent in questions[n].parents) for n, yes in answers.items()}
+    """Yes only where all parents have stayed a yes, in the order of the table: what hangs on a no falls with
+    it, and what hangs on that."""
+    kept = dict(answers)
+    for number in answers:
+        kept[number] = kept[number] and all(kept[parent] for parent in questions[number].parents)
+    return kept
 
 
 def dpg_summary(rows: list[dict], items: dict[str, dict[int, Question]]) -> dict[str, tuple[float, int]]:
     """Value, in percent, and number of each figure: `overall`, the mean over items of the mean over their
-    pictures of the mean over questions; and the means over all questions of all pictures of each category."""
+    pictures of the mean over questions; and of each category the mean over all questions of all pictures,
+    as they were answered (the official script, by mistake, takes those of the last picture)."""
     pictures, categories = defaultdict(list), defaultdict(list)
     for row in rows:
         questions = items[row["item_id"]]
-        answers = filtered({int(n): yes for n, yes in row["answers"].items()}, questions)
-        pictures[row["item_id"]].append(np.mean(list(answers.values())))
+        answers = {int(n): yes for n, yes in row["answers"].items()}
+        pictures[row["item_id"]].append(np.mean(list(filtered(answers, questions).values())))
         for number, yes in answers.items():
             question = questions[number]
             for name in (question.category, f"{question.category} - {question.detail}"):
@@ -395,7 +415,8 @@ def of_seed(row: dict) -> Item:
 
 
 def of_mmmu(row: dict) -> Item:
-    """Of several pictures the first; where they belong in the text is left out."""
+    """Of several pictures the first; where they belong in the text is left out. MMMU's own scorer looks for
+    the option in longer answers too, and guesses where there is none."""
     question = re.sub(r"\s*<image \d+>\s*", " ", row["question"]).strip()
     options = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
     image = row.get("image_1") or row["image"]
@@ -423,7 +444,7 @@ def plain(text: str) -> str:
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         spaced = f"{mark} " in text or f" {mark}" in text or re.search(r"\d,\d", text)
         text = text.replace(mark, "" if spaced else " ")
-    text = re.sub(r"(?<!\d)\.(?!\d)", "", text)
+    text = re.sub(r"\.(?!\d)", "", text)
     words = (DIGITS.get(word, word) for word in text.split() if word not in ("a", "an", "the"))
     return " ".join(CONTRACTIONS.get(word, word) for word in words)
 

@@ -34,6 +34,7 @@ import rae
 WEIGHTS = Path(os.path.relpath(Path(__file__).parent / "nano" / "weights"))  # what the repository ships
 
 transformers.logging.disable_progress_bar()  # one for each small folder that is read
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or every data loading process prints a warning
 
 # -----------------------------------------------------------------------------------------------------------
 # flags
@@ -396,6 +397,13 @@ def load_model(kind: type[rae.LatentModel], source: str, autoencoder: str, where
     if shape != model.latent_shape:
         raise ValueError(f"{source} makes latents {model.latent_shape}, {model.autoencoder_path} has {shape}")
     return model
+
+
+def fingerprint(model: nn.Module | None) -> str:
+    """A number that other weights do not have, the norm of all: a path may come to hold others."""
+    if model is None:
+        return ""
+    return f"{sum(p.detach().double().square().sum().item() for p in model.parameters()):.9g}"
 
 
 # -----------------------------------------------------------------------------------------------------------

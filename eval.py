@@ -31,13 +31,14 @@ they are, in one size; pictures of a reference that is no .npz are cropped to it
 
 geneval needs no mmdetection: the same Mask2Former and CLIP come through `transformers`. Published figures
 that others have scored both ways differ by about 0.01. A row of every picture, as the official file has them,
-is added to OUT with the ending .jsonl, and not scored again. clipscore is 100 times the cosine, or 0, of each
+is added to OUT-geneval.jsonl, and not scored again. clipscore is 100 times the cosine, or 0, of each
 picture of a folder and of the prompt in its PNG, which sample.py writes there. dpg wants grids of 2 x 2
 pictures, ITEM.png, as sample.py --file FOLDER draws them for the official prompts; any visual question
 answering model of `transformers` answers, but only figures of mPLUG compare with published ones.
 understanding asks --model itself; a picture is squeezed into its square, of several the first is shown.
 """
 
+import hashlib
 import json
 import sys
 from collections import defaultdict
@@ -76,7 +77,7 @@ ROWS = 1000  # of a matrix of distances at once
 class Config:
     what: list[str] = flag(
         (),
-        "recon, shapes, fid, geneval, clipscore, dpg, understanding; the first two if none is named",
+        "recon, shapes, scaling, fid, geneval, clipscore, dpg, understanding; the first two if none is named",
         nargs="*",
         metavar="WHAT",
     )
@@ -114,6 +115,8 @@ class Config:
     save_reference: str = flag("", "write the statistics that samples were compared with to this .npz")
     npz: str = flag("", "write the reconstructions to this .npz, as ADM's: arr_0 uint8 (N, H, W, 3)")
     pictures: int = flag(4, "for each prompt", at_least=1)
+    candidates: int = flag(32, "scaling: pictures to choose from for each prompt", at_least=4)
+    seeds: int = flag(3, "scaling: over how many seeds", at_least=1)
     steps: int = flag(50, "steps of the sampler", at_least=1)
     guidance: float = flag(3.0, "scale of classifier-free guidance")
     solver: str = flag("euler", "of the flow's differential equation", choices=["euler", "heun"])
@@ -737,47 +740,53 @@ def shapes(config: Config, where: common.Launch) -> list[dict]:
 
 
 def scored(
+    name: str,
     config: Config,
     where: common.Launch,
-    pictures: list[tuple],
+    jobs: dict[tuple, tuple],
     networks: dict[str, str],
     key: Callable[[dict], tuple],
     open_networks: Callable[[], Callable[..., dict]],
 ) -> list[dict]:
-    """A row for each of the pictures, kept in OUT with the ending .jsonl: each process scores its share of
-    those that are not there yet. key: of a row, what a picture is told by. Raises ValueError for rows that
-    other networks have scored."""
-    rows = Path(config.out).with_suffix(".jsonl")
+    """A row for each of the jobs, kept in OUT-NAME.jsonl: each process scores its share of those that are not
+    there yet. jobs: what is scored, by what it is told by in a row, see `key`. Raises ValueError for rows
+    that other networks have scored."""
+    rows = Path(config.out).with_name(f"{Path(config.out).stem}-{name}.jsonl")
 
     def known() -> dict[tuple, dict]:
         found = common.read_rows(rows) if rows.exists() else []
         for row in found:
-            if wrong := [name for name, source in networks.items() if row.get(name) != source]:
+            if wrong := [each for each, source in networks.items() if row.get(each) != source]:
                 raise ValueError(
-                    f"{rows} has pictures that {row.get(wrong[0])} scored, not {networks[wrong[0]]}: choose "
+                    f"{rows} has rows of {wrong[0]} {row.get(wrong[0])}, not {networks[wrong[0]]}: choose "
                     "another --out"
                 )
         return {key(row): row for row in found}
 
     done = known()
+    if where.main:
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        with rows.open("a+b") as file:  # a line that was cut off ends here
+            if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
+                file.write(b"\n")
     common.global_sum(0)  # all have read before one writes
-    left = [each for each in pictures if key_of(each) not in done][where.rank :: where.world]
+    left = [job for told, job in jobs.items() if told not in done][where.rank :: where.world]
     if left:
         score = open_networks()
-        rows.parent.mkdir(parents=True, exist_ok=True)
         with rows.open("a") as file:
-            for each in tqdm(left, desc=rows.stem, disable=not where.main):
-                file.write(json.dumps(score(*each) | networks) + "\n")
+            for job in tqdm(left, desc=name, disable=not where.main):
+                file.write(json.dumps(score(*job) | networks) + "\n")
                 file.flush()  # a line at once: processes share the file
     common.global_sum(0)
     done = known()
-    return [done[key_of(each)] for each in pictures]
+    if missing := [told for told in jobs if told not in done]:
+        raise ValueError(f"{rows} has lost {len(missing)} rows, such as {missing[0]}: run this again")
+    return [done[told] for told in jobs]
 
 
-def key_of(picture: tuple) -> tuple:
-    """Its file, and for a grid which of it."""
-    path, *rest = picture
-    return (str(path), *(part for part in rest if isinstance(part, int)))
+def digest(path: Path) -> str:
+    """Of a picture: a file may come to hold another."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def folder_of(config: Config, name: str) -> Path:
@@ -791,15 +800,20 @@ def folder_of(config: Config, name: str) -> Path:
 def geneval(config: Config, where: common.Launch) -> list[dict]:
     pictures = benchmarks.geneval_pictures(folder_of(config, "geneval"))[: config.limit]
     networks = {"detector": config.detector, "clip": config.clip}
+    jobs = {(str(path), digest(path)): (path, wanted) for path, wanted in pictures}
 
     def open_networks() -> Callable[..., dict]:
         with common.loading(config.detector):
             detector = benchmarks.Detector(config.detector, where.device)
         with common.loading(config.clip):
             clip = benchmarks.Clip(config.clip, where.device)
-        return lambda path, wanted: benchmarks.score_geneval(path, wanted, detector, clip)
 
-    rows = scored(config, where, pictures, networks, lambda row: (row["filename"],), open_networks)
+        def score(path: Path, wanted: dict) -> dict:
+            return benchmarks.score_geneval(path, wanted, detector, clip) | {"digest": digest(path)}
+
+        return score
+
+    rows = scored("geneval", config, where, jobs, networks, itemgetter("filename", "digest"), open_networks)
     figures = benchmarks.geneval_summary(rows)
     return [{"metric": f"geneval/{name}", "value": v, "n": n} for name, (v, n) in figures.items()]
 
@@ -807,16 +821,20 @@ def geneval(config: Config, where: common.Launch) -> list[dict]:
 def dpg(config: Config, where: common.Launch) -> list[dict]:
     folder, items = folder_of(config, "dpg"), benchmarks.read_dpg(config.questions)
     pictures = benchmarks.dpg_pictures(folder, items)[: config.limit]
+    jobs = {(path.stem, square, digest(path)): (path, square) for path, square in pictures}
 
     def open_networks() -> Callable[..., dict]:
         with common.loading(config.vqa):
             answerer = benchmarks.Answerer(config.vqa, where.device)
-        return lambda path, square: benchmarks.score_dpg(path, square, items[path.stem], answerer)
 
-    def key(row: dict) -> tuple:
-        return str(folder / f"{row['item_id']}.png"), row["square"]
+        def score(path: Path, square: int) -> dict:
+            row = benchmarks.score_dpg(path, square, items[path.stem], answerer)
+            return row | {"digest": digest(path)}
 
-    rows = scored(config, where, pictures, {"vqa": config.vqa}, key, open_networks)
+        return score
+
+    key = itemgetter("item_id", "square", "digest")
+    rows = scored("dpg", config, where, jobs, {"vqa": config.vqa}, key, open_networks)
     if where.main and "mplug" not in config.vqa.lower():
         print(f"answered by {config.vqa}: only figures of mPLUG compare with published ones")
     figures = benchmarks.dpg_summary(rows, items)
@@ -826,18 +844,15 @@ def dpg(config: Config, where: common.Launch) -> list[dict]:
 
 def understanding(config: Config, where: common.Launch) -> list[dict]:
     """Each of --sets, each process its share of the questions."""
-    results, opened = [], []
-    if unknown := set(config.sets.split(",")) - benchmarks.ASKED.keys():
+    names = config.sets.split(",")
+    if unknown := set(names) - benchmarks.ASKED.keys():
         raise ValueError(f"--sets {', '.join(unknown)}: choose from {', '.join(benchmarks.ASKED)}")
-
-    def open_networks() -> Callable[..., dict]:
-        if not opened:
-            opened.append(common.load_model(rae.TextToImage, config.model, "", where))
-        return answer
+    model, results = common.load_model(rae.TextToImage, config.model, "", where), []
+    side, weights = model.reader.image_size, common.fingerprint(model)
 
     def answer(name: str, table: int, row: int) -> dict:
-        [model], asked = opened, benchmarks.ASKED[name]
-        item, side = asked.read(tables[table][row]), opened[0].reader.image_size
+        asked = benchmarks.ASKED[name]
+        item = asked.read(tables[table][row])
         picture = item.image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)  # not cropped
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         with where.autocast():
@@ -848,15 +863,15 @@ def understanding(config: Config, where: common.Launch) -> list[dict]:
         about = {"set": name, "table": table, "row": row, "group": item.group, "error": error}
         return about | {"answer": said, "score": asked.score(said, item)}
 
-    for name in config.sets.split(","):
+    for name in names:
         try:
             tables = benchmarks.open_asked(name, config.local)
         except (OSError, ConnectionError) as error:
             raise ValueError(f"cannot read {benchmarks.ASKED[name].path}: {error}") from error
         places = [(name, t, r) for t, table in enumerate(tables) for r in benchmarks.asked_rows(name, table)]
-        places = places[: config.limit]
-        key = itemgetter("set", "table", "row")
-        rows = scored(config, where, places, {"model": config.model}, key, open_networks)
+        jobs = {place: place for place in places[: config.limit]}
+        networks, key = {"model": config.model, "weights": weights}, itemgetter("set", "table", "row")
+        rows = scored(f"understanding-{name}", config, where, jobs, networks, key, lambda: answer)
         if where.main and (refused := [row["error"] for row in rows if row["error"]]):
             print(f"{name}: {len(refused)} questions count as wrong, the first because {refused[0]}")
         value, n = benchmarks.understanding_summary(name, rows)
@@ -866,7 +881,8 @@ def understanding(config: Config, where: common.Launch) -> list[dict]:
 
 def clipscore(config: Config, where: common.Launch) -> list[dict]:
     folder = folder_of(config, "clipscore")
-    paths = sorted(path for path in folder.rglob("*.png") if path.name != "grid.png")
+    grids = {folder / "grid.png", *(path.with_suffix(".png") for path in folder.iterdir() if path.is_dir())}
+    paths = sorted(path for path in folder.rglob("*.png") if path not in grids)
     paths = paths[: config.limit]
     texts = [data.open_metadata(str(path)).get("prompt") for path in paths]
     if not paths or None in texts:
@@ -882,6 +898,51 @@ def clipscore(config: Config, where: common.Launch) -> list[dict]:
         total += clip.scores(pictures, list(prompts)).sum().item()
     [total] = common.global_sum(total)
     return [{"metric": f"clipscore/{config.clip}", "value": total / len(paths), "n": len(paths)}]
+
+
+def scaling(config: Config, where: common.Launch) -> list[dict]:
+    """Test-time scaling in the nano world: the six-task overall of the best 4 of 4, 8, ... --candidates, by
+    each verifier, by chance (the floor) and by the scorer itself (the ceiling); the mean over --seeds, and
+    their spread."""
+    from nano import scorer
+    from nano.shapes import TASKS, prompt
+
+    model = common.load_model(rae.TextToImage, config.model, "", where)
+    sizes = [4 * 2**i for i in range(12) if 4 * 2**i <= config.candidates]
+    runs = defaultdict(list)  # of (size, choice) the overall of each seed
+    prompts, n = config.limit or 20, 0
+    for seed in range(config.seed, config.seed + config.seeds):
+        right = defaultdict(lambda: defaultdict(list))  # of (size, choice), of a task the pictures kept
+        for task, i in tqdm(
+            [(task, i) for task in TASKS for i in range(prompts)], desc="scaling", leave=False
+        ):
+            wanted = prompt(task, seed, i)
+            text = wanted["prompt"]
+            candidates = list(range(config.candidates))
+            noise, *_ = data.flow_draws(
+                model.latent_shape, data.mix(seed, task, i), candidates, torch.device("cpu")
+            )
+            with torch.no_grad(), where.autocast():
+                latents = model.generate(
+                    [text] * len(candidates), config.steps, config.guidance, noise=noise, solver=config.solver
+                )
+                pictures = to_uint8(model.autoencoder.decode(latents)).permute(0, 2, 3, 1).numpy()
+            verdicts = model.verify(text, latents)
+            scores = [scorer.score(picture, wanted)[0] for picture in pictures]
+            for size in sizes:
+                kept = {name: rae.best(verdicts[:size], name, 4) for name in rae.VERIFIERS}
+                kept["chance"] = candidates[:4]
+                kept["scorer"] = sorted(candidates[:size], key=lambda k: -scores[k])[:4]
+                for name, chosen in kept.items():
+                    right[size, name][task] += [scores[k] for k in chosen]
+        for key, tasks in right.items():
+            runs[key].append(scorer.overall(tasks)["overall"])
+            n = sum(map(len, tasks.values()))
+    results = []
+    for (size, name), values in runs.items():
+        results.append({"metric": f"best 4 of {size}/{name}", "value": float(np.mean(values)), "n": n})
+        results.append({"metric": f"best 4 of {size}/{name}, spread", "value": float(np.std(values)), "n": n})
+    return results
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -906,6 +967,7 @@ def table(results: list[dict]) -> str:
 EVALUATIONS = {
     "recon": recon,
     "shapes": shapes,
+    "scaling": scaling,
     "fid": fid,
     "geneval": geneval,
     "clipscore": clipscore,
@@ -923,7 +985,7 @@ def main() -> None:
         print(where)
     results = []
     for name in config.what or ("recon", "shapes"):
-        if name != "shapes" or where.main:  # alone: it is not split
+        if name not in ("shapes", "scaling") or where.main:  # alone: they are not split
             part = EVALUATIONS[name](config, where)
         if where.main:
             print(f"\n{table(part)}", flush=True)

@@ -572,7 +572,7 @@ class VAE(nn.Module):
 
     def resized(self, image_size: int) -> "VAE":
         """A copy for pictures of another size in pixels: a convolution takes any."""
-        return VAE(self.source, image_size)
+        return VAE(self.source, image_size).to(next(self.parameters()).device)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "VAE":
@@ -675,7 +675,7 @@ class DiT(nn.Module, Hub, library_name="rae"):
     qk_norm: RMSNorm on queries and keys. swiglu: else a plain MLP. rotary, table: positions as rotations in
         attention and as a sin-cos table added to the tokens. Options of RAE's code; in all released weights
         the first is off, the others are on.
-    spacing: of neighbouring positions, below 1 for more tokens than in the training (`LatentModel.resized`).
+    spacing: of neighbouring positions, below 1 for more tokens than in the training (`LatentModel.resize`).
     """
 
     def __init__(
@@ -980,31 +980,35 @@ class LatentModel(nn.Module, Hub):
             velocity = guided(velocity, weaker, guidance, interval)
         return sample(velocity, noise.to(self.device), steps, self.alpha, solver, grid)
 
-    def resized(self, image_size: int) -> "LatentModel":
-        """A copy that draws pictures of another size in pixels, through an autoencoder that is resized too:
-        positions lie closer together or further apart, queries are interpolated, and the timestep shift grows
-        with the root of the number of tokens (RAE section 4.3). Without training, the more blurred the
-        further it is from the trained size."""
-        autoencoder = self.autoencoder.resized(image_size)
-        spacing = math.sqrt(self.latent_shape[0] / autoencoder.latent_shape[0])
-        dit = self._hub_mixin_config["dit"]
-        other = type(self)(
-            **self._hub_mixin_config
-            | {
-                "dit": dit | {"spacing": spacing * dit.get("spacing", 1.0)},
-                "latent_shape": autoencoder.latent_shape,
-                "autoencoder": self.autoencoder_path,
-                "alpha": self.alpha / spacing,
-            }
-        ).to(self.device)
-        weights = self.state_dict() | {"dit.pos_embed": other.dit.pos_embed}
-        if "latent_queries" in weights:
-            side = math.isqrt(autoencoder.latent_shape[0])
-            weights["latent_queries"] = resize_grid(weights["latent_queries"], side, "bicubic")
-            other.set_tokenizer(self.tokenizer)
-        other.load_state_dict(weights)
-        other._opened[self.autoencoder_path] = autoencoder
-        return other.train(self.training)
+    def resize(self, autoencoder: RAE | VAE) -> None:
+        """Changes the model to draw pictures of another size: in the latents of its autoencoder for that size
+        (see `resized` there). Positions lie closer together or further apart, what was trained of the tables
+        and queries is interpolated, and the timestep shift grows with the root of the number of tokens (RAE
+        section 4.3). Without training, the more blurred the further it is from the trained size. Raises
+        ValueError for latents of other channels and for a model that reads other latents than it draws."""
+        tokens, channels = autoencoder.latent_shape
+        if channels != self.latent_shape[1] or getattr(self, "reader_path", None):
+            raise ValueError(
+                f"a model of latents {self.latent_shape} cannot take on {autoencoder.latent_shape}"
+            )
+        side, old = math.isqrt(tokens), self.dit
+        ratio, config = math.sqrt(self.latent_shape[0] / tokens), old._hub_mixin_config
+        spacing = ratio * config["spacing"]
+        new = DiT(**config | {"latent_shape": autoencoder.latent_shape, "spacing": spacing})
+        width = old.pos_embed.shape[-1]
+        table = config["table"] * sincos_table(self.latent_shape[0], width, config["spacing"])
+        learned = resize_grid(old.pos_embed[0].cpu() - table, side, "bicubic")
+        weights = old.state_dict() | {"pos_embed": new.pos_embed + learned}
+        new.load_state_dict(weights)
+        self.dit = new.to(old.pos_embed.device).train(self.training)
+        if hasattr(self, "latent_queries"):
+            queries = resize_grid(self.latent_queries.detach(), side, "bicubic")
+            self.latent_queries = nn.Parameter(queries)
+            self.read_shape = (tokens, channels)
+        self.latent_shape, self.alpha = (tokens, channels), self.alpha / ratio
+        self._hub_mixin_config["latent_shape"] = self.latent_shape
+        self._hub_mixin_config["dit"] = self._hub_mixin_config["dit"] | {"spacing": spacing}
+        self._opened[self.autoencoder_path] = autoencoder
 
     # -- one folder: config.json, model.safetensors, and for text the tokenizer's files
 
@@ -1175,8 +1179,9 @@ class TextToImage(LatentModel, library_name="rae"):
         read = nn.Linear(self.read_shape[1], width)
         self.mm_projector = nn.Sequential(read, nn.GELU(), nn.Linear(width, width))
         self.diff_head_projector = nn.Linear(width, dit["condition_width"])  # the connector
-        # Scale-RAE's 0.02 at its width of 1536, as loud at every other, since it is added to the time
-        nn.init.normal_(self.diff_head_projector.weight, std=0.02 * math.sqrt(1536 / width))
+        # Scale-RAE's 0.02 from its width of 1536 on; below it as loud, for it is added to the time
+        std = 0.02 * max(1.0, math.sqrt(1536 / width))
+        nn.init.normal_(self.diff_head_projector.weight, std=std)
         nn.init.zeros_(self.diff_head_projector.bias)
 
     @property

@@ -245,7 +245,7 @@ def missing(jobs: list[Job], config: Config, settings: dict) -> list[Job]:
         found = data.open_metadata(str(path))
         if not found:  # damaged
             left.append(job)
-        elif wrong := [k for k, v in written(job, settings).items() if found.get(k) != v]:
+        elif wrong := [k for k, v in written(job, settings).items() if found.get(k, "None") != v]:
             raise ValueError(
                 f"{path} was drawn with {wrong[0]} {found.get(wrong[0])}, not "
                 f"{written(job, settings)[wrong[0]]}: choose another --out, or leave --resume out"
@@ -276,21 +276,14 @@ def load_guide(
     return guide
 
 
-def fingerprint(model: rae.LatentModel | None) -> str:
-    """A number that other weights do not have, the norm of all: a path may come to hold others."""
-    if model is None:
-        return ""
-    return f"{sum(p.detach().double().square().sum().item() for p in model.parameters()):.9g}"
-
-
 def settings_of(
     config: Config, where: common.Launch, model: rae.LatentModel, guide: rae.LatentModel | None = None
 ) -> dict:
     """What beside its input and seed decides how a picture looks."""
     settings = {name: getattr(config, name) for name in SETTINGS}
     return settings | {
-        "weights": fingerprint(model),
-        "guide_weights": fingerprint(guide),
+        "weights": common.fingerprint(model),
+        "guide_weights": common.fingerprint(guide),
         "dtype": where.dtype,
     }
 
@@ -300,8 +293,9 @@ def draw(config: Config, where: common.Launch) -> None:
     model = common.load_model(kind, config.model, config.autoencoder, where)
     guide = load_guide(kind, config, model, where)
     if config.size:
-        model = model.resized(config.size)
-        guide = guide and guide.resized(config.size)
+        autoencoder = model.autoencoder.resized(config.size)
+        for each in [model, *[guide] * bool(guide)]:
+            each.resize(autoencoder)
     if config.classes:
         jobs = class_jobs(config, model.num_classes)
         model.condition([job.input for job in jobs])  # a mistake shows before the work begins
@@ -396,11 +390,11 @@ def draw_best(
         latents, verdicts = [], []
         for start in range(0, len(group), config.batch):
             latents.append(latents_of(group[start : start + config.batch], model, guide, config, where))
-            with torch.no_grad(), where.autocast():
-                read = latents[-1]
-                if config.verify_pixels:
-                    read = model.reader.encode(model.autoencoder.decode(read).clamp(0, 1))
-                verdicts += model.verify(group[0].input, read)
+            read = latents[-1]
+            if config.verify_pixels:
+                pixels = decode(read, model, where).clamp(0, 1).to(where.device)
+                read = model.reader.encode(pixels)
+            verdicts += model.verify(group[0].input, read)  # fp32: in bf16 many logits are the same
         latents, kept = torch.cat(latents), rae.best(verdicts, config.verifier, config.keep)
         for i, picture in zip(kept, decode(latents[kept], model, where), strict=True):
             save(group[i], picture, latents[i], config, settings | verdicts[i]._asdict())
@@ -533,9 +527,17 @@ def main() -> None:
         if config.file.endswith(".jsonl"):
             lines = geneval_prompts(lines, config)
         config.prompts = [*config.prompts, *lines]
-    others = ("prompts", "reconstruct", "ask", "chat", "best_of")
-    if config.classes and (given := [name for name in others if getattr(config, name)]):
-        raise ValueError(f"--classes draws labels: leave out {given[0].replace('_', '-')}")
+    modes = {  # and what they cannot do
+        "classes": ("prompts", "reconstruct", "ask", "chat", "best_of"),
+        "reconstruct": ("ask", "chat", "best_of", "size", "latents"),
+        "ask": ("best_of", "size", "latents", "guide", "n"),
+        "chat": ("best_of", "size", "latents", "guide", "n"),
+        "best_of": ("n",),
+    }
+    for mode, others in modes.items():
+        if getattr(config, mode) and (given := [name for name in others if getattr(config, name)]):
+            mode, name = (each.replace("_", "-") for each in (mode, given[0]))
+            raise ValueError(f"--{mode} does not go with {name}: leave one of them out")
     config.model = config.model or str(common.WEIGHTS / "t2i")
     if not (config.prompts or config.classes or config.reconstruct):
         raise ValueError('give a prompt: sample.py "a red circle above a blue square"')

@@ -52,8 +52,8 @@ IMAGENET = {  # RAE's code; its paper reports epoch 80 and 800 of one run
     "workers": 8,
     "save_every": 2 * EPOCH,
 }
-SCALE_RAE = {  # Scale-RAE table 8. Its other choices: --language-model Qwen/Qwen2.5-7B-Instruct, and for
-    # latents --autoencoder scale-rae-webssl-l or black-forest-labs/FLUX.1-dev
+SCALE_RAE = {  # the authors' script; their table 8 rounds to 5e-5 and 5e-4. Other choices of theirs:
+    # --language-model Qwen/Qwen2.5-7B-Instruct; --autoencoder scale-rae-webssl-l, or a FLUX VAE with --reader
     "autoencoder": "scale-rae-siglip2-so400m",
     "language_model": "Qwen/Qwen2.5-1.5B-Instruct",
     "batch": 2048,
@@ -88,10 +88,12 @@ PRESETS = {
         f"scale-rae-{name.lower()}": SCALE_RAE | {"dit": name}
         for name in (n + head for n in rae.SCALE_DITS for head in ("", "-DH"))
     },
-    "scale-rae-finetune": SCALE_RAE  # stage 2, of the model that --init names
+    "scale-rae-finetune": SCALE_RAE  # stage 2, table 9
     | {
+        "init": "runs/t2i/model",
         "batch": 1024,
-        "epochs": 4,
+        "steps": None,
+        "epochs": 4.0,
         "lr": 5.66e-5,
         "dit_lr": 5.66e-4,
         "warmup": 0.03,
@@ -120,14 +122,17 @@ class Config:
     language_model: str = flag(str(common.WEIGHTS / "language-model"), "transformers folder or hub id")
     reader: str = flag("", "another, of whose latents questions are answered; beside a VAE for one")
     dit: str = flag("nano", "size of the DiT", choices=rae.DITS)
-    init: str = flag("", "start from this model, a folder, hub id or name, instead of a new --dit")
+    init: str = flag(
+        "",
+        "start from this model, a folder, hub id or name, whose --dit and --alpha stay, instead of a new one",
+    )
     freeze: str = flag(
         "none",
         "what stays as it is: the language model; or all but the DiT, its connector and the queries",
         choices=["none", "language-model", "all-but-dit"],
     )
-    steps: int = flag(10_000, "optimizer steps in all", at_least=1)
-    epochs: float | None = flag(None, "passes over the data, instead of steps")
+    steps: int | None = flag(None, "optimizer steps in all (default 10,000)", at_least=1)
+    epochs: float = flag(0.0, "or passes over the data", at_least=0)
     batch: int = flag(64, "samples a step, over all processes", at_least=1)
     lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector")
     dit_lr: float = flag(1e-3, "peak learning rate of the DiT and its connector")
@@ -141,9 +146,11 @@ class Config:
     time: str = flag(
         "logit-normal", "distribution of t, before its shift", choices=["logit-normal", "uniform"]
     )
-    noise_first: int = flag(0, "first steps whose pictures are all noise, t = 1", at_least=0)
+    noise_first: int = flag(0, "first steps of a new model whose pictures are all noise, t = 1", at_least=0)
     understanding: float = flag(0.1, "share of the samples that ask about a picture (nano)")
-    longest: int = flag(512, "tokens of a conversation, pictures included; longer ones are left out")
+    longest: int = flag(
+        512, "tokens of a conversation, pictures included; longer ones are left out, but for nano's"
+    )
     alpha: float | None = flag(None, "factor of the timestep shift (default: sqrt(N C / 4096))")
     dropout: float = flag(0.1, "share of the pictures trained with the null condition")
     ema: float = flag(0.999, "decay of the averaged weights, which are what is saved; 0: none")
@@ -193,9 +200,10 @@ def build(
             ("latents to read", getattr(model, "read_shape", None), (read_shape or shape) if text else None),
         ):
             if found != own:
-                raise ValueError(f"--init {config.init} has {name} {found}, not {own}")
-        if config.alpha is not None:
-            model.alpha = config.alpha
+                more = ": give its --reader" if name == "latents to read" else ""
+                raise ValueError(f"--init {config.init} has {name} {found}, not {own}{more}")
+        if config.reader:
+            model.reader_path = config.reader
     elif text:
         size = rae.DITS[config.dit]
         with common.loading(config.language_model):
@@ -285,7 +293,11 @@ def main() -> None:
         samples = wishes(config, data.open_source(config.data, size, config.seed + 1, **options))
     fixed_noise, *_ = data.flow_draws(shape, config.seed + 1, list(range(len(samples))), where.device)
 
-    steps = math.ceil(config.epochs * len(source) / config.batch) if config.epochs else config.steps
+    if config.epochs and config.steps:
+        raise ValueError(f"--steps {config.steps} and --epochs {config.epochs:g}: give one, and 0 epochs")
+    steps = config.steps or 10_000
+    if config.epochs:
+        steps = math.ceil(config.epochs * len(source) / config.batch)
     warmup = math.ceil(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
 
     # -------------------------------------------------------------------------------------------------------
@@ -360,7 +372,8 @@ def main() -> None:
             )
             mean = 0.0 if config.time == "logit-normal" else None
             t = rae.sample_time(for_time, model.alpha, mean).to(where.device, non_blocking=True)
-            t = torch.ones_like(t) if step < config.noise_first else t
+            if step < config.noise_first and not config.init:
+                t = torch.ones_like(t)
             dropped = (for_dropout < config.dropout).to(where.device, non_blocking=True)
             with where.autocast():
                 read = ()

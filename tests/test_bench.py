@@ -35,7 +35,7 @@ def test_flops_are_two_for_each_weight_and_token():
 
 def test_states_are_those_of_a_training():
     """Weights, gradients, both moments and an average in fp32; a frozen part has weights alone."""
-    learned, frozen = part(), part(passes=1)
+    learned, frozen = part(), part(passes=2)
     optimizer = torch.optim.AdamW([p for p in learned.module.parameters() if p.requires_grad])
     learned.call(learned.module).sum().backward()
     optimizer.step()
@@ -43,8 +43,8 @@ def test_states_are_those_of_a_training():
     tensors += [p.grad for p in learned.module.parameters() if p.grad is not None]
     tensors += [v for values in optimizer.state.values() for v in values.values() if v.ndim]
     measured = sum(tensor.nbytes for tensor in tensors)
-    meta = [part(device="meta"), part(passes=1, device="meta")]
-    computed = bench.cost(bench.Paper(meta, 8, 1, ema=True)).states
+    meta = [part(device="meta"), part(passes=2, device="meta")]
+    computed = bench.cost(bench.Paper(meta, 8, 1, ema=True)).spread
     fixed = sum(p.numel() for p in learned.module.parameters() if p.grad is None)  # tables, frequencies
     assert computed == measured + 12 * fixed
     assert fixed < 0.1 * bench.size(learned.module)
@@ -61,3 +61,5 @@ def test_the_papers_costs():
     by_hand = 3 * 0.48e9 * 256 * 2 + 2 * language_model + 0.41e9 * 256 * 2
     assert cost.flops == pytest.approx(by_hand, rel=0.1)
     assert cost.learned == pytest.approx(0.481e9, rel=0.01)
+    assert cost.held == pytest.approx(4 * (0.41e9 + 0.416e9), rel=0.03)  # encoder and decoder
+    assert cost.moved == pytest.approx(12 * 0.481e9 + 8 * 1.54e9, rel=0.01)

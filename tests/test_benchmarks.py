@@ -161,7 +161,7 @@ def noise(width, height, seed=0):
 
 def test_detections_fit_the_picture(networks):
     detector = benchmarks.Detector(str(networks / "detector"), torch.device("cpu"))
-    assert detector.names == ["cat", "computer mouse", "dog"]
+    assert detector.names == ["cat", "mouse", "dog"]
     found = detector(noise(60, 90))
     assert found and set(found) <= set(detector.names)
     for objects in found.values():
@@ -228,17 +228,24 @@ def test_geneval_from_prompts_to_figures(networks, parts, tmp_path, capsys):
     command = ["eval.py", "geneval", *flags, "--out", tmp_path / "results.json"]
     run(capsys, *command)
     results = {r["metric"]: r for r in json.loads((tmp_path / "results.json").read_text())}
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    kept = tmp_path / "results-geneval.jsonl"
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
     assert len(rows) == 4 == results["geneval/overall"]["n"]
     assert {"filename", "tag", "prompt", "correct", "reason", "metadata", "details"} <= rows[0].keys()
     tasks = [np.mean([r["correct"] for r in rows if r["tag"] == tag]) for tag in ("single_object", "colors")]
     assert results["geneval/overall"]["value"] == pytest.approx(np.mean(tasks))
     rows[0]["correct"], rows[1]["correct"] = True, False  # are kept, not scored again
     left = "".join(json.dumps(row) + "\n" for row in rows[:2])
-    (tmp_path / "results.jsonl").write_text(left)
+    kept.write_text(left + '{"cut o')
     run(capsys, *command)
-    assert (tmp_path / "results.jsonl").read_text().startswith(left)
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
+    assert kept.read_text().startswith(left) and len(kept.read_text().splitlines()) == 5
+    picture = out / "00000/samples/00000.png"
+    picture.write_bytes((out / "00000/samples/00001.png").read_bytes())  # drawn anew: scored anew
+    run(capsys, *command)
+    assert len(kept.read_text().splitlines()) == 6
+    picture.unlink()
+    assert "has 2 pictures" in run(capsys, *command, code=1)
+    noise(32, 32).save(picture)
     wrong = [*command, "--clip", "another/clip"]
     assert "choose another --out" in run(capsys, *wrong, code=1)
     for path in (out / "00001/samples").iterdir():
@@ -299,8 +306,10 @@ def test_dpg_arithmetic(tmp_path):
     figures = benchmarks.dpg_summary(rows, items)
     assert figures["overall"] == (pytest.approx(100 * (0.5 + 0.5) / 2), 2)
     assert figures["entity"] == (pytest.approx(100 * 7 / 8), 8)
-    assert figures["attribute - color"] == figures["attribute"] == (pytest.approx(100 * 2 / 8), 8)
-    assert figures["relation"] == (pytest.approx(25), 4)
+    assert figures["attribute - color"] == figures["attribute"] == (pytest.approx(100 * 3 / 8), 8)
+    assert figures["relation"] == (pytest.approx(75), 4)  # categories are of what was answered
+    chain = {n: benchmarks.Question("", (n - 1,) * (n > 1), "", "") for n in (1, 2, 3)}
+    assert benchmarks.filtered({1: False, 2: True, 3: True}, chain) == {1: False, 2: False, 3: False}
     (tmp_path / "t.csv").write_text("item_id,text\na,b\n")
     with pytest.raises(ValueError, match="no table of DPG-Bench"):
         benchmarks.read_dpg(str(tmp_path / "t.csv"))
@@ -372,7 +381,7 @@ def test_dpg_from_prompts_to_figures(blip, parts, tmp_path, capsys):
     flags = ["--samples", out, "--questions", tmp_path / "t.csv", "--vqa", blip]
     command = ["eval.py", "dpg", *flags, "--out", tmp_path / "results.json"]
     assert "only figures of mPLUG compare" in run(capsys, *command)
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "results-dpg.jsonl").read_text().splitlines()]
     assert [(row["item_id"], row["square"], len(row["answers"])) for row in rows] == [
         *[("a", i, 3) for i in range(4)], *[("b", i, 2) for i in range(4)]
     ]  # fmt: skip
@@ -416,6 +425,7 @@ def test_vqa_soft_accuracy():
     [
         ("The  Red, Car!", "red car"), ("1,000", "1000"), ("3.14", "3.14"), ("st. john", "st john"),
         ("dont", "don't"), ("none", "0"), ("half-full", "half full"), ("we were", "we were"),
+        ("route 66.", "route 66"),
     ],
 )  # fmt: skip
 def test_plain_answers(text, expected):
@@ -484,7 +494,8 @@ def test_understanding_end_to_end(parts, tmp_path, capsys):
     run(capsys, *command, "--local", tmp_path)
     results = {r["metric"]: r["n"] for r in json.loads((tmp_path / "results.json").read_text())}
     assert results == {f"understanding/{name}": 1 if name in ("mme", "seed") else 2 for name in ROWS}
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    files = tmp_path.glob("results-understanding-*.jsonl")
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     assert len(rows) == 10 and all(row["model"] == str(parts / "t2i") for row in rows)
     assert "choose from mme" in run(capsys, *command, "--sets", "mme,vqa", code=1)
     assert "no .parquet files" in run(capsys, *command, "--local", tmp_path / "nothing", code=1)

@@ -299,7 +299,7 @@ def test_pictures_do_not_depend_on_the_batch(world, model, tmp_path):
     [
         (["--classes", "3,8", "--batch", 1], "label 8: this model has the classes 0 to 7"),
         (["--classes", "3,3"], "name every class once"),
-        (["a cat", "--classes", "3"], "leave out prompts"),
+        (["a cat", "--classes", "3"], "does not go with prompts"),
         (["--classes", "3,x"], "give labels like 3,17"),
         (["--classes", "none"], "has 8 classes"),
         (["--classes", "all", "--n", 9], "equal shares"),

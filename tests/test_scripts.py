@@ -166,6 +166,17 @@ def test_eval_writes_the_result_format(run, parts, tmp_path):
     assert "held-out colors" in out and "| overall" in out
 
 
+def test_scaling_by_verifiers_chance_and_scorer(run, parts, tmp_path):
+    flags = ["--model", parts / "t2i", "--steps", 1, "--limit", 2, "--candidates", 8, "--seeds", 2]
+    run("eval.py", "scaling", *flags, "--out", tmp_path / "scaling.json")
+    found = {r["metric"]: r for r in json.loads((tmp_path / "scaling.json").read_text())}
+    for name in ("answer_logits", "prompt_confidence", "chance"):
+        assert found[f"best 4 of 8/{name}"]["value"] <= found["best 4 of 8/scorer"]["value"]
+        assert found[f"best 4 of 4/{name}"]["value"] == found["best 4 of 4/scorer"]["value"]
+    assert found["best 4 of 8/chance"]["value"] == found["best 4 of 4/chance"]["value"]
+    assert found["best 4 of 8/chance"]["n"] == 6 * 2 * 4 and "best 4 of 16/chance" not in found
+
+
 def test_bench_runs_every_loop(run, parts, tmp_path):
     flags = ["--autoencoder", parts / "rae", "--model", parts / "t2i", "--batch", 4, "--seconds", 0.1]
     run("bench.py", *flags, "--json", tmp_path / "bench.json")

@@ -220,16 +220,22 @@ def test_lengths_of_conversations(model):
 
 
 def test_another_size_interpolates_positions(model, tmp_path):
-    model = copy.deepcopy(model)
-    model.dit.pos_embed.data = rae.sincos_table(16, 32)[None]
+    """Also what was trained of the table, which here is noise on top of it."""
     noise = torch.randn(1, 16, 24)
     expected = model.generate(["a star"], 2, 3.0, noise=noise)
-    same, larger = model.resized(32), model.resized(64)
+    same, larger = copy.deepcopy(model), copy.deepcopy(model)
+    same.resize(model.autoencoder.resized(32)), larger.resize(model.autoencoder.resized(64))
     torch.testing.assert_close(same.generate(["a star"], 2, 3.0, noise=noise), expected)
     assert larger.latent_shape == (64, 24) and larger.alpha == pytest.approx(2 * model.alpha)
     every_other = torch.arange(64).view(8, 8)[::2, ::2].flatten()
-    torch.testing.assert_close(larger.dit.pos_embed[:, every_other], model.dit.pos_embed)
     torch.testing.assert_close(larger.dit.rope[:, every_other], model.dit.rope)
+    table, wider = rae.sincos_table(16, 32), rae.sincos_table(64, 32, spacing=0.5)
+    torch.testing.assert_close(wider[every_other], table)
+    learned = (
+        rae.resize_grid(x, 8, "bicubic") for x in (model.dit.pos_embed[0] - table, model.latent_queries)
+    )
+    torch.testing.assert_close(larger.dit.pos_embed[0], wider + next(learned))
+    torch.testing.assert_close(larger.latent_queries, next(learned))
     noise = torch.randn(1, 64, 24)
     latents = larger.generate(["a star"], 2, 3.0, noise=noise)
     assert larger.autoencoder.decode(latents).shape == (1, 3, 64, 64)
@@ -237,7 +243,7 @@ def test_another_size_interpolates_positions(model, tmp_path):
     again = rae.TextToImage.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(again.generate(["a star"], 2, 3.0, noise=noise), latents)
     with pytest.raises(ValueError, match="not a multiple of the patch of 8"):
-        model.resized(60)
+        model.autoencoder.resized(60)
 
 
 @pytest.mark.parametrize(

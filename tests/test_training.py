@@ -142,7 +142,9 @@ def test_without_an_average_the_weights_themselves_are_saved(world, parts, tmp_p
     newest = state(tmp_path / "checkpoints/0000004")
     assert not [name for name in newest if name.startswith("model.")]
     saved = weights(tmp_path)
-    assert all(torch.equal(tensor, newest[f"average.{name}"]) for name, tensor in saved.items())
+    trained = {name for name in saved if f"average.{name}" in newest}  # the rest is frozen: tables
+    assert "latent_queries" in trained and len(trained) > 0.9 * len(saved)
+    assert all(torch.equal(saved[name], newest[f"average.{name}"]) for name in trained)
     shutil.rmtree(tmp_path / "checkpoints/0000004")
     world(1, "train_t2i.py", "--out", tmp_path, "--resume").wait()
     assert_same(weights(tmp_path), saved)
