@@ -231,7 +231,7 @@ class View(NamedTuple):
 
     def check_length(self, name: str, conversation: list[tuple[str, str]]) -> None:
         """Raises Unusable."""
-        if self.length and (length := self.length(conversation)) > self.longest:
+        if (length := self.length(conversation)) > self.longest:
             raise Unusable(f"{name}: its conversation has {length} tokens, the limit is {self.longest}")
 
 
@@ -247,7 +247,8 @@ def sample_of(row: dict, view: View, uniform: np.ndarray) -> dict:
     else:
         caption = clean(next((row[key] for key in CAPTIONS if isinstance(row.get(key), str)), ""))
         conversation = request(caption, uniform[0])
-    view.check_length(row["name"], conversation)
+    if view.length:
+        view.check_length(row["name"], conversation)
     if row.get("image"):
         picture = view.pixels(open_picture(row["image"], row["name"]), *uniform[1:])
     elif talks and view.text_only:
@@ -603,7 +604,8 @@ class Latents:
             about = self.rows[row]
             conversation = about.get("conversation") or request(about["caption"], uniform[1])
             try:
-                self.view.check_length(f"{self.folder}: row {row}", conversation)
+                if self.view.length:
+                    self.view.check_length(f"{self.folder}: row {row}", conversation)
             except Unusable as error:
                 skipped.append(str(error))
                 row = int(chance.integers(len(self.rows)))

@@ -321,7 +321,7 @@ def on_manifold(points: Tensor, others: Tensor) -> float:
 class Whole:
     """Instead of a data.View: pictures as they are, all of the size (height, width) of the first."""
 
-    size, text_only = None, False
+    size, text_only, length = None, False, None
 
     def pixels(self, image: Image.Image, *draws: float) -> np.ndarray:
         own = (image.height, image.width)
