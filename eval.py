@@ -45,6 +45,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -743,14 +744,14 @@ def scored(
     name: str,
     config: Config,
     where: common.Launch,
+    fields: tuple[str, ...],
     jobs: dict[tuple, tuple],
     networks: dict[str, str],
-    key: Callable[[dict], tuple],
     open_networks: Callable[[], Callable[..., dict]],
 ) -> list[dict]:
     """A row for each of the jobs, kept in OUT-NAME.jsonl: each process scores its share of those that are not
-    there yet. jobs: what is scored, by what it is told by in a row, see `key`. Raises ValueError for rows
-    that other networks have scored."""
+    there yet. jobs: what is scored, by the values of the fields that tell its row from the others. Raises
+    ValueError for rows that other networks have scored."""
     rows = Path(config.out).with_name(f"{Path(config.out).stem}-{name}.jsonl")
 
     def known() -> dict[tuple, dict]:
@@ -761,7 +762,7 @@ def scored(
                     f"{rows} has rows of {wrong[0]} {row.get(wrong[0])}, not {networks[wrong[0]]}: choose "
                     "another --out"
                 )
-        return {key(row): row for row in found}
+        return {itemgetter(*fields)(row): row for row in found}
 
     done = known()
     if where.main:
@@ -770,12 +771,13 @@ def scored(
             if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
                 file.write(b"\n")
     common.global_sum(0)  # all have read before one writes
-    left = [job for told, job in jobs.items() if told not in done][where.rank :: where.world]
+    left = [each for each in jobs.items() if each[0] not in done][where.rank :: where.world]
     if left:
         score = open_networks()
         with rows.open("a") as file:
-            for job in tqdm(left, desc=name, disable=not where.main):
-                file.write(json.dumps(score(*job) | networks) + "\n")
+            for told, job in tqdm(left, desc=name, disable=not where.main):
+                row = score(*job) | dict(zip(fields, told, strict=True)) | networks
+                file.write(json.dumps(row) + "\n")
                 file.flush()  # a line at once: processes share the file
     common.global_sum(0)
     done = known()
@@ -784,6 +786,7 @@ def scored(
     return [done[told] for told in jobs]
 
 
+@cache
 def digest(path: Path) -> str:
     """Of a picture: a file may come to hold another."""
     return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
@@ -807,13 +810,9 @@ def geneval(config: Config, where: common.Launch) -> list[dict]:
             detector = benchmarks.Detector(config.detector, where.device)
         with common.loading(config.clip):
             clip = benchmarks.Clip(config.clip, where.device)
+        return lambda path, wanted: benchmarks.score_geneval(path, wanted, detector, clip)
 
-        def score(path: Path, wanted: dict) -> dict:
-            return benchmarks.score_geneval(path, wanted, detector, clip) | {"digest": digest(path)}
-
-        return score
-
-    rows = scored("geneval", config, where, jobs, networks, itemgetter("filename", "digest"), open_networks)
+    rows = scored("geneval", config, where, ("filename", "digest"), jobs, networks, open_networks)
     figures = benchmarks.geneval_summary(rows)
     return [{"metric": f"geneval/{name}", "value": v, "n": n} for name, (v, n) in figures.items()]
 
@@ -826,15 +825,10 @@ def dpg(config: Config, where: common.Launch) -> list[dict]:
     def open_networks() -> Callable[..., dict]:
         with common.loading(config.vqa):
             answerer = benchmarks.Answerer(config.vqa, where.device)
+        return lambda path, square: benchmarks.score_dpg(path, square, items[path.stem], answerer)
 
-        def score(path: Path, square: int) -> dict:
-            row = benchmarks.score_dpg(path, square, items[path.stem], answerer)
-            return row | {"digest": digest(path)}
-
-        return score
-
-    key = itemgetter("item_id", "square", "digest")
-    rows = scored("dpg", config, where, jobs, {"vqa": config.vqa}, key, open_networks)
+    fields = ("item_id", "square", "digest")
+    rows = scored("dpg", config, where, fields, jobs, {"vqa": config.vqa}, open_networks)
     if where.main and "mplug" not in config.vqa.lower():
         print(f"answered by {config.vqa}: only figures of mPLUG compare with published ones")
     figures = benchmarks.dpg_summary(rows, items)
@@ -860,8 +854,7 @@ def understanding(config: Config, where: common.Launch) -> list[dict]:
                 said, error = model.answer(data.to_unit(pixels, where.device), item.question), ""
             except ValueError as refused:  # a question that is too long, or has a special token: it is wrong
                 said, error = "", str(refused)
-        about = {"set": name, "table": table, "row": row, "group": item.group, "error": error}
-        return about | {"answer": said, "score": asked.score(said, item)}
+        return {"group": item.group, "error": error, "answer": said, "score": asked.score(said, item)}
 
     for name in names:
         try:
@@ -870,8 +863,8 @@ def understanding(config: Config, where: common.Launch) -> list[dict]:
             raise ValueError(f"cannot read {benchmarks.ASKED[name].path}: {error}") from error
         places = [(name, t, r) for t, table in enumerate(tables) for r in benchmarks.asked_rows(name, table)]
         jobs = {place: place for place in places[: config.limit]}
-        networks, key = {"model": config.model, "weights": weights}, itemgetter("set", "table", "row")
-        rows = scored(f"understanding-{name}", config, where, jobs, networks, key, lambda: answer)
+        networks, fields = {"model": config.model, "weights": weights}, ("set", "table", "row")
+        rows = scored(f"understanding-{name}", config, where, fields, jobs, networks, lambda: answer)
         if where.main and (refused := [row["error"] for row in rows if row["error"]]):
             print(f"{name}: {len(refused)} questions count as wrong, the first because {refused[0]}")
         value, n = benchmarks.understanding_summary(name, rows)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Guidance, steps and solver of the sampler against the six-task score of a model: one plot. Scored at 10 prompts
-# a task, 4 pictures each; about 12 minutes on 2 cores. What is scored already is not scored again.
+# a task, 4 pictures each; not timed yet. What is scored already is not scored again.
 #
 #     bash nano/sampling.sh [MODEL] [OUT]        # default nano/weights/t2i runs/sampling
 set -euo pipefail

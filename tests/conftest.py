@@ -23,27 +23,31 @@ def one_thread():
     harness.start_server()
 
 
+def write_encoder(folder, width: int, hidden: int, layers: int) -> None:
+    """Of pictures of 32 px, 16 tokens of so many channels."""
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        image_size=SIZE,
+        patch_size=8,
+    )
+    transformers.SiglipVisionModel(vision).save_pretrained(folder)
+    half = [0.5, 0.5, 0.5]
+    processor = transformers.SiglipImageProcessor(
+        size={"height": SIZE, "width": SIZE}, image_mean=half, image_std=half
+    )
+    processor.save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
     """Folder with encoder/, language-model/, rae/ and t2i/ for pictures of 32 px, 16 tokens of 24
     channels."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=SIZE,
-        patch_size=8,
-    )
-    transformers.SiglipVisionModel(vision).save_pretrained(folder / "encoder")
-    half = [0.5, 0.5, 0.5]
-    processor = transformers.SiglipImageProcessor(
-        size={"height": SIZE, "width": SIZE}, image_mean=half, image_std=half
-    )
-    processor.save_pretrained(folder / "encoder")
-
+    write_encoder(folder / "encoder", width=24, hidden=32, layers=2)
     tokenizer = prepare.make_tokenizer(documents=300)
     language_model = transformers.Qwen2ForCausalLM(
         transformers.Qwen2Config(

@@ -14,7 +14,7 @@ from pathlib import Path
 import kill
 import pytest
 import torch
-import transformers
+from conftest import write_encoder
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_data import write_jsonl, write_tars
@@ -169,16 +169,7 @@ def test_what_is_frozen_stays_as_it_is(freeze, moved, world, parts, tmp_path):
 def test_pictures_are_read_by_another_encoder(world, parts, tmp_path):
     """Half of the tokens' channels to draw, all to read; a batch without a picture to draw too."""
     torch.manual_seed(0)
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=12,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
-    )
-    transformers.SiglipVisionModel(vision).save_pretrained(tmp_path / "encoder")
-    shutil.copy(parts / "encoder/preprocessor_config.json", tmp_path / "encoder")
+    write_encoder(tmp_path / "encoder", width=12, hidden=16, layers=1)
     small = {"patch_size": 8, "width": 16, "depth": 1, "heads": 2, "mlp_width": 16}
     rae.RAE(str(tmp_path / "encoder"), small).save_pretrained(tmp_path / "small")
     flags = [*t2i_flags(parts, tmp_path / "run"), "--autoencoder", tmp_path / "small", *EVERY, "--steps", 3]
