@@ -249,38 +249,49 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 class Stepper:
-    """Optimizer steps with clipped gradients (0: not clipped). A step whose gradients are not finite is left
-    out, on the device, so that nothing has to wait for the number."""
+    """Steps of one or more optimizers, with gradients clipped together (0: not clipped). A step whose
+    gradients are not finite is left out, on the device, so that nothing has to wait for the number."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, clip: float = 1.0):
-        self.optimizer, self.clip = optimizer, clip or math.inf
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    def __init__(self, *optimizers: torch.optim.Optimizer, clip: float = 1.0):
+        self.optimizers, self.clip = optimizers, clip or math.inf
+        self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.parameters = [p for group in self.groups for p in group["params"]]
         device = local(self.parameters[0]).device
         self.left_out, self.in_a_row, self.most_in_a_row = torch.zeros(3, device=device)
         self.make_state()
 
     def make_state(self) -> None:
-        """The optimizer's state, zeros all: it is the same in a checkpoint from before the first step."""
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
+        """The optimizers' state, zeros all: it is the same in a checkpoint from before the first step."""
+        rates = [group["lr"] for group in self.groups]
+        for group in self.groups:
             group["lr"] = 0.0
         for p in self.parameters:
             p.grad = torch.zeros_like(p)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for group, rate in zip(self.groups, rates, strict=True):
             group["lr"] = rate
-        for state in self.optimizer.state.values():
+        for _, state in self.state():
             if "step" in state:
                 state["step"].zero_()
+
+    def state(self) -> list[tuple[nn.Parameter, dict[str, Tensor]]]:
+        """Of every parameter."""
+        return [item for optimizer in self.optimizers for item in optimizer.state.items()]
 
     def step(self) -> Tensor:
         """Returns the norm of the gradients before clipping."""
         norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.clip))
         bad = (~norm.isfinite()).float()
-        self.optimizer.found_inf = bad  # the fused AdamW's own way out, made for GradScaler
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            if optimizer.defaults.get("fused"):
+                optimizer.found_inf = bad  # the fused AdamW's own way out, made for GradScaler
+            else:  # Muon has none: its momentum alone moves it on
+                for p in (p for group in optimizer.param_groups for p in group["params"]):
+                    local(p.grad).masked_fill_(bad > 0, 0.0)
+            optimizer.step()
+            optimizer.zero_grad()
         self.left_out += bad
         self.in_a_row.add_(1).mul_(bad)
         torch.maximum(self.most_in_a_row, self.in_a_row, out=self.most_in_a_row)
@@ -653,7 +664,7 @@ def training_state(modules: dict[str, nn.Module], steppers: list[Stepper]) -> di
         state |= {f"{prefix}.{k}": v for k, v in module.state_dict().items() if k not in frozen}
         names |= {p: f"{prefix}.{name}" for name, p in module.named_parameters()}
     for stepper in steppers:
-        for parameter, values in stepper.optimizer.state.items():
+        for parameter, values in stepper.state():
             for key, value in values.items():
                 state[f"optimizer.{names[parameter]}.{key}"] = value if value.ndim else value.view(1)
     return state

@@ -944,14 +944,17 @@ def to_unit(images: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def flow_draws(
-    latent_shape: tuple[int, int], seed: int, indices: list[int], device: torch.device
+    latent_shape: tuple[int, int], seed: int, indices: list[int], device: torch.device, draws: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Noise (B, N, C) on the device, and on the CPU two uniform numbers (B,) each, for the time and for the
-    condition dropout: every row depends on (seed, sample number) alone, not on the batch or the process."""
-    noise, noisy = torch.empty(len(indices), *latent_shape, device=device), torch.Generator(device)
-    for row, index in enumerate(indices):
-        noise[row].normal_(generator=noisy.manual_seed(mix(seed, index)))
-    return noise, *uniform_draws(2, seed, indices, 1)
+    condition dropout: every row depends on (seed, sample number) alone, not on the batch or the process. With
+    more `draws` a sample, (draws B, ...), all samples' first draws first."""
+    seeds = [seed, *(mix(seed, "draw", k) for k in range(1, draws))]
+    keys = [(each, index) for each in seeds for index in indices]
+    noise, noisy = torch.empty(len(keys), *latent_shape, device=device), torch.Generator(device)
+    for row, key in enumerate(keys):
+        noise[row].normal_(generator=noisy.manual_seed(mix(*key)))
+    return noise, *torch.cat([uniform_draws(2, each, indices, 1) for each in seeds], dim=1)
 
 
 def uniform_draws(count: int, seed: int, indices: list[int], purpose: int | str) -> torch.Tensor:

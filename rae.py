@@ -823,8 +823,13 @@ def flow_loss(
     noise: Tensor | None = None,
     t: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared velocity error of each sample, (B,). A given `t` (B,) is already shifted."""
+    """Mean squared velocity error of each sample, (B,). A given `t` (B,) is already shifted.
+
+    Of more noise (k B, N, C), with its t (k B,) and condition, every latent takes k rows, B apart.
+    """
     noise = torch.randn_like(latents) if noise is None else noise
+    if len(noise) > len(latents):
+        latents = latents.repeat(len(noise) // len(latents), 1, 1)
     t = sample_time(torch.rand(len(latents), device=latents.device), alpha) if t is None else t
     x = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
     return (model(x, t, condition) - (noise - latents)).square().mean(dim=(1, 2))
@@ -1072,8 +1077,10 @@ class ClassToImage(LatentModel, library_name="rae"):
 
     def forward(self, labels: Tensor, latents: Tensor, noise: Tensor, t: Tensor, dropped: Tensor) -> Tensor:
         """Velocity error of each sample, (B,), at the shifted time t (B,); labels are null where `dropped`
-        (B,) is true."""
-        condition = None if self.num_classes is None else self.dit.drop_condition(labels, dropped)
+        (B,) is true. Noise, t and `dropped` for k draws a sample are k B long, as in `flow_loss`."""
+        condition = None
+        if self.num_classes is not None:
+            condition = self.dit.drop_condition(labels.repeat(len(noise) // len(labels)), dropped)
         return flow_loss(self.dit, latents, condition, self.alpha, noise, t)
 
     @classmethod
@@ -1302,16 +1309,21 @@ class TextToImage(LatentModel, library_name="rae"):
 
         latents, noise (P, N, C), shifted time t (P,) and the condition dropout (P,) belong to all P pictures
         of the batch, in order; so do the latents of another reader, `read` (P, *read_shape). The papers' loss
-        is the mean of the first + 2 x the mean of the second, each over the global batch.
+        is the mean of the first + 2 x the mean of the second, each over the global batch. With k draws of
+        noise, time and dropout a picture, k P rows, the language model still reads once, and k A errors come
+        back.
         """
         answer = chat.answer_index
+        draws = len(noise) // len(latents) if len(latents) else 1
+        rows = torch.cat([answer + k * len(latents) for k in range(draws)])
         contexts = (latents if read is None else read)[chat.context_index]
         hidden = self.hidden_states(self.embed(chat, contexts))
         logits = self.language_model.lm_head(hidden[chat.predict]).float()
         cross_entropy = F.cross_entropy(logits, chat.targets, reduction="sum")
-        condition = self.dit.drop_condition(self.diff_head_projector(hidden[chat.answers]), dropped[answer])
+        condition = self.diff_head_projector(hidden[chat.answers]).repeat(draws, 1, 1)
+        condition = self.dit.drop_condition(condition, dropped[rows])
         return cross_entropy, flow_loss(
-            self.dit, latents[answer], condition, self.alpha, noise[answer], t[answer]
+            self.dit, latents[answer], condition, self.alpha, noise[rows], t[rows]
         )
 
     # -- inference

@@ -556,11 +556,11 @@ def main() -> None:
         common.checkpoint_blocks(model.decoder.decoder_layers)
     trained = [p for p in model.decoder.parameters() if p.requires_grad]
     adamw = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
-    steppers = [common.Stepper(torch.optim.AdamW(trained, config.lr, **adamw), config.clip)]
+    steppers = [common.Stepper(torch.optim.AdamW(trained, config.lr, **adamw), clip=config.clip)]
     modules = {"model": model, "average": average}
     if discriminator:
         heads = list(discriminator.parameters())
-        steppers.append(common.Stepper(torch.optim.AdamW(heads, config.disc_lr, **adamw), config.clip))
+        steppers.append(common.Stepper(torch.optim.AdamW(heads, config.disc_lr, **adamw), clip=config.clip))
         modules["discriminator"] = discriminator
     state = run.load(modules, steppers, export)
     last_layer = LastLayer(model)
@@ -639,7 +639,7 @@ def main() -> None:
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not where.main)
     for step in bar:
         factor = common.cosine(step, config.steps, config.warmup, config.final_lr)
-        steppers[0].optimizer.param_groups[0]["lr"] = config.lr * factor
+        steppers[0].groups[0]["lr"] = config.lr * factor
         losses = defaultdict(float)  # this process's share of each
 
         def count(found: dict, images: Tensor, losses=losses) -> None:
@@ -660,7 +660,7 @@ def main() -> None:
         if discriminator and step >= config.disc_start:
             own, total = step - config.disc_start, config.steps - config.disc_start
             disc_factor = common.cosine(own, total, config.disc_warmup, config.final_lr)
-            steppers[1].optimizer.param_groups[0]["lr"] = config.disc_lr * disc_factor
+            steppers[1].groups[0]["lr"] = config.disc_lr * disc_factor
             for number, piece in enumerate(pieces):
                 count(learn_to_discriminate(*piece, first=number == 0), piece[0])
             common.sum_gradients(steppers[1].parameters)

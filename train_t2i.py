@@ -136,6 +136,9 @@ class Config:
     batch: int = flag(64, "samples a step, over all processes", at_least=1)
     lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector")
     dit_lr: float = flag(1e-3, "peak learning rate of the DiT and its connector")
+    muon: float = flag(
+        0.0, "peak learning rate of Muon, for the matrices of the DiT's blocks (0: AdamW)", at_least=0
+    )
     warmup: float = flag(
         200, "steps of linear warm-up, before the cosine; below 1, their share of all", at_least=0
     )
@@ -146,6 +149,7 @@ class Config:
     time: str = flag(
         "logit-normal", "distribution of t, before its shift", choices=["logit-normal", "uniform"]
     )
+    draws: int = flag(1, "noises and times a picture: what it is conditioned on is computed once", at_least=1)
     noise_first: int = flag(0, "first steps of a new model whose pictures are all noise, t = 1", at_least=0)
     understanding: float = flag(0.1, "share of the samples that ask about a picture (nano)")
     longest: int = flag(
@@ -313,13 +317,20 @@ def main() -> None:
         common.checkpoint_blocks(model.blocks)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     of_dit = ("dit.", "diff_head_projector.")
-    groups = [  # learning rate and beta2 by module, as in Scale-RAE
-        {"params": [p for name, p in named.items() if name.startswith(of_dit)], "betas": (0.9, 0.95)},
-        {"params": [p for name, p in named.items() if not name.startswith(of_dit)], "betas": (0.9, 0.999)},
+    matrices = [
+        p for name, p in named.items() if config.muon and name.startswith("dit.blocks.") and p.ndim == 2
     ]
-    peaks = (config.dit_lr, config.lr)[: 1 + text]
-    optimizer = torch.optim.AdamW(groups[: 1 + text], weight_decay=0.0, fused=True)
-    stepper = common.Stepper(optimizer)
+    others = {name: p for name, p in named.items() if not any(p is matrix for matrix in matrices)}
+    groups = [  # learning rate and beta2 by module, as in Scale-RAE
+        {"params": [p for name, p in others.items() if name.startswith(of_dit)], "betas": (0.9, 0.95)},
+        {"params": [p for name, p in others.items() if not name.startswith(of_dit)], "betas": (0.9, 0.999)},
+    ]
+    peaks = [config.dit_lr, config.lr][: 1 + text]
+    optimizers = [torch.optim.AdamW(groups[: 1 + text], weight_decay=0.0, fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, config.muon, weight_decay=0.0))
+        peaks.append(config.muon)
+    stepper = common.Stepper(*optimizers)
     state = run.load(modules, [stepper], export)
     start = state["step"]
     loader = data.Loader(
@@ -360,15 +371,15 @@ def main() -> None:
             factor = common.linear(step, config.decay_start, config.decay_end or steps, config.final_lr)
         else:
             factor = common.cosine(step, steps, warmup, config.final_lr)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        for group, peak in zip(stepper.groups, peaks, strict=True):
             group["lr"] = peak * factor
         pieces = data.pieces(next(loader), config.accumulate)
         inputs, of_tokens, of_pictures = zip(*map(prepare, pieces), strict=True)
-        tokens, pictures = common.global_sum(sum(of_tokens), sum(of_pictures))
+        tokens, drawn = common.global_sum(sum(of_tokens), config.draws * sum(of_pictures))
         losses = torch.zeros(2, device=where.device)  # this process's share of the two
         for piece, condition in zip(pieces, inputs, strict=True):
             noise, for_time, for_dropout = data.flow_draws(
-                shape, config.seed, piece["pictures"], where.device
+                shape, config.seed, piece["pictures"], where.device, config.draws
             )
             mean = 0.0 if config.time == "logit-normal" else None
             t = rae.sample_time(for_time, model.alpha, mean).to(where.device, non_blocking=True)
@@ -387,7 +398,7 @@ def main() -> None:
                     read = (noise.new_zeros(0, *model.read_shape),) if reader else ()
                 out = model(condition, latents, noise, t, dropped, *read)
             cross_entropy, velocity_errors = out if text else (torch.zeros((), device=where.device), out)
-            text_loss, flow_loss = cross_entropy / max(tokens, 1), velocity_errors.sum() / max(pictures, 1)
+            text_loss, flow_loss = cross_entropy / max(tokens, 1), velocity_errors.sum() / max(drawn, 1)
             common.backward(text_loss + 2 * flow_loss if text else flow_loss)
             losses += torch.stack([text_loss, flow_loss]).detach()
         norm = stepper.step()

@@ -48,6 +48,16 @@ def shrink() -> None:
     rae.DITS["nano"] = TINY
 
 
+def test_draws_of_a_picture_are_as_if_it_came_that_often():
+    torch.manual_seed(0)
+    net, labels, latents = tiny(), torch.tensor([3, 7]), torch.randn(2, 16, 24)
+    noise, t, dropped = torch.randn(4, 16, 24), torch.rand(4), torch.tensor([False, True, True, False])
+    flow = net(labels, latents, noise, t, dropped)
+    halves = [net(labels, latents, noise[h], t[h], dropped[h]) for h in (slice(2), slice(2, 4))]
+    torch.testing.assert_close(flow, torch.cat(halves))
+    assert len(set(flow.tolist())) == 4
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, parts):
     """Folder of an untrained model of eight classes."""

@@ -319,6 +319,10 @@ def test_draws_depend_on_the_sample_and_not_on_its_batch():
     for row, index in enumerate([3, 4, 5, 6]):
         alone = data.flow_draws((16, 24), 7, [index], torch.device("cpu"))
         assert torch.equal(alone[0][0], noise[row]) and alone[1][0] == u[row] and alone[2][0] == v[row]
+    more = data.flow_draws((16, 24), 7, [3, 4, 5, 6], torch.device("cpu"), draws=3)
+    assert [len(each) for each in more] == [12, 12, 12] and torch.equal(more[0][:4], noise)
+    assert torch.equal(more[1][:4], u) and len(set(more[1].tolist())) == 12
+    assert torch.equal(more[0][9], data.flow_draws((16, 24), 7, [4], torch.device("cpu"), draws=3)[0][2])
     many, u, v = data.flow_draws((16, 24), 0, list(range(500)), torch.device("cpu"))
     assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01
     assert abs(u.mean() - 0.5) < 0.05 and abs(v.mean() - 0.5) < 0.05

@@ -105,6 +105,18 @@ def test_losses_of_a_batch_are_the_losses_of_its_samples(model):
     assert tokens == sum(a[2] for a in alone) and len(flow) == 2
 
 
+def test_draws_of_a_picture_are_as_if_it_came_that_often(model):
+    torch.manual_seed(0)
+    chats = [REQUEST, [("user", "<image>\nwhat is this?"), ("assistant", "two")], REQUEST]
+    latents, noise, t = torch.randn(3, 16, 24), torch.randn(6, 16, 24), torch.rand(6)
+    dropped = torch.tensor([False, False, True, True, False, False])
+    text_loss, flow, _ = run(model, chats, latents, noise, t, dropped)
+    halves = [run(model, chats, latents, noise[h], t[h], dropped[h]) for h in (slice(3), slice(3, 6))]
+    torch.testing.assert_close(flow, torch.cat([half[1] for half in halves]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(text_loss, halves[0][0])
+    assert len(flow) == 4 and flow[0] != flow[2]
+
+
 def test_text_loss_is_cross_entropy_of_the_next_token(model):
     ids, labels = model.encode_chat([("user", "hello"), ("assistant", "a star")])
     none = torch.zeros(0, 16, 24)
