@@ -1,25 +1,29 @@
-"""Images a second of every hot loop.
+"""Images a second of every hot loop, its FLOPs, and what share of the machine's it uses.
 
-    python bench.py                        # the nano sizes, on this machine
-    python bench.py encode sample          # some of them
-    python bench.py decoder-step --decoder ViT-XL --checkpoint-blocks --batch 32
-    python bench.py class-step class-sample class-sample-cfg class-sample-auto \\
-        --dit DiT-DH-XL --guide DiT-DH-S
-    python bench.py --compile --json bench.json
+    python bench.py                                  # the nano sizes, on this machine
+    python bench.py encode sample --pictures 64      # some of them
+    python bench.py t2i-step class-step --compile    # each eager, then compiled
+    python bench.py --dit DiT-DH-XL --dtype bf16 --compile --json bench.json     # RAE's, with random weights
+    python bench.py --dit 2.4B --language-model 1.5B --checkpoint-blocks --batch 32    # Scale-RAE's
+    python bench.py decoder-step --decoder ViT-B --batch 8
     python bench.py --plan --gpu H200 --gpus 64 --mfu 0.45    # the papers' runs on paper
 
-Each loop is warmed up, then timed for --seconds. Random weights of the preset's sizes are as fast as trained
-ones.
+Each loop is warmed up, then timed for --seconds. FLOPs are counted by torch in one eager call: a
+multiplication and an addition are two, attention is counted whole, nothing that is computed twice is. They
+are compared with a product of large matrices, measured first, and with what the card's maker promises.
+Random weights are as fast as trained ones.
 """
 
 import io
 import json
 import os
 import platform
+import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -36,41 +40,62 @@ import rae
 from common import flag
 from nano import shapes
 
+GPUS = {  # dense bf16 TFLOP/s, memory in GB, GB/s to the others of a machine of 8, and to other machines
+    "A100": (312, 80, 300, 25),
+    "H100": (989, 80, 450, 50),
+    "H200": (989, 141, 450, 50),
+    "B200": (2250, 180, 900, 50),
+}
+QWEN = {
+    "1.5B": {"model_type": "qwen2", "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
+             "num_key_value_heads": 2, "intermediate_size": 8960, "vocab_size": 151_667,
+             "tie_word_embeddings": True},
+    "7B": {"model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
+           "num_key_value_heads": 4, "intermediate_size": 18_944, "vocab_size": 151_667,
+           "tie_word_embeddings": False},
+}  # fmt: skip
+SIGLIP = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
+          "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 224, "patch_size": 14,
+          "vision_use_head": False}  # fmt: skip
+DINO = {"model_type": "dinov2_with_registers", "image_size": 224, "patch_size": 14}  # the base size
+
 
 @dataclass
 class Config:
     what: list[str] = flag(
         (),
-        "loader, jpeg, encode, decode, decoder-step, t2i-step, class-step, sample, class-sample, and with "
-        "guidance class-sample-cfg, class-sample-auto; all if none is named",
+        "loader, jpeg, encode, decode, decoder-step, t2i-step, sample, sample-plain, class-step, "
+        "class-sample, class-sample-cfg, class-sample-auto; all that there are if none is named",
         nargs="*",
         metavar="WHAT",
     )
-    autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE folder or hub id")
+    dit: str = flag(
+        "nano",
+        "size of the DiT, and with it all else: the shipped nano parts; RAE's, with DINOv2-B for labels; or "
+        "Scale-RAE's, with SigLIP-2 and a language model",
+        choices=rae.DITS,
+    )
+    language_model: str = flag("1.5B", "size of Scale-RAE's, Qwen2.5", choices=QWEN)
+    guide: str = flag("nano-guide", "size of the class-conditional DiT's guide", choices=rae.DITS)
     decoder: str = flag(
-        "", "for decoder-step, another behind its encoder: 256 tokens, 256 px", choices=["", *rae.DECODERS]
+        "", "for decoder-step, another behind the encoder: 256 tokens, 256 px", choices=["", *rae.DECODERS]
     )
-    checkpoint_blocks: bool = flag(
-        False, "compute the layers of decoder-step and class-step twice, to save memory"
-    )
-    model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id")
-    dit: str = flag("nano", "size of the class-conditional DiT", choices=rae.DITS)
-    guide: str = flag("nano-guide", "size of its guide, for AutoGuidance", choices=rae.DITS)
+    checkpoint_blocks: bool = flag(False, "compute the blocks of the three steps twice, to save memory")
     data: str = flag("nano", "source of the pictures and captions")
     batch: int = flag(64, "pictures at once", at_least=4)
+    pictures: int = flag(4, "and drawn at once in the sample loops", at_least=1)
     seconds: float = flag(5.0, "to time each loop", at_least=0.01)
-    compile: bool = flag(False, "compile the blocks")
+    compile: bool = flag(False, "time each loop with its blocks compiled too")
     dtype: str = flag("auto", "of the compute; weights are fp32", choices=["auto", "bf16", "fp32"])
     json: str = flag("", "file for the results")
     plan: bool = flag(False, "compute, and measure nothing: time, memory and traffic of the papers' runs")
-    gpu: str = flag("H200", "--plan: its kind", choices=["A100", "H100", "H200", "B200"])
+    gpu: str = flag("H200", "--plan: its kind", choices=GPUS)
     gpus: int = flag(8, "--plan: how many", at_least=1)
     mfu: float = flag(0.4, "--plan: share of the card's bf16 peak that a training reaches")
 
 
-def measure(run: Callable[[], object], images: int, seconds: float, where: common.Launch) -> dict:
-    """Milliseconds of a call and images a second, after three calls to warm up; on CUDA the peak of its
-    memory, in GB."""
+def measure(run: Callable[[], object], seconds: float, where: common.Launch) -> dict:
+    """Milliseconds of a call, after three calls to warm up; on CUDA the peak of its memory, in GB."""
     cuda = where.device.type == "cuda"
 
     def wait() -> None:
@@ -88,9 +113,74 @@ def measure(run: Callable[[], object], images: int, seconds: float, where: commo
         run()
         wait()
         calls += 1
-    elapsed = time.perf_counter() - started
-    result = {"ms": 1000 * elapsed / calls, "images_per_second": images * calls / elapsed}
+    result = {"ms": 1000 * (time.perf_counter() - started) / calls}
     return result | ({"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if cuda else {})
+
+
+def matrix_product(where: common.Launch, seconds: float) -> float:
+    """TFLOP/s of a product of large square matrices in the dtype of the compute."""
+    n = 8192 if where.device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=where.device, dtype=where.dtype) for _ in range(2))
+    return 2 * n**3 / measure(lambda: a @ b, seconds, where)["ms"] / 1e9
+
+
+@contextmanager
+def counting() -> Iterator[Callable[[], int]]:
+    """Counts FLOPs by torch; what is yielded tells how many."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's is not counted
+        yield counter.get_total_flops
+
+
+# -----------------------------------------------------------------------------------------------------------
+# what is timed
+
+
+class World(NamedTuple):
+    """The models of one size; what it has no weights for is None."""
+
+    autoencoder: rae.RAE
+    trained: rae.RAE  # of decoder-step: the same, or with a decoder of another size
+    text: rae.TextToImage | None
+    classes: rae.ClassToImage | None
+    guide: rae.ClassToImage | None
+
+    @property
+    def blocks(self) -> list[torch.nn.Module]:
+        decoders = [*self.autoencoder.decoder.decoder_layers, *self.trained.decoder.decoder_layers]
+        of_models = [block for model in self[2:] if model for block in model.blocks]
+        return list(dict.fromkeys(decoders + of_models))
+
+
+def world(config: Config, where: common.Launch) -> World:
+    text = classes = guide = None
+    if config.dit.startswith("nano"):
+        autoencoder = common.load_autoencoder(common.WEIGHTS / "rae", where)
+        text = common.load_model(rae.TextToImage, str(common.WEIGHTS / "t2i"), "", where)
+    else:
+        encoder = DINO if config.dit.startswith("DiT") else SIGLIP
+        half = {"encoder_size": 224, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        autoencoder = rae.RAE(encoder, rae.DECODERS["ViT-XL"] | {"patch_size": 16}, **half)
+    shape = autoencoder.latent_shape
+    if config.dit.removesuffix("-DH") in rae.SCALE_DITS:
+        with where.device:
+            text = rae.TextToImage(QWEN[config.language_model], rae.DITS[config.dit], shape)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(common.WEIGHTS / "t2i")
+        text.set_tokenizer(tokenizer)  # its numbers are in every vocabulary
+    else:
+        classes, guide = (
+            rae.ClassToImage(rae.class_dit(size, 1000), shape) for size in (config.dit, config.guide)
+        )
+    trained = autoencoder
+    if config.decoder:
+        size = rae.DECODERS[config.decoder] | {"patch_size": 16}
+        side = 16 * autoencoder.encoder.config.patch_size
+        changes = {"decoder_config": size, "encoder_size": side}
+        trained = rae.RAE(**autoencoder._hub_mixin_config | changes)
+    every = (each and each.to(where.device) for each in (autoencoder, trained, text, classes, guide))
+    return World(*every)
 
 
 def jpeg_loader(folder: str, batch: int, pictures: int = 256) -> data.Loader:
@@ -107,140 +197,104 @@ def jpeg_loader(folder: str, batch: int, pictures: int = 256) -> data.Loader:
     return data.Loader(data.open_source(folder, 256, 0), batch, workers=os.cpu_count())
 
 
-def trained_autoencoder(config: Config, autoencoder: rae.RAE) -> rae.RAE:
-    """The one of decoder-step: the same, or with its encoder and a decoder of another size."""
-    if not config.decoder:
-        return autoencoder
-    size = rae.DECODERS[config.decoder] | {"patch_size": 16}
-    side = 16 * autoencoder.encoder.config.patch_size
-    return rae.RAE(**autoencoder._hub_mixin_config | {"decoder_config": size, "encoder_size": side})
+class Loop(NamedTuple):
+    run: Callable[[], object]
+    images: int  # in a call
+    computes: bool = True
 
 
-def class_model(size: str, shape: tuple[int, int], where: common.Launch) -> rae.ClassToImage:
-    return rae.ClassToImage(rae.class_dit(size, 1000), shape).to(where.device)
-
-
-def network(run: Callable[[], object], images: int, models: dict[str, rae.ClassToImage]) -> dict:
-    """Evaluations of each DiT in a call, and GFLOP a picture, counted by torch."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counts = dict.fromkeys(models, 0)
-
-    def count(name: str, *_) -> None:
-        counts[name] += 1
-
-    hooks = [model.dit.register_forward_hook(partial(count, name)) for name, model in models.items()]
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's is not counted
-        run()
-    for hook in hooks:
-        hook.remove()
-    return {"evaluations": counts, "gflop_per_image": counter.get_total_flops() / images / 1e9}
-
-
-def loops(
-    config: Config, where: common.Launch
-) -> tuple[dict[str, tuple[Callable[[], object], int]], dict[str, rae.ClassToImage]]:
-    """Every loop by name: what to call, and the images in one call; and the models of classes."""
-    autoencoder = common.load_autoencoder(config.autoencoder, where)
-    trained = trained_autoencoder(config, autoencoder).to(where.device)
-    model = common.load_model(rae.TextToImage, config.model, config.autoencoder, where)
-    shape = model.latent_shape if config.dit == "nano" else (256, 768)  # DINOv2-B's
-    classes, guide = (class_model(size, shape, where) for size in (config.dit, config.guide))
-    common.compile_blocks(
-        {
-            *model.blocks,
-            *classes.blocks,
-            *guide.blocks,
-            *autoencoder.decoder.decoder_layers,
-            *trained.decoder.decoder_layers,
-        },
-        config.compile,
-        where,
-    )
-    if config.checkpoint_blocks:
-        common.checkpoint_blocks([*trained.decoder.decoder_layers, *classes.blocks])
+def loops(world: World, config: Config, where: common.Launch, batch: int) -> dict[str, Loop]:
+    """Every loop by name, on `batch` pictures."""
+    autoencoder, trained, text, classes, guide = world
     source = data.open_source(config.data, autoencoder.image_size, 0, understanding=0.1)
-    stream = data.Loader(source, config.batch)
-    batch = next(stream)
-    images = data.to_unit(batch["image"], where.device)
+    stream = data.Loader(source, batch)
+    drawn = next(stream)
+    images = data.to_unit(drawn["image"], where.device)
     pictures = F.interpolate(images, (trained.image_size, trained.image_size), mode="bilinear")
-    latents = autoencoder.encode(images)
-    chat = model.chat(batch["conversation"]).to(where.device)
-    noise, u, v = data.flow_draws(model.latent_shape, 0, batch["pictures"], where.device)
-    t, dropped = rae.sample_time(u, model.alpha).to(where.device), (v < 0.1).to(where.device)
-    optimizers = {
-        part: torch.optim.AdamW([p for p in part.parameters() if p.requires_grad], lr=0.0, fused=True)
-        for part in (trained, model, classes)
-    }
+    shape = autoencoder.latent_shape
+    latents = torch.randn(batch, *shape, device=where.device)
+    noise, u, v = data.flow_draws(shape, 0, list(range(batch)), where.device)
+    t, dropped = rae.sample_time(u, rae.default_alpha(shape)).to(where.device), (v < 0.1).to(where.device)
+    labels = torch.arange(batch, device=where.device) % 1000
+    folder = tempfile.TemporaryDirectory()
 
-    def train(part: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> None:
+    @cache
+    def jpeg() -> data.Loader:
+        return jpeg_loader(folder.name, batch)
+
+    @cache
+    def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+        learned = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(learned, lr=0.0, fused=True)
+
+    def train(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> None:
         with where.autocast():
             value = loss()
         value.backward()
-        optimizers[part].step()
-        optimizers[part].zero_grad()
+        optimizer(model).step()
+        optimizer(model).zero_grad()
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        return infer(autoencoder.encode, pixels)
 
     def decoder_loss() -> torch.Tensor:
         return F.l1_loss(trained.decode(trained.encode(pictures)), pictures)
 
     def t2i_loss() -> torch.Tensor:
-        text, flow = model(chat, autoencoder.encode(images), noise, t, dropped)
-        return text / len(chat.targets) + 2 * flow.mean()
+        cross_entropy, errors = text(chat, encode(images), noise, t, dropped)
+        return cross_entropy / len(chat.targets) + 2 * errors.mean()
 
-    labels = torch.arange(config.batch, device=where.device) % 1000
-    x = torch.randn(config.batch, *shape, device=where.device)
-
-    def class_loss() -> torch.Tensor:  # of latents from the disk
-        return classes(labels, x, x.flip(0), t, dropped).mean()
-
-    folder = tempfile.TemporaryDirectory()
-
-    @cache
-    def jpeg() -> data.Loader:
-        return jpeg_loader(folder.name, config.batch)
+    def class_loss() -> torch.Tensor:
+        return classes(labels, encode(images), noise, t, dropped).mean()
 
     def infer(call: Callable, *args, **kwargs) -> torch.Tensor:
         with torch.no_grad(), where.autocast():
             return call(*args, **kwargs)
 
-    drawn = {"inputs": list(range(4)), "noise": x[:4]}
-    guided = partial(infer, classes.generate, guidance=1.42, **drawn)
+    every = {
+        "loader": Loop(lambda: next(stream), batch, computes=False),
+        "jpeg": Loop(lambda: next(jpeg()), batch, computes=False),
+        "encode": Loop(lambda: encode(images), batch),
+        "decode": Loop(lambda: infer(autoencoder.decode, latents), batch),
+        "decoder-step": Loop(lambda: train(trained, decoder_loss), batch),
+    }
+    count = config.pictures
+    start = torch.randn(count, *shape, device=where.device)
+    if text:
+        chat = text.chat(drawn["conversation"]).to(where.device)
+        prompts = [drawn["caption"][k % batch] for k in range(count)]
+        plain = partial(infer, text.generate, prompts, noise=start)
+        every |= {
+            "t2i-step": Loop(lambda: train(text, t2i_loss), batch),
+            "sample": Loop(partial(plain, guidance=3.0), count),
+            "sample-plain": Loop(plain, count),
+        }
+    if classes:
+        plain = partial(infer, classes.generate, list(range(count)), noise=start)
+        guided = partial(plain, guidance=1.42)
+        every |= {
+            "class-step": Loop(lambda: train(classes, class_loss), batch),
+            "class-sample": Loop(plain, count),
+            "class-sample-cfg": Loop(guided, count),
+            "class-sample-auto": Loop(partial(guided, guide=guide), count),
+        }
+    return every
 
-    return {
-        "loader": (lambda: next(stream), config.batch),
-        "jpeg": (lambda: next(jpeg()), config.batch),
-        "encode": (lambda: infer(autoencoder.encode, images), config.batch),
-        "decode": (lambda: infer(autoencoder.decode, latents), config.batch),
-        "decoder-step": (lambda: train(trained, decoder_loss), config.batch),
-        "t2i-step": (lambda: train(model, t2i_loss), config.batch),
-        "class-step": (lambda: train(classes, class_loss), config.batch),
-        "sample": (lambda: infer(model.generate, batch["caption"][:4], guidance=3.0, noise=noise[:4]), 4),
-        "class-sample": (partial(infer, classes.generate, **drawn), 4),
-        "class-sample-cfg": (guided, 4),
-        "class-sample-auto": (partial(guided, guide=guide), 4),
-    }, {"own": classes, "guide": guide}
+
+def line(name: str, result: dict) -> str:
+    parts = [f"{name:22} {result['ms']:9.1f} ms {result['images_per_second']:9.1f} images/s"]
+    if "gflop_per_image" in result:
+        parts.append(f"{result['gflop_per_image']:9.2f} GFLOP/image {result['tflops']:7.3f} TFLOP/s")
+        parts.append(f"{result['of_matrix_product']:4.0%} of the matrix product")
+    parts += [f"{result['mfu']:.1%} MFU"] if "mfu" in result else []
+    parts += [f"{result['peak_gb']:.1f} GB"] if "peak_gb" in result else []
+    parts += [f"{result['of_eager']:.2f} x eager"] if "of_eager" in result else []
+    return "  ".join(parts)
 
 
 # -----------------------------------------------------------------------------------------------------------
 # on paper: nothing of the following is measured
 
-GPUS = {  # dense bf16 TFLOP/s, memory in GB, GB/s to the others of a machine of 8, and to other machines
-    "A100": (312, 80, 300, 25),
-    "H100": (989, 80, 450, 50),
-    "H200": (989, 141, 450, 50),
-    "B200": (2250, 180, 900, 50),
-}
-QWEN = {
-    "1.5B": {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
-             "num_key_value_heads": 2, "intermediate_size": 8960, "vocab_size": 151_667,
-             "tie_word_embeddings": True},
-    "7B": {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
-           "num_key_value_heads": 4, "intermediate_size": 18_944, "vocab_size": 151_667,
-           "tie_word_embeddings": False},
-}  # fmt: skip
-SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
-          "image_size": 224, "patch_size": 14, "vision_use_head": False}  # fmt: skip
 TOKENS = 256 + 64  # of a conversation: a picture and the text around it
 LEARNED = 24  # of them with a loss: their logits over the vocabulary are computed, and kept
 
@@ -320,12 +374,9 @@ PAPERS = {
 
 def forward_flops(part: Part) -> int:
     """Of one sample, counted by torch: a multiplication and an addition are two."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    with counting() as total, torch.no_grad():
         part.call(part.module)
-    return counter.get_total_flops()
+    return total()
 
 
 def kept_bytes(part: Part) -> int:
@@ -457,39 +508,73 @@ def plan(config: Config) -> str:
     return "\n".join(lines)
 
 
+@contextmanager
+def changed(
+    blocks: list[torch.nn.Module], config: Config, where: common.Launch, compiled: bool, learns: bool
+):
+    """The blocks as a training has them: compiled, and in a step with --checkpoint-blocks checkpointed."""
+    before = {block: block.forward for block in blocks}
+    common.compile_blocks(blocks, compiled, where)
+    if learns and config.checkpoint_blocks:
+        common.checkpoint_blocks(blocks)
+    yield
+    for block, forward in before.items():
+        block.forward = forward
+
+
 def main() -> None:
     config = common.parse(Config, __doc__)
     if config.plan:
         print(plan(config))
         return
     where = common.launch(config.dtype)
-    every, models = loops(config, where)
+    models = world(config, where)
+    every, small = (loops(models, config, where, batch) for batch in (config.batch, 4))
     if unknown := set(config.what) - set(every):
-        raise ValueError(f"unknown loop {', '.join(unknown)}: choose from {', '.join(every)}")
-    print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {config.batch}")
+        raise ValueError(f"--dit {config.dit} has no {', '.join(unknown)}: choose from {', '.join(every)}")
+    card = torch.cuda.get_device_name() if where.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    peak = next((values[0] for name, values in GPUS.items() if name in card), None)
+    product = matrix_product(where, min(config.seconds, 2.0))
+    print(
+        f"{where}, {card}, {torch.get_num_threads()} threads, torch {torch.__version__}, --dit {config.dit}, "
+        f"batch {config.batch}; a product of large matrices: {product:.3f} TFLOP/s"
+    )
     results = {}
     for name in config.what or every:
-        run, images = every[name]
-        results[name] = measure(run, images, config.seconds, where)
-        if name.startswith("class-sample"):
-            results[name] |= network(run, images, models)
-        shown = f"{results[name]['ms']:9.1f} ms {results[name]['images_per_second']:9.1f} images/s"
-        peak = f"{results[name]['peak_gb']:7.1f} GB" if "peak_gb" in results[name] else ""
-        counts = results[name].get("evaluations", {})
-        counted = ", ".join(f"{count} {whose}" for whose, count in counts.items() if count)
-        counted = (
-            f"{counted} evaluations, {results[name]['gflop_per_image']:.1f} GFLOP/image" if counts else ""
-        )
-        print(f"{name:17} {shown} {peak} {counted}", flush=True)
+        loop, learns, gflop = every[name], name.endswith("-step"), None
+        if loop.computes:
+            learned = [p for model in models if model for p in model.parameters() if p.requires_grad]
+            for p in learned:  # torch's counter fails at parameters that want gradients and get none
+                p.requires_grad_(learns)
+            with counting() as total:
+                small[name].run()
+            for p in learned:
+                p.requires_grad_(True)
+            gflop = total() / small[name].images / 1e9
+        for compiled in (False, True)[: 1 + (config.compile and loop.computes)]:
+            with changed(models.blocks, config, where, compiled, learns):
+                result = measure(loop.run, config.seconds, where)
+            result["images_per_second"] = 1000 * loop.images / result["ms"]
+            if gflop:
+                tflops = result["images_per_second"] * gflop / 1000
+                result |= {"gflop_per_image": gflop, "tflops": tflops, "of_matrix_product": tflops / product}
+                result |= {"mfu": tflops / peak} if peak else {}
+            if compiled:
+                result["of_eager"] = results[name]["ms"] / result["ms"]
+            label = name + " compiled" * compiled
+            results[label] = result
+            print(line(label, result), flush=True)
     if config.json:
-        about = {
-            "where": str(where),
-            "batch": config.batch,
-            "torch": torch.__version__,
+        about = {"command": " ".join(sys.argv), "where": str(where), "card": card}
+        about |= {
             "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
         }
+        about |= {"batch": config.batch, "pictures": config.pictures, "dit": config.dit}
+        about |= {"date": time.strftime("%Y-%m-%d"), "matrix_product_tflops": product, "results": results}
         with common.replacing(Path(config.json)) as temporary:
-            temporary.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+            temporary.write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":
