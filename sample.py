@@ -118,6 +118,7 @@ class Config:
     resume: bool = flag(False, "leave the pictures that are in OUT already")
     dtype: str = flag("auto", "of the compute; weights are fp32", choices=["auto", "bf16", "fp32"])
     batch: int = flag(64, "pictures drawn at once, on each process", at_least=1)
+    compile: bool = flag(False, "compile the blocks, which pays off for many pictures")
 
 
 def to_pixels(picture: Image.Image, size: int) -> torch.Tensor:
@@ -296,6 +297,9 @@ def draw(config: Config, where: common.Launch) -> None:
         autoencoder = model.autoencoder.resized(config.size)
         for each in [model, *[guide] * bool(guide)]:
             each.resize(autoencoder)
+    decoder = getattr(model.autoencoder, "decoder", None)  # diffusers' VAE has none of our layers
+    blocks = [block for each in (model, guide) if each for block in each.dit.blocks]
+    common.compile_blocks([*blocks, *getattr(decoder, "decoder_layers", [])], config.compile, where)
     if config.classes:
         jobs = class_jobs(config, model.num_classes)
         model.condition([job.input for job in jobs])  # a mistake shows before the work begins

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import common
@@ -105,6 +106,23 @@ def test_sampling_waits_for_nothing(models):
     velocity = rae.guided(velocity, partial(dit, condition=None), 3.0)
     latents = rae.sample(velocity, noise, 3, solver="heun")
     assert models["autoencoder"][0].decode(latents).shape == (2, 3, 32, 32)
+
+
+def compiled_cheaply() -> None:
+    torch.compile = partial(torch.compile, backend="aot_eager")
+
+
+def test_compiled_sampling_draws_the_same(world, parts, tmp_path):
+    flags = ["a red circle", "--model", parts / "t2i", "--n", 2, "--steps", 3, "--latents"]
+    runs = [
+        world(1, "sample.py", *flags, "--out", tmp_path / name, *more, patch=compiled_cheaply)
+        for name, more in (("plain", []), ("compiled", ["--compile"]))
+    ]
+    [run.wait() for run in runs]
+    one, other = (
+        load_file(tmp_path / name / "a-red-circle-1.safetensors")["latents"] for name in ("plain", "compiled")
+    )
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MAKERS)
