@@ -512,14 +512,18 @@ def plan(config: Config) -> str:
 def changed(
     blocks: list[torch.nn.Module], config: Config, where: common.Launch, compiled: bool, learns: bool
 ):
-    """The blocks as a training has them: compiled, and in a step with --checkpoint-blocks checkpointed."""
+    """The blocks as the scripts have them: compiled; in a step with --checkpoint-blocks checkpointed, and to
+    draw with linear layers in the dtype of the compute."""
     before = {block: block.forward for block in blocks}
+    if not learns:
+        common.cast_linear(blocks, where)
     common.compile_blocks(blocks, compiled, where)
     if learns and config.checkpoint_blocks:
         common.checkpoint_blocks(blocks)
     yield
     for block, forward in before.items():
         block.forward = forward
+        block.float()
 
 
 def main() -> None:

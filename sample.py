@@ -297,9 +297,6 @@ def draw(config: Config, where: common.Launch) -> None:
         autoencoder = model.autoencoder.resized(config.size)
         for each in [model, *[guide] * bool(guide)]:
             each.resize(autoencoder)
-    decoder = getattr(model.autoencoder, "decoder", None)  # diffusers' VAE has none of our layers
-    blocks = [block for each in (model, guide) if each for block in each.dit.blocks]
-    common.compile_blocks([*blocks, *getattr(decoder, "decoder_layers", [])], config.compile, where)
     if config.classes:
         jobs = class_jobs(config, model.num_classes)
         model.condition([job.input for job in jobs])  # a mistake shows before the work begins
@@ -308,6 +305,11 @@ def draw(config: Config, where: common.Launch) -> None:
         groups = prompt_jobs(config, config.best_of or config.n or 4)
         jobs = [job for group in groups for job in group]
     settings = settings_of(config, where, model, guide)
+    decoder = getattr(model.autoencoder, "decoder", None)  # diffusers' VAE has none of our layers
+    blocks = [block for each in (model, guide) if each for block in each.dit.blocks]
+    blocks += getattr(decoder, "decoder_layers", [])
+    common.cast_linear(blocks, where)
+    common.compile_blocks(blocks, config.compile, where)
     if config.best_of:
         draw_best(groups, config, where, model, guide, settings)
     else:

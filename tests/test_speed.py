@@ -125,6 +125,24 @@ def test_compiled_sampling_draws_the_same(world, parts, tmp_path):
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_linear_layers_in_the_dtype_of_the_compute_change_nothing(parts):
+    model = rae.TextToImage.from_pretrained(parts / "t2i").eval()
+    for p in model.dit.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    where = common.Launch(torch.device("cpu"), 0, 1, torch.bfloat16)
+    size = sum(p.nbytes for p in model.dit.parameters())
+
+    def draw() -> torch.Tensor:
+        with torch.no_grad(), where.autocast():
+            latents = model.generate(["a star"], 3, 2.0, generator=torch.Generator().manual_seed(0))
+            return model.autoencoder.decode(latents)
+
+    before = draw()
+    common.cast_linear([*model.dit.blocks, *model.autoencoder.decoder.decoder_layers], where)
+    assert torch.equal(draw(), before)
+    assert sum(p.nbytes for p in model.dit.parameters()) < 0.7 * size
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_blocks_compile_without_a_break(name, parts):
     """`fullgraph` raises at what cannot be compiled."""
