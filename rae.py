@@ -1591,6 +1591,7 @@ DITS = {  # RAE, Scale-RAE with and without the wide head, and the laptop's
     "nano": {"width": 256, "depth": 6, "heads": 4, "condition_width": 128},
     "nano-DH": {"width": 256, "depth": 6, "heads": 4, "condition_width": 128, "head": (320, 2, 5)},
     "nano-guide": {"width": 128, "depth": 4, "heads": 4, "condition_width": 128},  # for AutoGuidance
+    "nano-guide-DH": {"width": 128, "depth": 4, "heads": 4, "condition_width": 128, "head": (320, 2, 5)},
 }
 
 
