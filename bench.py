@@ -75,8 +75,14 @@ class Config:
         "Scale-RAE's, with SigLIP-2 and a language model",
         choices=rae.DITS,
     )
+    autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE folder or hub id, of the nano size")
+    model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id, of the nano size")
     language_model: str = flag("1.5B", "size of Scale-RAE's, Qwen2.5", choices=QWEN)
-    guide: str = flag("nano-guide", "size of the class-conditional DiT's guide", choices=rae.DITS)
+    guide: str = flag(
+        "",
+        "size of the class-conditional DiT's guide (default: nano-guide, DiT-DH-S)",
+        choices=["", *rae.DITS],
+    )
     decoder: str = flag(
         "", "for decoder-step, another behind the encoder: 256 tokens, 256 px", choices=["", *rae.DECODERS]
     )
@@ -95,7 +101,8 @@ class Config:
 
 
 def measure(run: Callable[[], object], seconds: float, where: common.Launch) -> dict:
-    """Milliseconds of a call, after three calls to warm up; on CUDA the peak of its memory, in GB."""
+    """Milliseconds of a call, after three calls to warm up. On CUDA, which is given ten at a time, also the
+    peak of its memory in GB, with all models of the size in it."""
     cuda = where.device.type == "cuda"
 
     def wait() -> None:
@@ -110,9 +117,10 @@ def measure(run: Callable[[], object], seconds: float, where: common.Launch) -> 
     wait()
     started, calls = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
-        run()
+        for _ in range(10 if cuda else 1):
+            run()
+            calls += 1
         wait()
-        calls += 1
     result = {"ms": 1000 * (time.perf_counter() - started) / calls}
     return result | ({"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if cuda else {})
 
@@ -149,16 +157,17 @@ class World(NamedTuple):
 
     @property
     def blocks(self) -> list[torch.nn.Module]:
-        decoders = [*self.autoencoder.decoder.decoder_layers, *self.trained.decoder.decoder_layers]
-        of_models = [block for model in self[2:] if model for block in model.blocks]
-        return list(dict.fromkeys(decoders + of_models))
+        pairs = [(model.encoder.blocks, model.decoder.decoder_layers) for model in self[:2]]
+        every = [*(blocks for pair in pairs for blocks in pair), *(m.blocks for m in self[2:] if m)]
+        return list(dict.fromkeys(block for blocks in every for block in blocks))
 
 
 def world(config: Config, where: common.Launch) -> World:
     text = classes = guide = None
     if config.dit.startswith("nano"):
-        autoencoder = common.load_autoencoder(common.WEIGHTS / "rae", where)
-        text = common.load_model(rae.TextToImage, str(common.WEIGHTS / "t2i"), "", where)
+        autoencoder = common.load_autoencoder(config.autoencoder, where)
+        if config.dit == "nano":
+            text = common.load_model(rae.TextToImage, config.model, config.autoencoder, where)
     else:
         encoder = DINO if config.dit.startswith("DiT") else SIGLIP
         half = {"encoder_size": 224, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -170,9 +179,8 @@ def world(config: Config, where: common.Launch) -> World:
         tokenizer = transformers.AutoTokenizer.from_pretrained(common.WEIGHTS / "t2i")
         text.set_tokenizer(tokenizer)  # its numbers are in every vocabulary
     else:
-        classes, guide = (
-            rae.ClassToImage(rae.class_dit(size, 1000), shape) for size in (config.dit, config.guide)
-        )
+        weaker = config.guide or ("nano-guide" if config.dit.startswith("nano") else "DiT-DH-S")
+        classes, guide = (rae.ClassToImage(rae.class_dit(size, 1000), shape) for size in (config.dit, weaker))
     trained = autoencoder
     if config.decoder:
         size = rae.DECODERS[config.decoder] | {"patch_size": 16}
@@ -201,12 +209,16 @@ class Loop(NamedTuple):
     run: Callable[[], object]
     images: int  # in a call
     computes: bool = True
+    tokens: int = 0  # of a conversation, in a step with a language model
 
 
-def loops(world: World, config: Config, where: common.Launch, batch: int) -> dict[str, Loop]:
-    """Every loop by name, on `batch` pictures."""
-    autoencoder, trained, text, classes, guide = world
-    source = data.open_source(config.data, autoencoder.image_size, 0, understanding=0.1)
+def loops(
+    models: World, config: Config, where: common.Launch, batch: int, steppers: dict | None
+) -> dict[str, Loop]:
+    """Every loop by name, on `batch` pictures, all to be drawn. Steps keep their optimizers in `steppers`;
+    with None they end before it."""
+    autoencoder, trained, text, classes, guide = models
+    source = data.open_source(config.data, autoencoder.image_size, 0)
     stream = data.Loader(source, batch)
     drawn = next(stream)
     images = data.to_unit(drawn["image"], where.device)
@@ -222,17 +234,17 @@ def loops(world: World, config: Config, where: common.Launch, batch: int) -> dic
     def jpeg() -> data.Loader:
         return jpeg_loader(folder.name, batch)
 
-    @cache
-    def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-        learned = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(learned, lr=0.0, fused=True)
-
     def train(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> None:
         with where.autocast():
             value = loss()
         value.backward()
-        optimizer(model).step()
-        optimizer(model).zero_grad()
+        if steppers is None:
+            model.zero_grad()
+            return
+        if model not in steppers:
+            learned = [p for p in model.parameters() if p.requires_grad]
+            steppers[model] = common.Stepper(torch.optim.AdamW(learned, lr=0.0, fused=True))
+        steppers[model].step()
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
         return infer(autoencoder.encode, pixels)
@@ -265,7 +277,7 @@ def loops(world: World, config: Config, where: common.Launch, batch: int) -> dic
         prompts = [drawn["caption"][k % batch] for k in range(count)]
         plain = partial(infer, text.generate, prompts, noise=start)
         every |= {
-            "t2i-step": Loop(lambda: train(text, t2i_loss), batch),
+            "t2i-step": Loop(lambda: train(text, t2i_loss), batch, tokens=chat.ids.shape[1]),
             "sample": Loop(partial(plain, guidance=3.0), count),
             "sample-plain": Loop(plain, count),
         }
@@ -341,7 +353,7 @@ def text_training(size: str, language_model: str, steps: int = 30_000, frozen: b
 
 def class_training(epochs: int) -> Paper:
     dit = rae.DiT((256, 768), **rae.class_dit("DiT-DH-XL", 1000))
-    encoder = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig())
+    encoder = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**DINO))
     given = torch.zeros(1, 256, 768), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     picture = torch.zeros(1, 3, 224, 224)
     run = Part(encoder, lambda m: m(picture).last_hidden_state, 1)
@@ -474,14 +486,16 @@ def plan(config: Config) -> str:
         f"of text beside a picture's 256, {LEARNED} of them learned. Fragmentation and the "
         "allocator's reserve are not in it; at the start each GPU holds the whole model in fp32.",
         "",
-        "| training | learned | GB without samples on 1, 8, 64 GPUs | MB a sample "
+        f"| training | learned | GFLOP a sample | samples/s at the peak of one {config.gpu} "
+        "| GB without samples on 1, 8, 64 GPUs | MB a sample "
         "| samples at once on 1 GPU of 24, 80, 141 GB | on each of 8 |",
-        "|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, (_, each) in costs.items():
         alone, eight = (", ".join(fits(each, gpus, limit) for limit in (24, 80, 141)) for gpus in (1, 8))
         use = ", ".join(f"{used(each, gpus):.1f}" for gpus in (1, 8, 64))
-        cells = f"{each.learned / 1e9:.2f}B", use, f"{each.sample / 1e6:.0f}", alone, eight
+        flops = f"{each.flops / 1e9:,.0f}", f"{peak * 1e12 / each.flops:,.0f}"
+        cells = f"{each.learned / 1e9:.2f}B", *flops, use, f"{each.sample / 1e6:.0f}", alone, eight
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -524,6 +538,8 @@ def changed(
     for block, forward in before.items():
         block.forward = forward
         block.float()
+    if compiled:
+        torch._dynamo.reset()  # what one loop compiled for its shapes is not the next one's
 
 
 def main() -> None:
@@ -533,15 +549,17 @@ def main() -> None:
         return
     where = common.launch(config.dtype)
     models = world(config, where)
-    every, small = (loops(models, config, where, batch) for batch in (config.batch, 4))
+    steppers = {}
+    every, small = loops(models, config, where, config.batch, steppers), loops(models, config, where, 4, None)
     if unknown := set(config.what) - set(every):
         raise ValueError(f"--dit {config.dit} has no {', '.join(unknown)}: choose from {', '.join(every)}")
     card = torch.cuda.get_device_name() if where.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     peak = next((values[0] for name, values in GPUS.items() if name in card), None)
     product = matrix_product(where, min(config.seconds, 2.0))
+    tokens = f", {every['t2i-step'].tokens} tokens a conversation" if "t2i-step" in every else ""
     print(
         f"{where}, {card}, {torch.get_num_threads()} threads, torch {torch.__version__}, --dit {config.dit}, "
-        f"batch {config.batch}; a product of large matrices: {product:.3f} TFLOP/s"
+        f"batch {config.batch}{tokens}; a product of large matrices: {product:.3f} TFLOP/s"
     )
     results = {}
     for name in config.what or every:
@@ -556,26 +574,28 @@ def main() -> None:
                 p.requires_grad_(True)
             gflop = total() / small[name].images / 1e9
         for compiled in (False, True)[: 1 + (config.compile and loop.computes)]:
-            with changed(models.blocks, config, where, compiled, learns):
+            with changed(models.blocks if loop.computes else [], config, where, compiled, learns):
                 result = measure(loop.run, config.seconds, where)
             result["images_per_second"] = 1000 * loop.images / result["ms"]
             if gflop:
                 tflops = result["images_per_second"] * gflop / 1000
                 result |= {"gflop_per_image": gflop, "tflops": tflops, "of_matrix_product": tflops / product}
-                result |= {"mfu": tflops / peak} if peak else {}
+                result |= {"mfu": tflops / peak} if peak and where.dtype == torch.bfloat16 else {}
             if compiled:
                 result["of_eager"] = results[name]["ms"] / result["ms"]
             label = name + " compiled" * compiled
             results[label] = result
             print(line(label, result), flush=True)
+        steppers.clear()
     if config.json:
-        about = {"command": " ".join(sys.argv), "where": str(where), "card": card}
+        about = {"command": "python " + " ".join(sys.argv), "where": str(where), "card": card}
         about |= {
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
         about |= {"batch": config.batch, "pictures": config.pictures, "dit": config.dit}
+        about |= {"tokens": {name: loop.tokens for name, loop in every.items() if loop.tokens}}
         about |= {"date": time.strftime("%Y-%m-%d"), "matrix_product_tflops": product, "results": results}
         with common.replacing(Path(config.json)) as temporary:
             temporary.write_text(json.dumps(about, indent=1) + "\n")

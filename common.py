@@ -294,12 +294,15 @@ class Stepper:
         norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.clip))
         bad = (~norm.isfinite()).float()
         for optimizer in self.optimizers:
+            before = []
             if optimizer.defaults.get("fused"):
                 optimizer.found_inf = bad  # the fused AdamW's own way out, made for GradScaler
-            else:  # Muon has none: its momentum alone moves it on
-                for p in (p for group in optimizer.param_groups for p in group["params"]):
-                    local(p.grad).masked_fill_(bad > 0, 0.0)
+            else:  # Muon has none
+                changing = [t for p, state in optimizer.state.items() for t in (p.detach(), *state.values())]
+                before = [(local(t), local(t).clone()) for t in changing]
             optimizer.step()
+            for tensor, kept in before:
+                tensor.copy_(torch.where(bad > 0, kept, tensor))
             optimizer.zero_grad()
         self.left_out += bad
         self.in_a_row.add_(1).mul_(bad)

@@ -40,6 +40,7 @@ def of_bench(bench: dict) -> str:
         "GFLOP an image": ("gflop_per_image", ".2f"),
         "of a matrix product": ("of_matrix_product", ".0%"),
         "MFU": ("mfu", ".1%"),
+        "GB": ("peak_gb", ".1f"),
         "times eager": ("of_eager", ".2f"),
     }
     lines = [f"| loop | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]

@@ -312,15 +312,15 @@ def main() -> None:
     modules = {"model": model, "average": average} if config.ema else {"average": model}
     for each in modules.values():
         common.distribute(each, each.blocks, where, "generate")
-    common.compile_blocks(model.blocks, config.compile, where)
+    encoder = getattr(autoencoder, "encoder", None)  # a VAE has none of blocks
+    frozen = list(encoder.blocks) if encoder else []
+    common.compile_blocks([*model.blocks, *frozen], config.compile, where)
     if config.checkpoint_blocks:
         common.checkpoint_blocks(model.blocks)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     of_dit = ("dit.", "diff_head_projector.")
-    matrices = [
-        p for name, p in named.items() if config.muon and name.startswith("dit.blocks.") and p.ndim == 2
-    ]
-    others = {name: p for name, p in named.items() if not any(p is matrix for matrix in matrices)}
+    matrices = {n: p for n, p in named.items() if config.muon and n.startswith("dit.blocks.") and p.ndim == 2}
+    others = {name: p for name, p in named.items() if name not in matrices}
     groups = [  # learning rate and beta2 by module, as in Scale-RAE
         {"params": [p for name, p in others.items() if name.startswith(of_dit)], "betas": (0.9, 0.95)},
         {"params": [p for name, p in others.items() if not name.startswith(of_dit)], "betas": (0.9, 0.999)},
@@ -328,7 +328,7 @@ def main() -> None:
     peaks = [config.dit_lr, config.lr][: 1 + text]
     optimizers = [torch.optim.AdamW(groups[: 1 + text], weight_decay=0.0, fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, config.muon, weight_decay=0.0))
+        optimizers.append(torch.optim.Muon(matrices.values(), config.muon, weight_decay=0.0))
         peaks.append(config.muon)
     stepper = common.Stepper(*optimizers)
     state = run.load(modules, [stepper], export)

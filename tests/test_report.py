@@ -41,7 +41,7 @@ def test_tables_take_the_place_of_what_was_there(tmp_path):
         ["psnr", "29.700", "21.000"],
         ["ssim", "0.900", ""],
     ]
-    assert cells[-1] == ["encode", "2.0", "500.0", "", "", "", "1.25"]
+    assert cells[-1] == ["encode", "2.0", "500.0", "", "", "", "", "1.25"]
     assert "`python eval.py`, torch 2, 2026-01-02" in new and "overall" not in new
     assert report.rendered(new, tmp_path) == new
 

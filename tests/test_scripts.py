@@ -183,19 +183,29 @@ def test_bench_runs_every_loop(run, parts, tmp_path):
     results = json.loads((tmp_path / "bench.json").read_text())["results"]
     assert {"loader", "jpeg", "encode", "decode", "decoder-step", "t2i-step", "sample"} < set(results)
     assert all(result["images_per_second"] > 0 for result in results.values())
+    assert all(
+        0 < result["of_matrix_product"] for name, result in results.items() if name not in ("loader", "jpeg")
+    )
     plain, cfg, auto = (results[f"class-sample{name}"] for name in ("", "-cfg", "-auto"))
-    assert plain["evaluations"] == {"own": 50, "guide": 0} and cfg["evaluations"] == {"own": 100, "guide": 0}
-    assert auto["evaluations"] == {"own": 50, "guide": 50}
     assert cfg["gflop_per_image"] == pytest.approx(2 * plain["gflop_per_image"])
     assert plain["gflop_per_image"] < auto["gflop_per_image"] < cfg["gflop_per_image"]
 
 
 @pytest.mark.parametrize(
     "script",
-    ["sample.py", "encode.py", "eval.py", "bench.py", "plot.py", "train_decoder.py", "train_t2i.py"],
+    [
+        "sample.py",
+        "encode.py",
+        "eval.py",
+        "bench.py",
+        "plot.py",
+        "report.py",
+        "train_decoder.py",
+        "train_t2i.py",
+    ],
 )
 def test_help_and_unknown_flags(script, run):
-    assert "--out" in run(script, "-h") or script == "bench.py"
+    assert "--out" in run(script, "-h") or script in ("bench.py", "report.py")
     positional = ["a"] if script == "plot.py" else []
     assert "--colour" in run(script, *positional, "--colour", "red", code=2)
 
@@ -220,7 +230,7 @@ def test_help_and_unknown_flags(script, run):
         (["sample.py", "a star", "--autoencoder", "nowhere/at/all"], "no model at"),
         (["sample.py", "a star", "--steps", "1", "--out", "README.md"], "README.md"),
         (["eval.py", "nothing"], "unknown evaluation"),
-        (["bench.py", "nothing"], "unknown loop"),
+        (["bench.py", "nothing"], "has no nothing"),
         (["train_t2i.py", "--data", "nowhere", "--out", "OUT"], "no data source"),
         (["train_decoder.py", "--encoder", "nowhere/at/all", "--out", "OUT"], "nowhere/at/all"),
     ],

@@ -34,6 +34,12 @@ def make(name: str, parts) -> torch.nn.Module:
     return model
 
 
+def shake(model: torch.nn.Module) -> None:
+    """A new DiT's velocity is zero, whatever its blocks do."""
+    for p in model.dit.parameters() if hasattr(model, "dit") else ():
+        p.data.add_(0.1 * torch.randn_like(p))
+
+
 def valueless(model: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
     """The model with tensors that have no values: whatever has to know one raises. On a GPU it would have to
     wait."""
@@ -109,16 +115,27 @@ def test_sampling_waits_for_nothing(models):
 
 
 def compiled_cheaply() -> None:
-    torch.compile = partial(torch.compile, backend="aot_eager")
+    compile_ = torch.compile
+
+    def cheaply(forward: Callable) -> Callable:
+        print("compiles")
+        return compile_(forward, backend="aot_eager")
+
+    torch.compile = cheaply
 
 
 def test_compiled_sampling_draws_the_same(world, parts, tmp_path):
-    flags = ["a red circle", "--model", parts / "t2i", "--n", 2, "--steps", 3, "--latents"]
+    model = make("text", parts)
+    shake(model)
+    model.autoencoder_path = str(parts / "rae")
+    model.save_pretrained(tmp_path / "model")
+    flags = ["a red circle", "--model", tmp_path / "model", "--n", 2, "--steps", 3, "--latents"]
     runs = [
         world(1, "sample.py", *flags, "--out", tmp_path / name, *more, patch=compiled_cheaply)
         for name, more in (("plain", []), ("compiled", ["--compile"]))
     ]
-    [run.wait() for run in runs]
+    printed = [run.wait() for run in runs]
+    assert ["compiles" in each for each in printed] == [False, True]
     one, other = (
         load_file(tmp_path / name / "a-red-circle-1.safetensors")["latents"] for name in ("plain", "compiled")
     )
@@ -127,8 +144,7 @@ def test_compiled_sampling_draws_the_same(world, parts, tmp_path):
 
 def test_linear_layers_in_the_dtype_of_the_compute_change_nothing(parts):
     model = rae.TextToImage.from_pretrained(parts / "t2i").eval()
-    for p in model.dit.parameters():
-        p.data.add_(0.1 * torch.randn_like(p))
+    shake(model)
     where = common.Launch(torch.device("cpu"), 0, 1, torch.bfloat16)
     size = sum(p.nbytes for p in model.dit.parameters())
 
@@ -148,7 +164,10 @@ def test_blocks_compile_without_a_break(name, parts):
     """`fullgraph` raises at what cannot be compiled."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model, pair, pictures = make(name, parts), torch.randn(2, 2, 16, 24), torch.rand(2, 3, 32, 32)
+    model = make(name, parts)
+    shake(model)
+    pair = torch.randn(2, 2, 16, 24)
+    pictures = torch.rand(2, 3, 32, 32)
     t, dropped = torch.rand(2), torch.tensor([False, True])
     run = {
         "text": lambda: model(model.chat([WISH, WISH]), *pair, t, dropped)[1],
