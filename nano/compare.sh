@@ -65,7 +65,7 @@ for i in range(256):
 END
 for epochs in 4 16; do
     "$python" train_t2i.py --resume --out "$out/epochs-$epochs" --init "$out/base/model" --data "$out/few/talks.jsonl" \
-        --steps 0 --epochs "$epochs" --warmup 0.03 --lr 1e-4 --dit-lr 2e-4
+        --epochs "$epochs" --warmup 0.03 --lr 1e-4 --dit-lr 2e-4
 done
 
 "$python" - "$out" << 'END'
