@@ -29,7 +29,8 @@ def of_evaluation(results: list[dict], prefixes: list[str]) -> str:
     if not shown:
         raise ValueError(f"no metric begins with {' or '.join(prefixes)}")
     first = shown[0]
-    about = f"`{first['command']}`, torch {first['versions']['torch']}, {first['date'][:10]}"
+    counts = ", ".join(map(str, sorted({row["n"] for row in shown})))
+    about = f"`{first['command']}`, torch {first['versions']['torch']}, {first['date'][:10]}; n = {counts}"
     return f"{eval.table(shown)}\n\n{about}"
 
 

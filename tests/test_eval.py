@@ -130,7 +130,7 @@ def test_features_of_the_encoder_are_its_mean_token():
     features = evaluation.load_features("encoder", "", CPU)
     images = torch.randint(0, 256, (5, 3, 48, 48), dtype=torch.uint8)
     x, spatial = features.extract(images)
-    assert x.shape == (5, features.width) == (5, 128) and spatial.shape == (5, features.spatial) == (5, 252)
+    assert x.shape == (5, features.width) == (5, 64) and spatial.shape == (5, features.spatial) == (5, 252)
     torch.testing.assert_close(features.extract(images[3:])[0], x[3:])
     assert features.classifier is None
 
