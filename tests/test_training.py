@@ -133,8 +133,8 @@ def test_nor_do_they_with_requests_questions_and_text_mixed(world, parts, tmp_pa
 
 
 def test_nor_do_they_with_muon_and_more_draws_a_picture(world, parts, tmp_path):
-    """Muon makes the smallest directions of a gradient, which are rounding, as large as the others: the updates
-    are much the same, also of matrices that are spread."""
+    """Muon makes the smallest directions of a gradient, which are rounding, as large as the others: the
+    updates are much the same, also of matrices that are spread."""
     flags = ["--muon", 0.02, "--draws", 3, "--ema", 0, "--steps", 3, "--save-every", 1, "--keep", 9, *EVERY]
     variants = {
         "one": (1, []),
