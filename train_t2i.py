@@ -312,7 +312,7 @@ def main() -> None:
     modules = {"model": model, "average": average} if config.ema else {"average": model}
     for each in modules.values():
         common.distribute(each, each.blocks, where, "generate")
-    encoder = getattr(autoencoder, "encoder", None)  # a VAE has none of blocks
+    encoder = getattr(autoencoder, "encoder", None)  # a VAE has none
     frozen = list(encoder.blocks) if encoder else []
     common.compile_blocks([*model.blocks, *frozen], config.compile, where)
     if config.checkpoint_blocks:

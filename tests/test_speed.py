@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from harness import compiled_cheaply
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -112,16 +113,6 @@ def test_sampling_waits_for_nothing(models):
     velocity = rae.guided(velocity, partial(dit, condition=None), 3.0)
     latents = rae.sample(velocity, noise, 3, solver="heun")
     assert models["autoencoder"][0].decode(latents).shape == (2, 3, 32, 32)
-
-
-def compiled_cheaply() -> None:
-    compile_ = torch.compile
-
-    def cheaply(forward: Callable) -> Callable:
-        print("compiles")
-        return compile_(forward, backend="aot_eager")
-
-    torch.compile = cheaply
 
 
 def test_compiled_sampling_draws_the_same(world, parts, tmp_path):

@@ -8,13 +8,13 @@ import shutil
 import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import kill
 import pytest
 import torch
 from conftest import write_encoder
+from harness import compiled_cheaply
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_data import write_jsonl, write_tars
@@ -557,10 +557,6 @@ def test_a_step_that_is_not_finite_is_left_out(size, world, parts, tmp_path):
 def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(world, parts, tmp_path):
     flags = [*decoder_flags(parts, tmp_path), "--steps", 50]
     assert "ten steps in a row" in world(1, "train_decoder.py", *flags, patch=twelve_bad_steps).wait(1)
-
-
-def compiled_cheaply() -> None:
-    torch.compile = partial(torch.compile, backend="aot_eager")
 
 
 @pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
