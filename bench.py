@@ -18,6 +18,8 @@ import io
 import json
 import os
 import platform
+import statistics
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -57,6 +59,8 @@ QWEN = {
 SIGLIP = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
           "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 224, "patch_size": 14,
           "vision_use_head": False}  # fmt: skip
+DINO_S8 = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12,
+           "num_attention_heads": 6, "image_size": 224, "patch_size": 8}  # fmt: skip
 DINO = {"model_type": "dinov2_with_registers", "image_size": 224, "patch_size": 14}  # the base size
 
 
@@ -64,8 +68,9 @@ DINO = {"model_type": "dinov2_with_registers", "image_size": 224, "patch_size": 
 class Config:
     what: list[str] = flag(
         (),
-        "loader, jpeg, encode, decode, decoder-step, t2i-step, sample, sample-plain, class-step, "
-        "class-sample, class-sample-cfg, class-sample-auto; all that there are if none is named",
+        "loader, jpeg, encode, decode, decoder-step (L1 alone), decoder-full (all losses, from the log of "
+        "train_decoder.py), t2i-step, sample, sample-plain, class-step, class-sample, class-sample-cfg, "
+        "class-sample-auto; all that there are if none is named",
         nargs="*",
         metavar="WHAT",
     )
@@ -205,11 +210,44 @@ def jpeg_loader(folder: str, batch: int, pictures: int = 256) -> data.Loader:
     return data.Loader(data.open_source(folder, 256, 0), batch, workers=os.cpu_count())
 
 
+def all_losses(models: World, config: Config, folder: str) -> list[str]:
+    """Flags of train_decoder.py for its full loss, on networks of random weights where the size has none."""
+    encoder = discriminator = f"{common.WEIGHTS}/encoder"
+    if not config.dit.startswith("nano"):
+        half = {"size": {"height": 224, "width": 224}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        networks = {"encoder": models.trained.encoder.model, "dino": transformers.ViTModel(DINO_S8)}
+        for name, network in networks.items():
+            network.save_pretrained(f"{folder}/{name}")
+            transformers.ViTImageProcessor(**half).save_pretrained(f"{folder}/{name}")
+        encoder, discriminator = f"{folder}/encoder", f"{folder}/dino"
+    size = config.decoder or ("nano" if config.dit.startswith("nano") else "ViT-XL")
+    flags = {"encoder": encoder, "discriminator": discriminator, "decoder": size, "data": config.data}
+    flags |= {"encoder-size": models.trained.encoder_size}
+    flags |= {"dtype": config.dtype, "batch": config.batch, "statistics": config.batch}
+    flags |= {"preset": "nano-full", "disc-start": 0, "gan-start": 0}
+    flags |= {"patch-size": 16} if size != "nano" else {}
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def by_its_log(flags: list[str], images: int, compiled: bool, steps: int = 60) -> dict:
+    """Milliseconds of a step of train_decoder.py as it logs them: the median of tens, without the first."""
+    with tempfile.TemporaryDirectory() as out:
+        flags = [*flags, "--compile" if compiled else "--no-compile"]
+        flags += [f"--out={out}/run", f"--steps={steps}", "--log-every=10", f"--save-every={steps}"]
+        command = [sys.executable, str(Path(__file__).with_name("train_decoder.py")), *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
+        rows = [json.loads(row) for row in Path(out, "run/metrics.jsonl").read_text().splitlines()]
+    return {"ms": 1000 * images / statistics.median(row["images_per_second"] for row in rows[1:])}
+
+
 class Loop(NamedTuple):
     run: Callable[[], object]
     images: int  # in a call
     computes: bool = True
     tokens: int = 0  # of a conversation, in a step with a language model
+    flags: Callable[[], list[str]] | None = None  # of train_decoder.py, which times itself, in place of `run`
 
 
 def loops(
@@ -269,6 +307,9 @@ def loops(
         "encode": Loop(lambda: encode(images), batch),
         "decode": Loop(lambda: infer(autoencoder.decode, latents), batch),
         "decoder-step": Loop(lambda: train(trained, decoder_loss), batch),
+        "decoder-full": Loop(
+            None, batch, computes=False, flags=partial(all_losses, models, config, folder.name)
+        ),
     }
     count = config.pictures
     start = torch.randn(count, *shape, device=where.device)
@@ -573,9 +614,12 @@ def main() -> None:
             for p in learned:
                 p.requires_grad_(True)
             gflop = total() / small[name].images / 1e9
-        for compiled in (False, True)[: 1 + (config.compile and loop.computes)]:
+        for compiled in (False, True)[: 1 + (config.compile and (loop.computes or loop.flags is not None))]:
             with changed(models.blocks if loop.computes else [], config, where, compiled, learns):
-                result = measure(loop.run, config.seconds, where)
+                if loop.flags:
+                    result = by_its_log(loop.flags(), loop.images, compiled)
+                else:
+                    result = measure(loop.run, config.seconds, where)
             result["images_per_second"] = 1000 * loop.images / result["ms"]
             if gflop:
                 tflops = result["images_per_second"] * gflop / 1000

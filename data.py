@@ -921,16 +921,25 @@ def reading():
 
 
 def pieces(batch: dict, count: int) -> list[dict]:
-    """The batch cut into that many pieces, as equal as they can be, one at least of a sample each; the
-    pictures go with their samples."""
-    edges = np.linspace(0, len(batch["index"]), count + 1).astype(int)
-    pictured = set(batch["pictures"])
-    before = np.cumsum([0] + [number in pictured for number in batch["index"]])  # pictures before a sample
-    cuts = [(slice(a, b), slice(before[a], before[b])) for a, b in itertools.pairwise(edges) if a < b]
-    return [
-        {key: values[of_pictures if key in PICTURED else of_samples] for key, values in batch.items()}
-        for of_samples, of_pictures in cuts
-    ]
+    """The batch cut into that many pieces, as equal as they can be, one at least of a sample each. Alike long
+    conversations go together, so that little is padded; pictures go with their samples."""
+    if count == 1:
+        return [batch]
+    talks = batch.get("conversation", [()] * len(batch["index"]))
+    length = [sum(len(text) for _, text in turns) for turns in talks]
+    order = sorted(range(len(length)), key=length.__getitem__)
+    place = {number: row for row, number in enumerate(batch["pictures"])}
+    cut = []
+    for part in np.array_split(order, min(count, len(length))):
+        samples = [int(row) for row in part]
+        pictures = [place[batch["index"][row]] for row in samples if batch["index"][row] in place]
+        rows = {key: pictures if key in PICTURED else samples for key in batch}
+        cut.append({key: take(values, rows[key]) for key, values in batch.items()})
+    return cut
+
+
+def take(values: list | torch.Tensor, rows: list[int]) -> list | torch.Tensor:
+    return values[rows] if isinstance(values, torch.Tensor) else [values[row] for row in rows]
 
 
 def leave_signals(worker: int) -> None:

@@ -2,14 +2,15 @@
 folders.
 
     python -m nano.prepare language-model       # plays Qwen2.5: a ChatML tokenizer and a Qwen2 model
-    python -m nano.prepare encoder              # plays SigLIP-2: its vision tower, trained against captions
+    python -m nano.prepare encoder              # plays SigLIP-2: a vision tower that knows objects
     python -m nano.prepare vae                  # plays FLUX's VAE, to compare with the RAE
     python -m nano.prepare photographs          # real pictures, cut from those of scikit-image and -learn
     python -m nano.prepare ship                 # runs/decoder and runs/t2i, as bf16
 
-The encoder learns with the sigmoid contrastive loss of SigLIP (arXiv 2303.15343) and needs the tokenizer for
-its text tower, which is thrown away. SigLIP-2 adds losses that keep its tokens local; here each token must
-also tell its own patch through one linear layer, without which details below a patch are lost to the decoder.
+Each token of the encoder learns to tell, through one linear layer, what the nearest object is and where its
+centre lies, as SigLIP-2 does from captions and boxes of billions of pictures; and its own patch, or else
+details below a patch were lost to the decoder. Noise on the tokens makes it spend most of them on the objects:
+they, not pixels, are then what a generating model has to get right.
 The language model learns next tokens of requests, captions and questions with answers. It answers a request
 with the caption once more, so that what follows a request looks back at it: the latent queries, which take
 the caption's place later, could not learn that from the pictures alone. The VAE learns with L1, of pixels and
@@ -19,6 +20,7 @@ of their differences, and a trace of KL; its tokens, 2x2 packed, are as many as 
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +42,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SIZE, PATCH = 48, 8  # pixels of a picture and of the square of one token
-WIDTH = 64  # channels of a token
-NOISE = 0.3  # the largest sigma at which the encoder's tokens must still tell the picture
+WIDTH = 96  # channels of a token
+NOISE = {"things": 1.0, "pixels": 0.3}  # the largest sigma at which a token must still tell them
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -127,37 +129,63 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int) -> None:
 # pictures
 
 
-def train_encoder(out: Path, tokenizer_folder: Path, steps: int, batch: int, seed: int) -> None:
+def describe(things: Sequence[shapes.Object]) -> np.ndarray:
+    """What each token is to know of the object nearest to it, (N, 14): its shape, where its centre lies, its
+    radius, its tilt where that is to be seen, its colour, and 1; all of it fades to 0 outside of its edge."""
+    middle = (np.arange(SIZE // PATCH) + 0.5) * PATCH
+    tokens = np.stack(np.meshgrid(middle, middle), axis=-1).reshape(-1, 1, 2)
+    centers = np.array([(thing.x, thing.y) for thing in things]).reshape(1, -1, 2)
+    to_center = centers - tokens
+    to_edge = np.linalg.norm(to_center, axis=-1) - [thing.radius for thing in things]
+    known = np.zeros((len(tokens), 14), dtype=np.float32)
+    for row, nearest in enumerate(to_edge.argmin(axis=1) if things else ()):
+        thing = things[nearest]
+        known[row, shapes.SHAPES.index(thing.shape)] = 1.5
+        known[row, 6:8] = to_center[row, nearest] / PATCH
+        known[row, 8] = (thing.radius - 8) / 2
+        known[row, 9] = 0 if thing.shape in ("circle", "ring") else thing.tilt / 0.115
+        known[row, 10:13] = np.array(thing.rgb) / 127.5 - 1
+        known[row, 13] = 1
+        known[row] *= np.clip((7 - to_edge[row, nearest]) / 6, 0, 1)
+    return known
+
+
+def train_encoder(out: Path, steps: int, batch: int, seed: int) -> None:
     torch.manual_seed(seed)
-    if not tokenizer_folder.is_dir():
-        raise ValueError(f"no tokenizer at {tokenizer_folder}: make the language-model first")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
-    width = {"hidden_size": WIDTH, "intermediate_size": 6 * WIDTH, "num_attention_heads": 4}
-    text = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 32, **width}
-    vision = {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": PATCH, **width}
-    model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
-    with torch.no_grad():
-        model.logit_scale.fill_(2.3)  # SigLIP's initial temperature and bias
-        model.logit_bias.fill_(-10.0)
-        for layer in model.vision_model.encoder.layers:  # starts near the patches themselves, see the top
-            layer.self_attn.out_proj.weight.mul_(0.1)
-            layer.mlp.fc2.weight.mul_(0.1)
-    model.patch_head = torch.nn.Linear(WIDTH, 3 * PATCH**2)
-    batches = data.Loader(data.open_source("nano", SIZE, seed), batch)
+    model = transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_attention_heads=4,
+            num_hidden_layers=5,
+            image_size=SIZE,
+            patch_size=PATCH,
+            vision_use_head=False,
+        )
+    )
+    model.post_layernorm.requires_grad_(False)  # RAE takes tokens without its scale and shift
+    heads = torch.nn.ModuleDict(
+        {"things": torch.nn.Linear(WIDTH, 14), "pixels": torch.nn.Linear(WIDTH, 3 * PATCH**2)}
+    )
+    domains = ("objects", "objects", "scenes", "text")
 
     def loss(step: int) -> torch.Tensor:
-        samples = next(batches)
-        text = tokenizer(samples["caption"], padding="max_length", truncation=True, max_length=32)
-        pixels = data.to_unit(samples["image"], torch.device("cpu")) * 2 - 1
-        out = model(input_ids=torch.tensor(text.input_ids), pixel_values=pixels, return_loss=True)
+        numbers = range(step * batch, (step + 1) * batch)
+        samples = [shapes.draw(domains[number % len(domains)], seed, number, SIZE) for number in numbers]
+        images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
+        pixels = data.to_unit(images, torch.device("cpu")) * 2 - 1
         patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
-        tokens = F.layer_norm(out.vision_model_output.last_hidden_state, (WIDTH,))  # as RAE takes them
-        noisy = tokens + NOISE * torch.rand(batch, 1, 1) * torch.randn_like(tokens)
-        correlation = torch.corrcoef(tokens.flatten(0, 1).T)
-        alike = (correlation.square().sum() - WIDTH) / WIDTH
-        return out.loss + 50 * F.l1_loss(model.patch_head(noisy), patches) + 0.1 * alike
+        things = torch.from_numpy(np.stack([describe(sample.objects) for sample in samples]))
+        tokens = model(pixels).last_hidden_state
 
-    train(model, loss, steps, lr=1e-3, out=out, save=model.vision_model)
+        def told(what: str) -> torch.Tensor:
+            sigma = NOISE[what] * torch.rand(batch, 1, 1)
+            return heads[what](tokens + sigma * torch.randn_like(tokens))
+
+        return 30 * F.mse_loss(told("things"), things) + 50 * F.l1_loss(told("pixels"), patches)
+
+    matrices = [p for p in model.encoder.parameters() if p.ndim == 2]
+    train(torch.nn.ModuleList([model, heads]), loss, steps, lr=1e-3, out=out, save=model, muon=matrices)
     half = [0.5, 0.5, 0.5]
     transformers.SiglipImageProcessor(
         size={"height": SIZE, "width": SIZE}, image_mean=half, image_std=half
@@ -244,19 +272,25 @@ def ship(out: Path, runs: Path) -> None:
         (out / name / "log.jsonl").write_text("\n".join([*rows[9:-1:10], rows[-1]]) + "\n")
 
 
-def train(model, loss, steps: int, lr: float, out: Path, save=None) -> None:
-    """AdamW with warm-up and cosine; writes the model (bf16) and its log into `out`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+def train(model, loss, steps: int, lr: float, out: Path, save=None, muon: Sequence = ()) -> None:
+    """AdamW, and Muon for some matrices, with warm-up and cosine; writes the model (bf16) and its log into
+    `out`."""
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in muon)]
+    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=0.02, weight_decay=0.0))
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     out.mkdir(parents=True, exist_ok=True)
     started, log = time.time(), []
     for step in (bar := tqdm(range(steps), dynamic_ncols=True)):
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * common.cosine(step, steps, steps // 20, 0.0)
         value = loss(step)
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
         if step % 50 == 0 or step == steps - 1:
             row = {
                 "step": step,
@@ -277,15 +311,15 @@ def main() -> None:
     parser.add_argument("part", choices=["language-model", "encoder", "vae", "photographs", "ship"])
     parser.add_argument("--out", type=Path, default=Path("nano/weights"), help="writes OUT/<part>")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
-    parser.add_argument("--batch", type=int, help="samples a step (default 128; vae 32)")
+    parser.add_argument("--batch", type=int, help="samples a step (default: 128; encoder 64; vae 32)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="ship: the trainings' folders")
     args = parser.parse_args()
-    args.batch = args.batch or (32 if args.part == "vae" else 128)
+    args.batch = args.batch or {"encoder": 64, "vae": 32}.get(args.part, 128)
     if args.part == "ship":
         ship(args.out, args.runs)
     elif args.part == "encoder":
-        train_encoder(args.out / "encoder", args.out / "language-model", args.steps, args.batch, args.seed)
+        train_encoder(args.out / "encoder", args.steps, args.batch, args.seed)
     elif args.part == "photographs":
         cut_photographs(args.out / "photographs", args.seed)
     elif args.part == "vae":

@@ -168,17 +168,32 @@ def test_held_out_pairs_never_reach_the_training_stream():
 def test_pieces_of_a_batch():
     batch = {"index": list(range(7)), "pictures": list(range(7)), "image": torch.arange(7)}
     parts = data.pieces(batch, 3)
-    assert [part["index"] for part in parts] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert [part["index"] for part in parts] == [[0, 1, 2], [3, 4], [5, 6]]
     assert torch.equal(torch.cat([part["image"] for part in parts]), batch["image"])
     assert [part["index"] for part in data.pieces(batch, 20)] == [[i] for i in range(7)]
-    batch = {"index": list(range(7)), "pictures": [1, 2, 6], "latents": torch.tensor([1, 2, 6])}
-    for count, pictures in ((1, [[1, 2, 6]]), (2, [[1, 2], [6]]), (3, [[1], [2], [6]]),
-                            (7, [[], [1], [2], [], [], [], [6]])):  # fmt: skip
+    batch = {"index": list(range(10, 17)), "pictures": [11, 12, 16], "latents": torch.tensor([11, 12, 16])}
+    for count, pictures in ((1, [[11, 12, 16]]), (2, [[11, 12], [16]]), (3, [[11, 12], [], [16]]),
+                            (7, [[], [11], [12], [], [], [], [16]])):  # fmt: skip
         parts = data.pieces(batch, count)
         assert sum((part["index"] for part in parts), []) == batch["index"]
         assert (
             [part["pictures"] for part in parts] == [part["latents"].tolist() for part in parts] == pictures
         )
+
+
+def test_pieces_pad_little():
+    talks = [[("user", "x" * length)] for length in (50, 3, 48, 1, 49, 2)]
+    batch = {
+        "index": list(range(6)),
+        "conversation": talks,
+        "pictures": [1, 4],
+        "latents": torch.tensor([1, 4]),
+    }
+    short, long = data.pieces(batch, 2)
+    assert (short["index"], long["index"]) == ([3, 5, 1], [2, 4, 0])
+    assert short["conversation"] == [talks[i] for i in short["index"]]
+    assert (short["latents"].tolist(), long["latents"].tolist()) == ([1], [4])
+    assert data.pieces(batch, 1) == [batch]
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from nano import prepare
 def test_parts_are_ordinary_folders(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare, "make_tokenizer", functools.partial(prepare.make_tokenizer, documents=300))
     prepare.train_language_model(tmp_path / "language-model", steps=30, batch=4, seed=0)
-    prepare.train_encoder(tmp_path / "encoder", tmp_path / "language-model", steps=30, batch=4, seed=0)
+    prepare.train_encoder(tmp_path / "encoder", steps=30, batch=4, seed=0)
     for part in ("language-model", "encoder"):
         rows = [json.loads(line) for line in (tmp_path / part / "log.jsonl").read_text().splitlines()]
         assert rows[-1]["step"] == 29 and rows[-1]["loss"] < rows[0]["loss"]
