@@ -127,6 +127,9 @@ class Config:
     steps: int = flag(3000, "optimizer steps in all", at_least=1)
     batch: int = flag(64, "pictures a step, over all processes", at_least=1)
     lr: float = flag(1e-3, "peak learning rate")
+    muon: float = flag(
+        0.0, "peak learning rate of Muon, for the matrices of the decoder's layers (0: AdamW)", at_least=0
+    )
     warmup: int = flag(100, "steps of linear warm-up, before the cosine", at_least=0)
     final_lr: float = flag(0.02, "fraction of the peak at the last step")
     clip: float = flag(1.0, "norm to which gradients are clipped (0: they are not)", at_least=0)
@@ -554,9 +557,17 @@ def main() -> None:
     common.compile_blocks([*model.decoder.decoder_layers, *frozen], config.compile, where)
     if config.checkpoint_blocks:
         common.checkpoint_blocks(model.decoder.decoder_layers)
-    trained = [p for p in model.decoder.parameters() if p.requires_grad]
+    named = {name: p for name, p in model.decoder.named_parameters() if p.requires_grad}
+    matrices = {
+        n: p for n, p in named.items() if config.muon and n.startswith("decoder_layers") and p.ndim == 2
+    }
     adamw = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
-    steppers = [common.Stepper(torch.optim.AdamW(trained, config.lr, **adamw), clip=config.clip)]
+    others = [p for name, p in named.items() if name not in matrices]
+    optimizers, peaks = [torch.optim.AdamW(others, config.lr, **adamw)], [config.lr]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices.values(), config.muon, weight_decay=0.0))
+        peaks.append(config.muon)
+    steppers = [common.Stepper(*optimizers, clip=config.clip)]
     modules = {"model": model, "average": average}
     if discriminator:
         heads = list(discriminator.parameters())
@@ -639,7 +650,8 @@ def main() -> None:
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not where.main)
     for step in bar:
         factor = common.cosine(step, config.steps, config.warmup, config.final_lr)
-        steppers[0].groups[0]["lr"] = config.lr * factor
+        for group, peak in zip(steppers[0].groups, peaks, strict=True):
+            group["lr"] = peak * factor
         losses = defaultdict(float)  # this process's share of each
 
         def count(found: dict, images: Tensor, losses=losses) -> None:

@@ -67,19 +67,14 @@ SCALE_RAE = {  # the authors' script; their table 8 rounds to 5e-5 and 5e-4. Oth
     "checkpoint_blocks": True,
     "save_every": 1000,
 }
+NANO = {"alpha": 3.0, "time": "uniform", "muon": 0.02, "batch": 32, "draws": 2}
 PRESETS = {
     # A nano picture has little in it and shines through noise even at t = 0.9, where it needs the prompt: the
     # papers' factor hardly trains such times. Uniform draws keep the low ones, for the outlines.
     # Of pure noise nothing is known but the prompt: unless the first steps see only that, the language model
     # has forgotten the prompt by the time the DiT could use it.
-    "nano": {"alpha": 3.0, "time": "uniform", "noise_first": 300},
-    "nano-class": {
-        "condition": "class",
-        "alpha": 3.0,
-        "time": "uniform",
-        "steps": 3000,
-        "out": "runs/class",
-    },
+    "nano": NANO | {"noise_first": 400, "steps": 6000},
+    "nano-class": NANO | {"condition": "class", "steps": 3000, "out": "runs/class"},
     "dit-dh-xl-imagenet256": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b"},
     "dit-dh-xl-imagenet512": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b-512"},
     "dit-dh-s-imagenet256": IMAGENET | {"dit": "DiT-DH-S", "autoencoder": "rae-dinov2-b"},

@@ -9,7 +9,7 @@ folders.
 
 Each token of the encoder learns to tell, through one linear layer, what the nearest object is and where its
 centre lies, as SigLIP-2 does from captions and boxes of billions of pictures; and its own patch, or else
-details below a patch were lost to the decoder. Noise on the tokens makes it spend most of them on the objects:
+details below a patch were lost to the decoder. Noise on the tokens makes it spend most of them on objects:
 they, not pixels, are then what a generating model has to get right.
 The language model learns next tokens of requests, captions and questions with answers. It answers a request
 with the caption once more, so that what follows a request looks back at it: the latent queries, which take
