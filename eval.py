@@ -709,33 +709,42 @@ def through(autoencoder: rae.RAE, picture: np.ndarray, where: common.Launch) -> 
 
 
 def shapes(config: Config, where: common.Launch) -> list[dict]:
-    """Accuracies of the six GenEval tasks in the nano world, and of objects in pairs of shape and colour that
-    no training picture held; beside the model's pictures true renderings, these as the autoencoder returns
-    them (the ceiling), and the model's pictures judged by another prompt of the task (the floor)."""
+    """Accuracies of the six GenEval tasks in the nano world; apart, of objects in pairs of shape and colour
+    that no training picture held, and of words, read in the picture. Beside the model's pictures true
+    renderings, these as the autoencoder returns them (the ceiling), and the model's pictures judged by
+    another prompt of the task (the floor)."""
     from nano import scorer
-    from nano.shapes import TASKS, prompt, render
+    from nano import shapes as world
 
     model = common.load_model(rae.TextToImage, config.model, "", where)
-    n, held_out = config.limit or 20, "held-out colors"
-    wanted = {task: [prompt(task, config.seed, i) for i in range(n)] for task in TASKS}
-    wanted[held_out] = [prompt("colors", config.seed, i, held_out=True) for i in range(n)]
+    n, size = config.limit or 20, model.autoencoder.image_size
+    wanted = {task: [world.prompt(task, config.seed, i) for i in range(n)] for task in world.TASKS}
+    wanted["held-out colors"] = [world.prompt("colors", config.seed, i, held_out=True) for i in range(n)]
+    words = [world.draw("text", config.seed, i, size) for i in range(n)]
+    wanted["words"] = [{"prompt": sample.caption, "word": sample.word} for sample in words]
     jobs = [(task, i) for task in wanted for i in range(n) for _ in range(config.pictures)]
     pictures = draw(model, [wanted[task][i]["prompt"] for task, i in jobs], config, where)
 
+    def is_right(picture: np.ndarray, request: dict) -> bool:
+        if "word" in request:
+            return scorer.read_word(picture) == request["word"]
+        return scorer.score(picture, request)[0]
+
     right = {column: defaultdict(list) for column in ("model", "true", "decoded", "shuffled")}
     for number, ((task, i), picture) in enumerate(zip(jobs, pictures, strict=True)):
-        true = render(wanted[task][i], config.seed + number, len(picture))
+        request = wanted[task][i]
+        true = words[i].image if task == "words" else world.render(request, config.seed + number, size)
         decoded = through(model.autoencoder, true, where)
-        right["model"][task].append(scorer.score(picture, wanted[task][i])[0])
-        right["true"][task].append(scorer.score(true, wanted[task][i])[0])
-        right["decoded"][task].append(scorer.score(decoded, wanted[task][i])[0])
-        right["shuffled"][task].append(scorer.score(picture, wanted[task][(i + 1) % n])[0])
+        for column, shown in (("model", picture), ("true", true), ("decoded", decoded)):
+            right[column][task].append(is_right(shown, request))
+        right["shuffled"][task].append(is_right(picture, wanted[task][(i + 1) % n]))
 
     results = []
     for column, tasks in right.items():
-        apart = tasks.pop(held_out)
-        values = scorer.overall(tasks) | {held_out: float(np.mean(apart))}
-        counts = {task: len(apart) for task in values} | {"overall": len(apart) * len(TASKS)}
+        values = scorer.overall(tasks)
+        counts = {task: len(found) for task, found in tasks.items()}
+        counts["overall"] = sum(counts[task] for task in world.TASKS)
+        values |= {task: float(np.mean(found)) for task, found in tasks.items() if task not in values}
         results += [{"metric": f"shapes/{column}/{k}", "value": v, "n": counts[k]} for k, v in values.items()]
     return results
 

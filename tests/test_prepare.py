@@ -4,13 +4,15 @@ reads."""
 import functools
 import json
 
+import numpy as np
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
 import data
 import rae
-from nano import prepare
+from nano import prepare, shapes
 
 
 def test_parts_are_ordinary_folders(monkeypatch, tmp_path):
@@ -27,6 +29,22 @@ def test_parts_are_ordinary_folders(monkeypatch, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "language-model")
     language_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "language-model")
     assert language_model.config.vocab_size == len(tokenizer)
+
+
+def test_tokens_are_to_know_the_nearest_object():
+    circle = shapes.Object("circle", "red", 12.0, 20.0, 8.0, 0.1, (255, 0, 127.5))
+    known = prepare.describe([circle]).reshape(6, 6, 14)  # tokens of 8 pixels: centres at 4, 12, 20, ...
+    assert known[2, 1].tolist() == [1.5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, -1, 0, 1]
+    assert known[2, 2].tolist() == [1.5, 0, 0, 0, 0, 0, -1, 0, 0, 0, 1, -1, 0, 1]  # on its edge
+    assert not known[2, 3:].any() and not known[5].any()  # eight pixels and more away from it
+    corner = known[1, 2]  # 8 right and 8 above: 3.3 pixels from the edge
+    assert corner == pytest.approx(known[2, 1] * corner[13] + corner[13] * np.eye(14)[[6, 7]].T @ [-1, 1])
+    assert corner[13] == pytest.approx((7 - (128**0.5 - 8)) / 6)
+    star = shapes.Object("star", "blue", 36.0, 20.0, 6.0, 0.115, (0, 0, 0))
+    both = prepare.describe([circle, star]).reshape(6, 6, 14)
+    assert np.array_equal(both[:, :2], known[:, :2])
+    assert both[2, 4].tolist() == pytest.approx([0, 0, 0, 1.5, 0, 0, 0, 0, -1, 1, -1, -1, -1, 1])
+    assert not prepare.describe([]).any()
 
 
 def test_vae_is_a_folder_of_diffusers_with_measured_statistics(tmp_path):

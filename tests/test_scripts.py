@@ -163,6 +163,7 @@ def test_eval_writes_the_result_format(run, parts, tmp_path):
     for result in results.values():
         assert set(result) == {"metric", "value", "n", "seed", "command", "versions", "date"}
     assert results["psnr/scenes"]["n"] == 2 and results["shapes/true/overall"]["value"] == 1.0
+    assert results["shapes/model/words"]["n"] == 2
     assert "held-out colors" in out and "| overall" in out
 
 

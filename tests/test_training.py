@@ -132,10 +132,18 @@ def test_nor_do_they_with_requests_questions_and_text_mixed(world, parts, tmp_pa
     assert_same(weights(tmp_path / "one"), whole)
 
 
-def test_nor_do_they_with_muon_and_more_draws_a_picture(world, parts, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "more_flags", "matrix"),
+    [
+        ("train_t2i.py", ["--draws", 3], "dit.blocks.0.mlp.w12"),
+        ("train_decoder.py", [], "decoder.decoder_layers.0.intermediate.dense"),
+    ],
+)
+def test_nor_do_they_with_muon_and_more_draws_a_picture(script, more_flags, matrix, world, parts, tmp_path):
     """Muon makes the smallest directions of a gradient, which are rounding, as large as the others: the
     updates are much the same, also of matrices that are spread."""
-    flags = ["--muon", 0.02, "--draws", 3, "--ema", 0, "--steps", 3, "--save-every", 1, "--keep", 9, *EVERY]
+    flags = ["--muon", 0.02, *more_flags, "--steps", 3, "--save-every", 1, "--keep", 9, *EVERY]
+    flags += ["--ema", 0]
     variants = {
         "one": (1, []),
         "two": (2, []),
@@ -143,14 +151,14 @@ def test_nor_do_they_with_muon_and_more_draws_a_picture(world, parts, tmp_path):
         "pieces": (1, ["--accumulate", 3]),
     }
     runs = [
-        world(size, "train_t2i.py", *t2i_flags(parts, tmp_path / name), *flags, *more, patch=plain_sgd)
+        world(size, script, *TRAINERS[script](parts, tmp_path / name), *flags, *more, patch=plain_sgd)
         for name, (size, more) in variants.items()
     ]
     [run.wait() for run in runs]
     expected, kept = logged(tmp_path / "one", "loss", "grad_norm"), weights(tmp_path / "one")
     assert expected[1] != expected[2] != expected[3]
     first = state(tmp_path / "one/checkpoints/0000001")
-    assert "optimizer.average.dit.blocks.0.mlp.w12.weight.momentum_buffer" in first
+    assert f"optimizer.average.{matrix}.weight.momentum_buffer" in first
     for name in variants:
         for step, values in logged(tmp_path / name, "loss", "grad_norm").items():
             assert values == pytest.approx(expected[step], rel=1e-5 if step == 1 else 5e-3), (name, step)
