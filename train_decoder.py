@@ -70,7 +70,7 @@ SCALE_RAE_RECIPE = (
     }
 )
 PRESETS = {
-    "nano": {},
+    "nano": {"muon": 0.02, "tau": 0.2},
     "nano-full": {  # every loss, at the size of a laptop
         "perceptual": "encoder",
         "gram_weight": 1e4,  # of smaller features than VGG's
