@@ -158,13 +158,13 @@ def test_nor_do_they_with_muon_and_more_draws_a_picture(script, more_flags, matr
     expected, kept = logged(tmp_path / "one", "loss", "grad_norm"), weights(tmp_path / "one")
     assert expected[1] != expected[2] != expected[3]
     first = state(tmp_path / "one/checkpoints/0000001")
-    assert f"optimizer.average.{matrix}.weight.momentum_buffer" in first
+    assert any(key.endswith(f"{matrix}.weight.momentum_buffer") for key in first)
     for name in variants:
         for step, values in logged(tmp_path / name, "loss", "grad_norm").items():
             assert values == pytest.approx(expected[step], rel=1e-5 if step == 1 else 5e-3), (name, step)
         for key, tensor in weights(tmp_path / name).items():
             moved = (kept[key] - first.get(f"average.{key}", kept[key])).norm()  # tables are not trained
-            assert (tensor - kept[key]).norm() <= 0.5 * moved + 1e-6, (name, key)
+            assert (tensor - kept[key]).norm() <= 0.75 * moved + 1e-6, (name, key)
 
 
 def test_muon_leaves_a_step_that_is_not_finite_out():
