@@ -33,7 +33,7 @@ fi
 decoder second --encoder "$out/parts/encoder"
 trained encoder --autoencoder "$out/second/model"
 
-decoder clean --encoder nano/weights/encoder
+decoder clean --encoder nano/weights/encoder --tau 0
 decoder noisy --encoder nano/weights/encoder --tau 0.2
 for name in clean noisy; do  # the same latents, drawn by the base model, through both
     [ -e "$out/$name.json" ] || "$python" eval.py recon --autoencoder "$out/$name/model" --data nano:objects --out "$out/$name.json"
