@@ -73,7 +73,7 @@ PRESETS = {
     # papers' factor hardly trains such times. Uniform draws keep the low ones, for the outlines.
     # Of pure noise nothing is known but the prompt: unless the first steps see only that, the language model
     # has forgotten the prompt by the time the DiT could use it.
-    "nano": NANO | {"noise_first": 400, "steps": 6000},
+    "nano": NANO | {"noise_first": 400},
     "nano-class": NANO | {"condition": "class", "steps": 3000, "out": "runs/class"},
     "dit-dh-xl-imagenet256": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b"},
     "dit-dh-xl-imagenet512": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b-512"},

@@ -130,7 +130,7 @@ def test_features_of_the_encoder_are_its_mean_token():
     features = evaluation.load_features("encoder", "", CPU)
     images = torch.randint(0, 256, (5, 3, 48, 48), dtype=torch.uint8)
     x, spatial = features.extract(images)
-    assert x.shape == (5, features.width) == (5, 64) and spatial.shape == (5, features.spatial) == (5, 252)
+    assert x.shape == (5, features.width) == (5, 96) and spatial.shape == (5, features.spatial) == (5, 252)
     torch.testing.assert_close(features.extract(images[3:])[0], x[3:])
     assert features.classifier is None
 
@@ -547,7 +547,7 @@ def test_processes_do_not_change_fid(world, tmp_path):
         flags = ["--samples", folder, "--reference", tmp_path / "reference.npz", "--batch", batch]
         run = world(processes, "eval.py", "fid", *flags, "--workers", 0, "--out", out)
         printed = run.wait()
-        assert "left out 1 pictures" in printed and "10 pictures are few for a FID of 64" in printed
+        assert "left out 1 pictures" in printed and "10 pictures are few for a FID of 96" in printed
         outcomes.append({r["metric"]: r for r in json.loads(out.read_text())})
     one, two = outcomes
     keys = [f"{name}-encoder/samples" for name in ("fid", "sfid", "precision", "recall")]

@@ -185,7 +185,9 @@ def test_bench_runs_every_loop(run, parts, tmp_path):
     assert {"loader", "jpeg", "encode", "decode", "decoder-step", "t2i-step", "sample"} < set(results)
     assert all(result["images_per_second"] > 0 for result in results.values())
     assert all(
-        0 < result["of_matrix_product"] for name, result in results.items() if name not in ("loader", "jpeg")
+        0 < result["of_matrix_product"]
+        for name, result in results.items()
+        if name not in ("loader", "jpeg", "decoder-full")
     )
     plain, cfg, auto = (results[f"class-sample{name}"] for name in ("", "-cfg", "-auto"))
     assert cfg["gflop_per_image"] == pytest.approx(2 * plain["gflop_per_image"])

@@ -24,13 +24,15 @@ import rae
 
 
 def decoder_flags(parts, out):
-    return ["--encoder", parts / "encoder", "--out", out, "--batch", 4, "--statistics", 16, "--workers", 0]
+    flags = ["--encoder", parts / "encoder", "--out", out, "--batch", 4, "--statistics", 16, "--workers", 0]
+    return [*flags, "--muon", 0]
 
 
 def t2i_flags(parts, out):
     return [
         "--autoencoder", parts / "rae", "--language-model", parts / "language-model", "--out", out,
         "--batch", 4, "--workers", 0, "--understanding", 0.4, "--sample-steps", 1, "--noise-first", 1,
+        "--muon", 0,
     ]  # fmt: skip
 
 
