@@ -26,10 +26,8 @@ trained frozen --freeze language-model
 [ -e "$out/parts/vae/config.json" ] || "$python" -m nano.prepare vae --out "$out/parts" --steps "$steps"
 trained vae --autoencoder "$out/parts/vae" --reader nano/weights/rae
 
-if [ ! -e "$out/parts/encoder/config.json" ]; then  # of another seed; it reads captions with the language model's tokenizer
-    mkdir -p "$out/parts" && cp -r nano/weights/language-model "$out/parts"
+[ -e "$out/parts/encoder/config.json" ] ||  # of another seed
     "$python" -m nano.prepare encoder --out "$out/parts" --steps "$steps" --seed 1
-fi
 decoder second --encoder "$out/parts/encoder"
 trained encoder --autoencoder "$out/second/model"
 

@@ -135,13 +135,15 @@ def test_nor_do_they_with_requests_questions_and_text_mixed(world, parts, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("script", "more_flags", "matrix"),
+    ("script", "more_flags", "matrix", "bound"),
     [
-        ("train_t2i.py", ["--draws", 3], "dit.blocks.0.mlp.w12"),
-        ("train_decoder.py", [], "decoder.decoder_layers.0.intermediate.dense"),
+        ("train_t2i.py", ["--draws", 3], "average.dit.blocks.0.mlp.w12", 0.5),
+        ("train_decoder.py", [], "model.decoder.decoder_layers.0.intermediate.dense", 0.75),
     ],
 )
-def test_nor_do_they_with_muon_and_more_draws_a_picture(script, more_flags, matrix, world, parts, tmp_path):
+def test_nor_do_they_with_muon_and_more_draws_a_picture(
+    script, more_flags, matrix, bound, world, parts, tmp_path
+):
     """Muon makes the smallest directions of a gradient, which are rounding, as large as the others: the
     updates are much the same, also of matrices that are spread."""
     flags = ["--muon", 0.02, *more_flags, "--steps", 3, "--save-every", 1, "--keep", 9, *EVERY]
@@ -160,13 +162,13 @@ def test_nor_do_they_with_muon_and_more_draws_a_picture(script, more_flags, matr
     expected, kept = logged(tmp_path / "one", "loss", "grad_norm"), weights(tmp_path / "one")
     assert expected[1] != expected[2] != expected[3]
     first = state(tmp_path / "one/checkpoints/0000001")
-    assert any(key.endswith(f"{matrix}.weight.momentum_buffer") for key in first)
+    assert f"optimizer.{matrix}.weight.momentum_buffer" in first
     for name in variants:
         for step, values in logged(tmp_path / name, "loss", "grad_norm").items():
             assert values == pytest.approx(expected[step], rel=1e-5 if step == 1 else 5e-3), (name, step)
         for key, tensor in weights(tmp_path / name).items():
             moved = (kept[key] - first.get(f"average.{key}", kept[key])).norm()  # tables are not trained
-            assert (tensor - kept[key]).norm() <= 0.75 * moved + 1e-6, (name, key)
+            assert (tensor - kept[key]).norm() <= bound * moved + 1e-6, (name, key)
 
 
 def test_muon_leaves_a_step_that_is_not_finite_out():
