@@ -264,23 +264,26 @@ class Stepper:
     def __init__(self, *optimizers: torch.optim.Optimizer, clip: float = 1.0):
         self.optimizers, self.clip = optimizers, clip or math.inf
         self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.peaks = [group["lr"] for group in self.groups]
         self.parameters = [p for group in self.groups for p in group["params"]]
         device = local(self.parameters[0]).device
         self.left_out, self.in_a_row, self.most_in_a_row = torch.zeros(3, device=device)
         self.make_state()
 
+    def scale(self, factor: float) -> None:
+        """Sets the learning rates to a part of those that the optimizers were made with, the peaks."""
+        for group, peak in zip(self.groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+
     def make_state(self) -> None:
         """The optimizers' state, zeros all: it is the same in a checkpoint from before the first step."""
-        rates = [group["lr"] for group in self.groups]
-        for group in self.groups:
-            group["lr"] = 0.0
+        self.scale(0.0)
         for p in self.parameters:
             p.grad = torch.zeros_like(p)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        for group, rate in zip(self.groups, rates, strict=True):
-            group["lr"] = rate
+        self.scale(1.0)
         for _, state in self.state():
             if "step" in state:
                 state["step"].zero_()

@@ -563,10 +563,9 @@ def main() -> None:
     }
     adamw = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     others = [p for name, p in named.items() if name not in matrices]
-    optimizers, peaks = [torch.optim.AdamW(others, config.lr, **adamw)], [config.lr]
+    optimizers = [torch.optim.AdamW(others, config.lr, **adamw)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices.values(), config.muon, weight_decay=0.0))
-        peaks.append(config.muon)
     steppers = [common.Stepper(*optimizers, clip=config.clip)]
     modules = {"model": model, "average": average}
     if discriminator:
@@ -650,8 +649,7 @@ def main() -> None:
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not where.main)
     for step in bar:
         factor = common.cosine(step, config.steps, config.warmup, config.final_lr)
-        for group, peak in zip(steppers[0].groups, peaks, strict=True):
-            group["lr"] = peak * factor
+        steppers[0].scale(factor)
         losses = defaultdict(float)  # this process's share of each
 
         def count(found: dict, images: Tensor, losses=losses) -> None:

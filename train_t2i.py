@@ -317,14 +317,14 @@ def main() -> None:
     matrices = {n: p for n, p in named.items() if config.muon and n.startswith("dit.blocks.") and p.ndim == 2}
     others = {name: p for name, p in named.items() if name not in matrices}
     groups = [  # learning rate and beta2 by module, as in Scale-RAE
-        {"params": [p for name, p in others.items() if name.startswith(of_dit)], "betas": (0.9, 0.95)},
-        {"params": [p for name, p in others.items() if not name.startswith(of_dit)], "betas": (0.9, 0.999)},
+        {"params": [], "lr": config.dit_lr, "betas": (0.9, 0.95)},
+        {"params": [], "lr": config.lr, "betas": (0.9, 0.999)},
     ]
-    peaks = [config.dit_lr, config.lr][: 1 + text]
+    for name, parameter in others.items():
+        groups[not name.startswith(of_dit)]["params"].append(parameter)
     optimizers = [torch.optim.AdamW(groups[: 1 + text], weight_decay=0.0, fused=True)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices.values(), config.muon, weight_decay=0.0))
-        peaks.append(config.muon)
     stepper = common.Stepper(*optimizers)
     state = run.load(modules, [stepper], export)
     start = state["step"]
@@ -366,8 +366,7 @@ def main() -> None:
             factor = common.linear(step, config.decay_start, config.decay_end or steps, config.final_lr)
         else:
             factor = common.cosine(step, steps, warmup, config.final_lr)
-        for group, peak in zip(stepper.groups, peaks, strict=True):
-            group["lr"] = peak * factor
+        stepper.scale(factor)
         pieces = data.pieces(next(loader), config.accumulate)
         inputs, of_tokens, of_pictures = zip(*map(prepare, pieces), strict=True)
         tokens, drawn = common.global_sum(sum(of_tokens), config.draws * sum(of_pictures))

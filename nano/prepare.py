@@ -275,22 +275,19 @@ def ship(out: Path, runs: Path) -> None:
 def train(model, loss, steps: int, lr: float, out: Path, save=None, muon: Sequence = ()) -> None:
     """AdamW, and Muon for some matrices, with warm-up and cosine; writes the model (bf16) and its log into
     `out`."""
-    others = [p for p in model.parameters() if not any(p is matrix for matrix in muon)]
+    learned = [p for p in model.parameters() if p.requires_grad]
+    others = [p for p in learned if not any(p is matrix for matrix in muon)]
     optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
     if muon:
         optimizers.append(torch.optim.Muon(muon, lr=0.02, weight_decay=0.0))
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    stepper = common.Stepper(*optimizers)
     out.mkdir(parents=True, exist_ok=True)
     started, log = time.time(), []
     for step in (bar := tqdm(range(steps), dynamic_ncols=True)):
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = peak * common.cosine(step, steps, steps // 20, 0.0)
+        stepper.scale(common.cosine(step, steps, steps // 20, 0.0))
         value = loss(step)
         value.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
+        norm = stepper.step()
         if step % 50 == 0 or step == steps - 1:
             row = {
                 "step": step,
