@@ -670,7 +670,7 @@ def main() -> None:
         if discriminator and step >= config.disc_start:
             own, total = step - config.disc_start, config.steps - config.disc_start
             disc_factor = common.cosine(own, total, config.disc_warmup, config.final_lr)
-            steppers[1].groups[0]["lr"] = config.disc_lr * disc_factor
+            steppers[1].scale(disc_factor)
             for number, piece in enumerate(pieces):
                 count(learn_to_discriminate(*piece, first=number == 0), piece[0])
             common.sum_gradients(steppers[1].parameters)
