@@ -376,6 +376,18 @@ class Lines:
         return {"name": name, "image": picture, "conversations": fields.get("conversations")}
 
 
+def usable(use: Callable, row: int, rows: int, chance: np.random.Generator, name: str | Path) -> dict:
+    """`use(row)`, or that of another row drawn by `chance` for as long as it is Unusable."""
+    skipped = []
+    while len(skipped) < 100:
+        try:
+            return use(row) | {"skipped": skipped}
+        except Unusable as error:
+            skipped.append(str(error))
+            row = int(chance.integers(rows))
+    raise ValueError(f"{name}: 100 pictures or conversations in a row are unusable, the last: {skipped[-1]}")
+
+
 class Pictures:
     """Rows that have a number: a map that starts over without an end, in another order each time. For a row
     that cannot be used another one is drawn.
@@ -393,17 +405,12 @@ class Pictures:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict:
-        skipped, chance = [], np.random.default_rng(mix(self.seed, number, 0))
-        row = self.shuffled.row(number)
-        while len(skipped) < 100:
-            try:
-                return sample_of(self.rows[row], self.view, chance.random(DRAWS)) | {"skipped": skipped}
-            except Unusable as error:
-                skipped.append(str(error))
-                row = int(chance.integers(len(self.rows)))
-        raise ValueError(
-            f"{self.name}: 100 pictures or conversations in a row cannot be used, the last: {skipped[-1]}"
-        )
+        chance = np.random.default_rng(mix(self.seed, number, 0))
+
+        def use(row: int) -> dict:
+            return sample_of(self.rows[row], self.view, chance.random(DRAWS))
+
+        return usable(use, self.shuffled.row(number), len(self.rows), chance, self.name)
 
     def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
         order = np.random.default_rng(mix(self.seed)).permutation(len(self.rows)).tolist()
@@ -599,22 +606,19 @@ class Latents:
 
     def __getitem__(self, number: int) -> dict:
         chance = np.random.default_rng(mix(self.seed, number))
-        uniform, row, skipped = chance.random(2), self.shuffled.row(number), []
-        while len(skipped) < 100:
+        uniform = chance.random(2)
+
+        def use(row: int) -> dict:
             about = self.rows[row]
             conversation = about.get("conversation") or request(about["caption"], uniform[1])
-            try:
-                if self.view.length:
-                    self.view.check_length(f"{self.folder}: row {row}", conversation)
-            except Unusable as error:
-                skipped.append(str(error))
-                row = int(chance.integers(len(self.rows)))
-                continue
+            if self.view.length:
+                self.view.check_length(f"{self.folder}: row {row}", conversation)
             part = int(np.searchsorted(self.ends, row, side="right"))
             views = self.parts[part][row - self.ends[part]]  # counted from the part's end
             latents = np.array(views[int(uniform[0] * self.views)])
-            return about | {"latents": latents, "conversation": conversation, "skipped": skipped}
-        raise ValueError(f"{self.folder}: 100 conversations in a row cannot be used, the last: {skipped[-1]}")
+            return about | {"latents": latents, "conversation": conversation}
+
+        return usable(use, self.shuffled.row(number), len(self.rows), chance, self.folder)
 
     def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
         raise ValueError(f"{self.folder} holds latents, not pictures")
