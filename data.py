@@ -385,7 +385,9 @@ def usable(use: Callable, row: int, rows: int, chance: np.random.Generator, name
         except Unusable as error:
             skipped.append(str(error))
             row = int(chance.integers(rows))
-    raise ValueError(f"{name}: 100 pictures or conversations in a row are unusable, the last: {skipped[-1]}")
+    raise ValueError(
+        f"{name}: 100 pictures or conversations in a row cannot be used, the last: {skipped[-1]}"
+    )
 
 
 class Pictures:
