@@ -236,7 +236,7 @@ def _draw_objects(chance: Chance, size: int) -> Sample:
     metadata["prompt"] = _caption(chance, metadata)
     objects = _place(chance, metadata["include"], size, gap=2.5)
     image = _paint(_plain(chance, size), objects)
-    questions = _some(chance, _questions(chance, objects))
+    questions = (*_judgements(chance, metadata), *_some(chance, _questions(chance, objects))[:2])
     return Sample(image, metadata["prompt"], objects, metadata["tag"], questions, None, metadata)
 
 
@@ -376,6 +376,35 @@ def _questions(chance: Chance, objects: tuple[Object, ...]) -> list[tuple[str, s
                 where = f"to the {relation}" if relation in ("left of", "right of") else relation
                 questions.append((f"what is {where} the {second.shape}?", an(first.shape)))
     return questions
+
+
+def _judgements(chance: Chance, metadata: dict[str, Any]) -> list[tuple[str, str]]:
+    """The two questions by which a model is asked to judge its own pictures (`TextToImage.verify`)."""
+    aligned = chance.coin()
+    asked = _caption(chance, metadata if aligned else _altered(chance, metadata))
+    return [
+        (f"Does this image align with the prompt: {asked}?", "yes" if aligned else "no"),
+        ("Describe this image.", metadata["prompt"]),
+    ]
+
+
+def _altered(chance: Chance, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The request with one thing changed, so that its pictures show another: the number, the relation, or
+    the shape or colour of one entry. No pair is held out."""
+    include = [dict(entry) for entry in metadata["include"]]
+    entry = chance.choice(include)
+    shape, color = entry["class"], entry.get("color")
+    others = [s for s, c in TRAINING_PAIRS if color in (None, c) and s not in {e["class"] for e in include}]
+    changes = [{"class": chance.choice(others)}]
+    if color:
+        changes += [{"color": chance.choice([c for s, c in TRAINING_PAIRS if s == shape and c != color])}]
+    if metadata["tag"] == "counting":
+        changes += [{"count": chance.choice([n for n in (2, 3, 4) if n != entry["count"]])}]
+    if "position" in entry:
+        relation, target = entry["position"]
+        changes += [{"position": [chance.choice([r for r in RELATIONS if r != relation]), target]}]
+    entry.update(chance.choice(changes))
+    return metadata | {"include": include}
 
 
 def _some(chance: Chance, questions: list[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
