@@ -525,7 +525,7 @@ def plan(config: Config) -> str:
     lines = [
         f"Computed, not measured. bf16 compute on fp32 weights, checkpointed blocks; {TOKENS - 256} tokens "
         f"of text beside a picture's 256, {LEARNED} of them learned. Fragmentation and the "
-        "allocator's reserve are not in it; at the start each GPU holds the whole model in fp32.",
+        "allocator's reserve are not in it.",
         "",
         f"| training | learned | GFLOP a sample | samples/s at the peak of one {config.gpu} "
         "| GB without samples on 1, 8, 64 GPUs | MB a sample "

@@ -177,12 +177,14 @@ def launch(dtype: str = "auto", shard: str = "none") -> Launch:
 
 
 def distribute(module: nn.Module, blocks: Iterable[nn.Module], where: Launch, *methods: str) -> None:
-    """Spreads a module over the processes with FSDP2, which gathers the weights of one block at a time;
-    gradients are summed over the processes, not averaged. `methods` are its entrances beside `forward`.
+    """Moves a module to the device: whole, or of several processes a block at a time and each its share, with
+    FSDP2, which gathers the weights of one block at a time; gradients are summed over the processes, not
+    averaged. `methods` are its entrances beside `forward`.
 
     Every process has to go through every block, in the same order.
     """
     if where.mesh is None:
+        module.to(where.device)
         return
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 

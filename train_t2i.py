@@ -301,8 +301,7 @@ def main() -> None:
 
     # -------------------------------------------------------------------------------------------------------
     # average -> shard -> compile -> optimizer
-    export = copy.deepcopy(model).cpu() if where.main else None  # on its own, to save the average with
-    model.to(where.device)
+    export = copy.deepcopy(model) if where.main else None  # on its own, to save the average with
     average = copy.deepcopy(model) if config.ema else model
     modules = {"model": model, "average": average} if config.ema else {"average": model}
     for each in modules.values():
