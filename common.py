@@ -431,7 +431,7 @@ def fingerprint(model: nn.Module | None) -> str:
     """A number that other weights do not have, the norm of all: a path may come to hold others."""
     if model is None:
         return ""
-    return f"{sum(p.detach().double().square().sum().item() for p in model.parameters()):.9g}"
+    return f"{sum(p.detach().cpu().double().square().sum().item() for p in model.parameters()):.9g}"
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,9 @@ from common import flag
 class Config:
     data: str = flag("nano:classes", "a source of pictures, see data.py")
     limit: int | None = flag(None, "pictures at most (default: all; the nano world has no end)", at_least=1)
-    autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE or VAE: folder, hub id or name")
+    autoencoder: str = flag(
+        str(common.WEIGHTS / "rae"), "RAE or VAE, of which the means are taken: folder, hub id or name"
+    )
     flip: bool = flag(False, "encode their mirror images too")
     seed: int = flag(0, "of the order, and of the nano world")
     batch: int = flag(64, "pictures at once, on each process", at_least=1)

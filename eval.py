@@ -905,14 +905,16 @@ def clipscore(config: Config, where: common.Launch) -> list[dict]:
 def scaling(config: Config, where: common.Launch) -> list[dict]:
     """Test-time scaling in the nano world: the six-task overall of the best 4 of 4, 8, ... --candidates, by
     each verifier, by chance (the floor) and by the scorer itself (the ceiling); the mean over --seeds, and
-    their spread."""
+    their standard deviation."""
     from nano import scorer
     from nano.shapes import TASKS, prompt
 
     model = common.load_model(rae.TextToImage, config.model, "", where)
+    if model.reader_path:
+        raise ValueError(f"{config.model} reads other latents than it draws: it cannot judge them undecoded")
     sizes = [4 * 2**i for i in range(12) if 4 * 2**i <= config.candidates]
     runs = defaultdict(list)  # of (size, choice) the overall of each seed
-    prompts, n = config.limit or 20, 0
+    prompts = config.limit or 20
     for seed in range(config.seed, config.seed + config.seeds):
         right = defaultdict(lambda: defaultdict(list))  # of (size, choice), of a task the pictures kept
         for task, i in tqdm(
@@ -939,11 +941,12 @@ def scaling(config: Config, where: common.Launch) -> list[dict]:
                     right[size, name][task] += [scores[k] for k in chosen]
         for key, tasks in right.items():
             runs[key].append(scorer.overall(tasks)["overall"])
-            n = sum(map(len, tasks.values()))
-    results = []
+    results, n = [], 4 * len(TASKS) * prompts * config.seeds
     for (size, name), values in runs.items():
         results.append({"metric": f"best 4 of {size}/{name}", "value": float(np.mean(values)), "n": n})
-        results.append({"metric": f"best 4 of {size}/{name}, spread", "value": float(np.std(values)), "n": n})
+        if len(values) > 1:
+            spread = float(np.std(values, ddof=1))
+            results.append({"metric": f"best 4 of {size}/{name}, spread", "value": spread, "n": n})
     return results
 
 
@@ -986,8 +989,9 @@ def main() -> None:
     if where.main:
         print(where)
     results = []
-    for name in config.what or ("recon", "shapes"):
-        if name not in ("shapes", "scaling") or where.main:  # alone: they are not split
+    alone = ("shapes", "scaling")  # not split: last, so that the other processes do not wait for them
+    for name in sorted(config.what or ("recon", "shapes"), key=alone.__contains__):
+        if name not in alone or where.main:
             part = EVALUATIONS[name](config, where)
         if where.main:
             print(f"\n{table(part)}", flush=True)

@@ -125,7 +125,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
-        out = F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v)
+        q, k = q.type_as(v), k.type_as(v)
+        # of no sample CUDA's kernels raise, and the weights still need gradients: FSDP waits for all
+        out = F.scaled_dot_product_attention(q, k, v) if len(x) else q * k * v
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
 
@@ -552,13 +554,13 @@ class VAE(nn.Module):
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> latents (B, N, C), fp32: the mean of the posterior, or with `noise`
         (B, N, C), standard normal, a sample of it, as Scale-RAE trains on. Pictures of another size are
-        resized, not cropped."""
+        resized, not cropped. 32 at once: a larger batch takes no more memory."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", antialias=True)
-        posterior = self.vae.encode(2 * images - 1).latent_dist
+        posteriors = [self.vae.encode(2 * part - 1).latent_dist for part in images.split(32)]
         mean, std = (
-            rearrange(part.float(), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
-            for part in (posterior.mean, posterior.std)
+            rearrange(torch.cat(parts).float(), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+            for parts in zip(*((each.mean, each.std) for each in posteriors), strict=True)
         )
         z = mean if noise is None else mean + std * noise
         return (z - self.shift) * self.scale

@@ -165,6 +165,8 @@ def converse(config: Config, where: common.Launch) -> None:
     model = common.load_model(rae.TextToImage, config.model, config.autoencoder, where)
     shown = None
     if config.ask.endswith(".safetensors"):
+        if model.reader_path:
+            raise ValueError(f"{config.model} reads other latents than it draws: --ask about a picture")
         shown = open_latents(config.ask, model.read_shape)
     elif config.ask:
         shown = to_pixels(data.open_picture(config.ask), model.reader.image_size)[0]
@@ -385,6 +387,7 @@ def draw_best(
     about |= {name: str(value) for name, value in settings.items()}
 
     for group in tqdm(groups[where.rank :: where.world], desc="draw", disable=not where.main):
+        about |= {"prompt": group[0].input, "seed": str(group[0].seed)}
         if config.resume and scores_of(group, config).exists():
             found = json.loads(scores_of(group, config).read_text())["settings"]
             if wrong := [name for name in about if found.get(name) != about[name]]:
@@ -409,7 +412,7 @@ def draw_best(
             for i, (job, verdict) in enumerate(zip(group, verdicts, strict=True))
         ]
         with common.replacing(scores_of(group, config)) as temporary:
-            text = {"prompt": group[0].input, "settings": about, "candidates": rows}
+            text = {"settings": about, "candidates": rows}
             temporary.write_text(json.dumps(text, indent=1) + "\n")
 
 

@@ -85,6 +85,7 @@ PRESETS = {
     },
     "scale-rae-finetune": SCALE_RAE  # stage 2, table 9
     | {
+        "autoencoder": "",
         "init": "runs/t2i/model",
         "batch": 1024,
         "steps": None,
@@ -113,7 +114,7 @@ class Config:
         "", "a source of pictures, or several with weights, see data.py (default: nano, nano:classes)"
     )
     flip: bool = flag(False, "mirror half of the pictures")
-    autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE folder or hub id")
+    autoencoder: str = flag("", "RAE folder or hub id (default: that of --init, or the shipped nano one)")
     language_model: str = flag(str(common.WEIGHTS / "language-model"), "transformers folder or hub id")
     reader: str = flag("", "another, of whose latents questions are answered; beside a VAE for one")
     dit: str = flag("nano", "size of the DiT", choices=rae.DITS)
@@ -184,15 +185,12 @@ def build(
     shape: tuple[int, int],
     classes: int | None = None,
     read_shape: tuple[int, int] | None = None,
+    model: rae.TextToImage | rae.ClassToImage | None = None,
 ) -> rae.TextToImage | rae.ClassToImage:
-    """The new model, or the one of --init, on the CPU. Raises ValueError for one of other latents or
-    classes."""
+    """A new model on the CPU, or that of --init, if it is of these latents and classes; else ValueError."""
     text = config.condition == "text"
-    kind = rae.TextToImage if text else rae.ClassToImage
     reads = {"reader": config.reader, "reader_channels": read_shape[1]} if read_shape else {}
-    if config.init:
-        with common.loading(config.init):
-            model = kind.from_pretrained(config.init, config.autoencoder).train()
+    if model:
         for name, found, own in (
             ("latents", model.latent_shape, shape),
             ("classes", getattr(model, "num_classes", None), classes),
@@ -263,6 +261,13 @@ def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
     text = config.condition == "text"
     config.data = config.data or ("nano" if text else "nano:classes")
+    start_from = None
+    if config.init:
+        kind = rae.TextToImage if text else rae.ClassToImage
+        with common.loading(config.init):
+            start_from = kind.from_pretrained(config.init, config.autoencoder).train()
+        config.autoencoder = start_from.autoencoder_path or ""
+    config.autoencoder = config.autoencoder or str(common.WEIGHTS / "rae")
     where = common.launch(config.dtype, config.shard)
     run = common.Run(config, where)
 
@@ -279,14 +284,14 @@ def main() -> None:
             f"{shape[0]}, and --condition text"
         )
     if text:
-        model = build(config, shape, read_shape=reader and reader.latent_shape)
+        model = build(config, shape, read_shape=reader and reader.latent_shape, model=start_from)
         length = partial(rae.chat_length, tokenizer=model.tokenizer, picture=shape[0])
         options |= {"length": length, "longest": config.longest}
     source = data.open_source(config.data, size, config.seed, **options)
     classes = count_classes(config, source)
     check_latents(config, source, shape)
     if not text:
-        model = build(config, shape, classes)
+        model = build(config, shape, classes, model=start_from)
     samples = [i * (classes or 16) // 16 for i in range(16)]
     if text:
         samples = wishes(config, data.open_source(config.data, size, config.seed + 1, **options))
@@ -384,8 +389,12 @@ def main() -> None:
                 if "latents" in piece:
                     latents = piece["latents"].to(where.device, non_blocking=True)
                 elif piece["pictures"]:
-                    pixels = data.to_unit(piece["image"], where.device)
-                    latents, read = autoencoder.encode(pixels), (reader.encode(pixels),) if reader else ()
+                    pixels, sampled = data.to_unit(piece["image"], where.device), ()
+                    if not encoder:  # of a VAE's posterior, as Scale-RAE has it
+                        of_posterior = data.mix(config.seed, "posterior")
+                        sampled = data.flow_draws(shape, of_posterior, piece["pictures"], where.device)[:1]
+                    latents = autoencoder.encode(pixels, *sampled)
+                    read = (reader.encode(pixels),) if reader else ()
                 else:
                     latents = noise  # none, of the right shape: text alone
                     read = (noise.new_zeros(0, *model.read_shape),) if reader else ()

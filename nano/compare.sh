@@ -4,16 +4,16 @@
 # finetuning by epochs with questions in the mixture. Says what each costs and its velocity errors on 256 unseen
 # pictures: a few hundred steps show that the switches work, not which side is better. Not run whole yet.
 #
-#     bash nano/compare.sh [OUT]        # resumes what was stopped; default runs/compare; STEPS=300
+#     bash nano/compare.sh [OUT]        # resumes what was stopped; default runs/compare; STEPS=300, FLAGS="--dtype bf16"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} out=${1:-runs/compare} steps=${STEPS:-300}
 mkdir -p "$out"
 trained() {  # NAME FLAGS...
-    "$python" train_t2i.py --resume --out "$out/$1" --steps "$steps" --save-every "$steps" "${@:2}"
+    "$python" train_t2i.py --resume --out "$out/$1" --steps "$steps" --save-every "$steps" ${FLAGS:-} "${@:2}"
 }
 decoder() {  # NAME FLAGS...
-    "$python" train_decoder.py --resume --out "$out/$1" --steps "$steps" --save-every "$steps" "${@:2}"
+    "$python" train_decoder.py --resume --out "$out/$1" --steps "$steps" --save-every "$steps" ${FLAGS:-} "${@:2}"
 }
 
 trained base
@@ -55,7 +55,7 @@ for i in range(256):
     Image.fromarray(sample.image).save(folder / f"{i}.png")
     turns = [f"Draw {sample.caption}", "Here you go:\n<image>"]
     if i % 4 == 0:
-        question, answer = sample.questions[0]
+        question, answer = sample.questions[i // 4 % 4]
         turns = [f"<image>\n{question}", answer]
     talk = [{"from": who, "value": text} for who, text in zip(("human", "gpt"), turns)]
     lines.append(json.dumps({"image": f"{i}.png", "conversations": talk}) + "\n")
@@ -63,7 +63,7 @@ for i in range(256):
 END
 for epochs in 4 16; do
     "$python" train_t2i.py --resume --out "$out/epochs-$epochs" --init "$out/base/model" --data "$out/few/talks.jsonl" \
-        --epochs "$epochs" --warmup 0.03 --lr 1e-4 --dit-lr 2e-4
+        --epochs "$epochs" --warmup 0.03 --lr 1e-4 --dit-lr 2e-4 ${FLAGS:-}
 done
 
 "$python" - "$out" << 'END'

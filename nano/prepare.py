@@ -69,7 +69,7 @@ def conversation(seed: int, index: int) -> list[dict]:
     ]
 
 
-def make_tokenizer(vocabulary: int = 512, documents: int = 20_000) -> transformers.PreTrainedTokenizerFast:
+def make_tokenizer(vocabulary: int = 576, documents: int = 20_000) -> transformers.PreTrainedTokenizerFast:
     """Byte-level BPE in which every capital is a token of its own, so that words to draw are spelled out."""
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"[A-Z]| ?[a-z]+| ?[^\sA-Za-z]+|\s")

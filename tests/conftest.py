@@ -72,3 +72,24 @@ def parts(tmp_path_factory):
     )
     model.save_pretrained(folder / "t2i")
     return folder
+
+
+@pytest.fixture
+def vae_folder(tmp_path):
+    import diffusers
+
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[8, 8, 16],
+        norm_num_groups=4,
+        latent_channels=6,
+        sample_size=1024,
+        scaling_factor=0.36,
+        shift_factor=0.11,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+    model.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"

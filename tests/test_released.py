@@ -346,25 +346,6 @@ def test_damaged_diffusers_folders(tmp_path):
 # -- VAE
 
 
-@pytest.fixture
-def vae_folder(tmp_path):
-    torch.manual_seed(0)
-    model = diffusers.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=[8, 8, 16],
-        norm_num_groups=4,
-        latent_channels=6,
-        sample_size=1024,
-        scaling_factor=0.36,
-        shift_factor=0.11,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
-    model.save_pretrained(tmp_path / "vae")
-    return tmp_path / "vae"
-
-
 @torch.no_grad()
 def test_vae_packs_as_torch_folds(vae_folder):
     model, theirs = rae.VAE(vae_folder), diffusers.AutoencoderKL.from_pretrained(vae_folder)
@@ -475,12 +456,12 @@ def scale_rae_shapes(vocab, hidden, ffn, kv, layers, channels, width, heads, dep
     )
 
 
-SMALL = {"vocab": 512, "hidden": 32, "ffn": 48, "kv": 16, "layers": 2, "channels": 24, "tokens": 16}
+SMALL = {"vocab": 528, "hidden": 32, "ffn": 48, "kv": 16, "layers": 2, "channels": 24, "tokens": 16}
 SMALL |= {"width": 32, "heads": 2, "depth": 2, "z": 20}
 HEADS = {"narrow": None, "wide": (48, 4, 2)}
 SIGLIP = "google/siglip2-so400m-patch14-224"
 LANGUAGE_MODEL = {
-    "vocab_size": 512,
+    "vocab_size": 528,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -587,10 +568,10 @@ def test_scale_rae_folder(layout, scale_rae, tmp_path):
     LAYOUTS[layout](weights, tmp_path / "official")
     assert len(list((tmp_path / "official").glob("*.safetensors"))) > 2 or layout != "shards"
     model = rae.TextToImage.from_pretrained(folder)
-    wanted = read_small(weights, im_start=505, im_end=506)
+    wanted = read_small(weights, im_start=516, im_end=517)
     check_equal(model, wanted)
-    assert (model.im_start, model.im_end) == (505, 506) == (wanted.im_start, wanted.im_end)
-    assert tokenizer.convert_ids_to_tokens([505, 506]) == ["<im_start>", "<im_end>"]
+    assert (model.im_start, model.im_end) == (516, 517) == (wanted.im_start, wanted.im_end)
+    assert tokenizer.convert_ids_to_tokens([516, 517]) == ["<im_start>", "<im_end>"]
     assert model.autoencoder_path == "scale-rae-siglip2-so400m" in rae.RELEASED
     assert model.alpha == rae.default_alpha((16, 24))
     assert model.language_model.model.rotary_emb.config.rope_parameters["rope_theta"] == 1000000
@@ -698,7 +679,7 @@ def test_keywords_that_contradict_scale_rae(scale_rae):
         {"language_model": None},
         {"language_model": right.to_dict() | {"model_type": "llama"}},
         *({"language_model": LANGUAGE_MODEL | {name: value}} for name, value in (
-            ("vocab_size", 513), ("hidden_size", 64), ("num_hidden_layers", 3), ("num_hidden_layers", 1),
+            ("vocab_size", 529), ("hidden_size", 64), ("num_hidden_layers", 3), ("num_hidden_layers", 1),
             ("num_key_value_heads", 2), ("intermediate_size", 32),
         )),
         {"heads": 4},
@@ -707,7 +688,7 @@ def test_keywords_that_contradict_scale_rae(scale_rae):
         {"depth": 3},
         {"condition_width": 32},
         {"latent_shape": (16, 1152)},
-        {"im_start": 512},
+        {"im_start": 528},
         {"im_end": -1},
         {"colour": 1},
     ):  # fmt: skip

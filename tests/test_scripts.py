@@ -119,7 +119,20 @@ def test_best_of_keeps_what_the_verifier_prefers(run, parts, tmp_path):
     assert run("sample.py", "a red star", "two rings", *again).split() == out
     assert "is of keep 2, not 3" in run("sample.py", "two rings", *again, "--keep", 3, code=1)
     assert "--keep 7" in run("sample.py", "two rings", *best, *flags, "--keep", 7, code=1)
-    run("sample.py", "a star", "--best-of", 3, "--keep", 1, "--verify-pixels", *flags)
+    (tmp_path / "few.jsonl").write_text('{"tag": "single_object", "include": [], "prompt": "a star"}\n')
+    few = [
+        "--file",
+        tmp_path / "few.jsonl",
+        "--best-of",
+        3,
+        "--keep",
+        1,
+        "--verify-pixels",
+        "--resume",
+        *flags,
+    ]
+    run("sample.py", *few)
+    assert "is of seed 3, not 4" in run("sample.py", *few, "--seed", 4, code=1)
 
 
 def test_own_pictures(parts, tmp_path):
@@ -175,7 +188,7 @@ def test_scaling_by_verifiers_chance_and_scorer(run, parts, tmp_path):
         assert found[f"best 4 of 8/{name}"]["value"] <= found["best 4 of 8/scorer"]["value"]
         assert found[f"best 4 of 4/{name}"]["value"] == found["best 4 of 4/scorer"]["value"]
     assert found["best 4 of 8/chance"]["value"] == found["best 4 of 4/chance"]["value"]
-    assert found["best 4 of 8/chance"]["n"] == 6 * 2 * 4 and "best 4 of 16/chance" not in found
+    assert found["best 4 of 8/chance"]["n"] == 6 * 2 * 4 * 2 and "best 4 of 16/chance" not in found
 
 
 def test_bench_runs_every_loop(run, parts, tmp_path):

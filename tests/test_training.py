@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from test_data import write_jsonl, write_tars
 
 import common
+import data
 import rae
 
 
@@ -206,9 +207,11 @@ def test_without_an_average_the_weights_themselves_are_saved(world, parts, tmp_p
     ],
 )
 def test_what_is_frozen_stays_as_it_is(freeze, moved, world, parts, tmp_path):
-    """Finetuning by epochs: 9 samples, 4 at a time, twice."""
+    """Finetuning by epochs: 9 samples, 4 at a time, twice; in the latents of the model's own autoencoder."""
     flags = [*EVERY, "--data", write_jsonl(tmp_path, 9), "--epochs", 2, "--init", parts / "t2i"]
-    world(1, "train_t2i.py", *t2i_flags(parts, tmp_path / "run"), *flags, "--freeze", freeze).wait()
+    _, _, *others = t2i_flags(parts, tmp_path / "run")
+    world(1, "train_t2i.py", *others, *flags, "--freeze", freeze).wait()
+    assert json.loads((tmp_path / "run/config.json").read_text())["autoencoder"] == str(parts / "rae")
     assert list(logged(tmp_path / "run", "loss")) == [1, 2, 3, 4, 5]
     before, after = load_file(parts / "t2i/model.safetensors"), weights(tmp_path / "run")
     assert {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])} == moved
@@ -231,6 +234,30 @@ def test_pictures_are_read_by_another_encoder(world, parts, tmp_path):
     assert model.autoencoder.latent_shape == (16, 12) and model.reader.latent_shape == (16, 24)
     wrong = [*flags, "--out", tmp_path / "wrong", "--init", parts / "t2i"]
     assert "has latents (16, 24), not (16, 12)" in world(1, "train_t2i.py", *wrong).wait(code=1)
+
+
+@torch.no_grad()
+def test_a_vae_is_trained_on_samples_of_its_posterior(world, vae_folder, tmp_path):
+    """A new DiT returns zeros, so that the first loss is the mean square of the velocity."""
+    config = vae_folder / "config.json"
+    config.write_text(config.read_text().replace('"sample_size": 1024', '"sample_size": 32'))
+    flags = ["--autoencoder", vae_folder, "--condition", "none", "--dit", "nano-guide", "--muon", 0]
+    flags += ["--data", "nano:objects", "--batch", 4, "--workers", 0, "--steps", 1, "--sample-steps", 1]
+    world(1, "train_t2i.py", *flags, *EVERY, "--out", tmp_path / "run").wait()
+    vae, numbers = rae.VAE(vae_folder), list(range(4))
+    images = torch.stack(
+        [torch.from_numpy(data.Nano("objects", vae.image_size, 0)[i]["image"]) for i in numbers]
+    )
+    noise, of_posterior = (
+        data.flow_draws(vae.latent_shape, seed, numbers, torch.device("cpu"), draws)[0]
+        for seed, draws in ((0, 2), (data.mix(0, "posterior"), 1))
+    )
+    pixels = data.to_unit(images.permute(0, 3, 1, 2), torch.device("cpu"))
+    sampled, mean = (
+        (noise - vae.encode(pixels, *z).repeat(2, 1, 1)).square().mean() for z in ([of_posterior], [])
+    )
+    [[loss]] = logged(tmp_path / "run", "loss").values()
+    assert loss == pytest.approx(sampled.item(), rel=1e-5) and abs(loss - mean.item()) > 0.01
 
 
 def test_epochs_of_what_has_no_end(world, parts, tmp_path):
