@@ -2,7 +2,7 @@
 # The switches that Scale-RAE compares, each tried once in the nano world, with flags alone: the timestep shift, the
 # wide head at two widths, a VAE's latents, a second encoder, a noise-augmented decoder, a frozen language model, and
 # finetuning by epochs with questions in the mixture. Says what each costs and its velocity errors on 256 unseen
-# pictures: a few hundred steps show that the switches work, not which side is better. Not run whole yet.
+# pictures: a few hundred steps show that the switches work, not which side is better.
 #
 #     bash nano/compare.sh [OUT]        # resumes what was stopped; default runs/compare; STEPS=300, FLAGS="--dtype bf16"
 set -euo pipefail

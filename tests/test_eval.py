@@ -11,6 +11,7 @@ import pytest
 import scipy.linalg
 import torch
 from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch_fidelity import metric_fid, metric_isc, metric_prc
 
 import common
@@ -210,6 +211,18 @@ def test_lpips_takes_unit_pictures_and_downloads_its_backbone(monkeypatch):
     monkeypatch.setattr(lpips, "LPIPS", offline)
     with pytest.raises(ValueError, match="cannot load the weights of LPIPS: no route to host$"):
         evaluation.load_lpips("vgg", CPU)
+
+
+def test_ssim_and_psnr_are_those_of_scikit_image():
+    one = torch.stack([torch.from_numpy(data.open_source("nano", 40, seed=5)[i]["image"]) for i in range(3)])
+    one = one.permute(0, 3, 1, 2) / 255
+    other = (one + 0.1 * torch.randn(one.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    pairs = [(a.double().numpy(), b.double().numpy()) for a, b in zip(one, other, strict=True)]
+    ssim = [structural_similarity(a, b, data_range=1, channel_axis=0, **gaussian) for a, b in pairs]
+    psnr = [peak_signal_noise_ratio(a, b, data_range=1) for a, b in pairs]
+    assert evaluation.ssim(one, other).tolist() == pytest.approx(ssim, abs=1e-5)
+    assert evaluation.psnr(one, other).tolist() == pytest.approx(psnr, abs=1e-5)
 
 
 def test_ssim_and_psnr_do_not_depend_on_the_batch():
