@@ -10,7 +10,8 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python} out=${1:-runs/compare} steps=${STEPS:-300}
 mkdir -p "$out"
 trained() {  # NAME FLAGS...
-    "$python" train_t2i.py --resume --out "$out/$1" --steps "$steps" --save-every "$steps" ${FLAGS:-} "${@:2}"
+    "$python" train_t2i.py --resume --out "$out/$1" --steps "$steps" --save-every "$steps" \
+        --noise-first $((steps / 5)) ${FLAGS:-} "${@:2}"
 }
 decoder() {  # NAME FLAGS...
     "$python" train_decoder.py --resume --out "$out/$1" --steps "$steps" --save-every "$steps" ${FLAGS:-} "${@:2}"
