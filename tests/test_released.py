@@ -730,7 +730,7 @@ def test_damaged_scale_rae_folders(scale_rae, parts, tmp_path, hub):
         {"diffusion_model_hidden_size": 64},
         {"diffusion_model_hidden_size": [32, 48]},
         {"num_hidden_layers": 1},
-        {"vocab_size": 513},
+        {"vocab_size": 529},
         {"vision_loss_mode": "query-block"},
         {"mm_projector_type": "linear"},
         {"mm_use_im_start_end": False},
@@ -756,8 +756,8 @@ def test_damaged_scale_rae_folders(scale_rae, parts, tmp_path, hub):
         read()
     save_file(weights, folder / "model.safetensors")
     read()
-    tokenizer.add_tokens([f"<{i}>" for i in range(9)])
-    with pytest.raises(ValueError, match="516 tokens"):
+    tokenizer.add_tokens([f"<{i}>" for i in range(20)])
+    with pytest.raises(ValueError, match="538 tokens"):
         read()
     tokenizer = transformers.AutoTokenizer.from_pretrained(parts / "language-model")
     with pytest.raises(ValueError, match="no <im_end> and no <im_start>"):
