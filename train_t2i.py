@@ -261,15 +261,15 @@ def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
     text = config.condition == "text"
     config.data = config.data or ("nano" if text else "nano:classes")
+    where = common.launch(config.dtype, config.shard)
+    run = common.Run(config, where)
     start_from = None
     if config.init:
         kind = rae.TextToImage if text else rae.ClassToImage
         with common.loading(config.init):
             start_from = kind.from_pretrained(config.init, config.autoencoder).train()
-        config.autoencoder = start_from.autoencoder_path or ""
+        config.autoencoder = start_from.autoencoder_path
     config.autoencoder = config.autoencoder or str(common.WEIGHTS / "rae")
-    where = common.launch(config.dtype, config.shard)
-    run = common.Run(config, where)
 
     # -------------------------------------------------------------------------------------------------------
     # data: the training stream, and what to look at: captions of another seed, or some of the classes

@@ -236,7 +236,7 @@ def _draw_objects(chance: Chance, size: int) -> Sample:
     metadata["prompt"] = _caption(chance, metadata)
     objects = _place(chance, metadata["include"], size, gap=2.5)
     image = _paint(_plain(chance, size), objects)
-    questions = (*_judgements(chance, metadata), *_some(chance, _questions(chance, objects))[:2])
+    questions = (*_judgements(chance, metadata), *chance.shuffled(_questions(chance, objects))[:2])
     return Sample(image, metadata["prompt"], objects, metadata["tag"], questions, None, metadata)
 
 

@@ -6,8 +6,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
+import rae
 from nano import shapes
 from nano.scorer import Detection, detect, judge, overall, read_word, relations, score
 
@@ -217,6 +219,15 @@ def answered(question, sample):
     relation = next(relation for relation in shapes.RELATIONS if relation in question)
     other = next(thing for thing in sample.objects if thing.shape != asked)
     return shapes.an(other.shape) if relation in relations(boxed(other), boxed(things[0])) else None
+
+
+def test_pictures_are_asked_what_verifiers_ask(parts, monkeypatch):
+    (align, _), (describe, _), *_ = shapes.draw("objects", 5, 0).questions
+    model, asked = rae.TextToImage.from_pretrained(parts / "t2i").eval(), []
+    encode = model.encode_chat
+    monkeypatch.setattr(model, "encode_chat", lambda turns: asked.append(turns) or encode(turns))
+    model.verify(align.split(": ", 1)[1][:-1], torch.zeros(1, *model.read_shape))
+    assert asked == [[("user", f"<image>\n{question}")] for question in (align, describe)]
 
 
 def aligned(sentence, objects):

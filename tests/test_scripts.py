@@ -120,17 +120,8 @@ def test_best_of_keeps_what_the_verifier_prefers(run, parts, tmp_path):
     assert "is of keep 2, not 3" in run("sample.py", "two rings", *again, "--keep", 3, code=1)
     assert "--keep 7" in run("sample.py", "two rings", *best, *flags, "--keep", 7, code=1)
     (tmp_path / "few.jsonl").write_text('{"tag": "single_object", "include": [], "prompt": "a star"}\n')
-    few = [
-        "--file",
-        tmp_path / "few.jsonl",
-        "--best-of",
-        3,
-        "--keep",
-        1,
-        "--verify-pixels",
-        "--resume",
-        *flags,
-    ]
+    few = ["--file", tmp_path / "few.jsonl", "--resume", *flags]
+    few += ["--best-of", 3, "--keep", 1, "--verify-pixels"]
     run("sample.py", *few)
     assert "is of seed 3, not 4" in run("sample.py", *few, "--seed", 4, code=1)
 
