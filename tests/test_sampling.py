@@ -1,0 +1,37 @@
+"""nano/sampling.py: what it starts from, and its run as a user sees it."""
+
+import json
+import sys
+
+import torch
+from PIL import Image
+
+import rae
+from nano import sampling
+
+
+def test_starts_from_noise_as_generate_does_and_from_nothing_not_at_all(parts):
+    model = rae.TextToImage.from_pretrained(parts / "t2i").eval()
+    torch.nn.init.normal_(model.dit.final_layer.linear.weight, std=0.1)  # a new one's velocity is 0
+    noise, prompts = torch.randn(2, *model.latent_shape), ["a star", "two rings"]
+    setting = sampling.Setting(steps=4, guidance=2.0)
+    with torch.no_grad():
+        found = sampling.sample_from(model, prompts, noise, setting)
+        torch.testing.assert_close(found, model.generate(prompts, 4, 2.0, noise=noise))
+        assert torch.equal(sampling.sample_from(model, prompts, noise, setting._replace(start=0.0)), noise)
+        near = sampling.sample_from(model, prompts, noise, setting._replace(start=0.01))
+    assert 0 < (near - noise).abs().max() < 0.1 * (found - noise).abs().max()
+
+
+def test_run_writes_plot_and_results(parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sampling, "STEPS", [sampling.Setting(), sampling.Setting("heun", 2)])
+    monkeypatch.setattr(sampling, "STARTS", [sampling.Setting(start=0.0), sampling.Setting(start=0.5)])
+    monkeypatch.setattr(sampling, "GUIDANCES", [sampling.Setting(steps=3)])
+    flags = ["--model", parts / "t2i", "--limit", 1, "--pictures", 2, "--out", tmp_path / "plot.png"]
+    monkeypatch.setattr(sys, "argv", ["sampling.py", *map(str, flags)])
+    sampling.main()
+    assert Image.open(tmp_path / "plot.png").size[0] > 800
+    found = {row["metric"]: row for row in json.loads((tmp_path / "plot.json").read_text())}
+    assert len(found) == 5 * 7 and found["overall/heun, 2 steps, guidance 3, from 1"]["n"] == 12
+    assert all(0 <= row["value"] <= 1 for row in found.values())
+    assert "counting" in capsys.readouterr().out
