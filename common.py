@@ -375,6 +375,23 @@ def picture_grid(pictures: Tensor, columns: int, gap: int = 2, scale: int = 1) -
     return torch.cat(rows, dim=1)[:, :-gap, :-gap]
 
 
+@contextmanager
+def plotting(path: Path, *grid: int, **options):
+    """Yields the axes of a figure, rows and columns of them, with options as matplotlib's `subplots`; writes
+    it to `path` as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # needs no screen
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(*grid, **options)
+    yield axes
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", bbox_inches="tight")
+    pyplot.close(figure)
+    print(path)
+
+
 def save_results(results: list[dict], seed: int, path: Path) -> None:
     """Numbers {"metric", "value", "n"} as JSON, each with what it takes to make it again."""
     packages = ("torch", "transformers", "numpy", "torchmetrics", "torch-fidelity")

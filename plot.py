@@ -29,30 +29,23 @@ def read(run: str) -> list[dict]:
 
 def main() -> None:
     config = common.parse(Config, __doc__)
-    import matplotlib
-
-    matplotlib.use("Agg")  # needs no screen
-    from matplotlib import pyplot
-
     runs = {run: read(run) for run in config.runs}
     names = list(dict.fromkeys(key for rows in runs.values() for key in rows[0] if key.endswith("loss")))
-    figure, axes = pyplot.subplots(len(names) + 1, 1, figsize=(8, 2.5 * len(names) + 2.5), sharex=True)
-    for axis, name in zip(axes, [*names, "images_per_second"], strict=True):
-        for run, rows in runs.items():
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            axis.plot(*zip(*points, strict=True), label=run, marker="." if len(points) < 30 else "")
-        axis.set_ylabel(name.replace("_", " "))
-        axis.grid(alpha=0.3)
-        if name != "images_per_second" and all(
-            row.get(name, 1) > 0 for rows in runs.values() for row in rows
-        ):
-            axis.set_yscale("log")
-    axes[-1].set_xlabel("step")
-    axes[0].legend()
     out = Path(config.out or Path(config.runs[0]) / "plot.png")
-    with common.replacing(out) as temporary:
-        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
-    print(out)
+    size = (8, 2.5 * len(names) + 2.5)
+    with common.plotting(out, len(names) + 1, 1, figsize=size, sharex=True, dpi=120) as axes:
+        for axis, name in zip(axes, [*names, "images_per_second"], strict=True):
+            for run, rows in runs.items():
+                points = [(row["step"], row[name]) for row in rows if name in row]
+                axis.plot(*zip(*points, strict=True), label=run, marker="." if len(points) < 30 else "")
+            axis.set_ylabel(name.replace("_", " "))
+            axis.grid(alpha=0.3)
+            if name != "images_per_second" and all(
+                row.get(name, 1) > 0 for rows in runs.values() for row in rows
+            ):
+                axis.set_yscale("log")
+        axes[-1].set_xlabel("step")
+        axes[0].legend()
 
 
 if __name__ == "__main__":

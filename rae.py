@@ -837,13 +837,15 @@ def flow_loss(
     return (model(x, t, condition) - (noise - latents)).square().mean(dim=(1, 2))
 
 
-def time_grid(steps: int, alpha: float, grid: str = "full") -> list[tuple[float, float]]:
+def time_grid(steps: int, alpha: float, grid: str = "full", start: float = 1.0) -> list[tuple[float, float]]:
     """(t, dt) of every Euler step.
 
     "full" goes from 1 to 0 in `steps` evaluations. "rae" has `steps` points from 1 to shift(0.001), which is
     one evaluation less. "scale-rae" also has steps - 1: it starts below 1 and ends with a small step back up
-    to 1.
+    to 1. What of the full grid lies below `start` begins there.
     """
+    if start < 1 and grid != "full":
+        raise ValueError(f"only grid 'full' can start at {start}, not {grid!r}")
     if steps < 1 + (grid != "full"):
         raise ValueError(f"grid {grid!r} needs more than {steps} step(s)")
     if grid == "full":
@@ -858,6 +860,8 @@ def time_grid(steps: int, alpha: float, grid: str = "full") -> list[tuple[float,
     else:
         raise ValueError(f"unknown grid {grid!r}: full, rae or scale-rae")
     points = shift_time(base, alpha).tolist()
+    if start < 1:
+        points = [start, *(t for t in points if t < start)]
     pairs = [(t, after - t) for t, after in zip(points, points[1:], strict=False)]
     if grid == "scale-rae":
         pairs[-1] = (points[0], 1 - points[0])
@@ -872,18 +876,19 @@ def sample(
     alpha: float | None = None,
     solver: str = "euler",
     grid: str = "full",
+    start: float = 1.0,
 ) -> Tensor:
     """Integrates dx/dt = velocity(x, t (B,)) from noise (B, N, C) to latents; the state is fp32.
 
     alpha: factor of the timestep shift, sqrt(N C / 4096) by default.
     solver: "euler", or "heun" (two evaluations a step).
-    grid: see `time_grid`.
+    grid: see `time_grid`. start: the t that `noise` is at, if it is latents noised to less than 1.
     """
     if solver not in ("euler", "heun"):
         raise ValueError(f"unknown solver {solver!r}: euler or heun")
     alpha = default_alpha(noise.shape[1:]) if alpha is None else alpha
     x = noise.float()
-    for t, dt in time_grid(steps, alpha, grid):
+    for t, dt in time_grid(steps, alpha, grid, start):
         v = velocity(x, x.new_full((len(x),), t))
         if solver == "heun":
             v = (v + velocity(x + dt * v, x.new_full((len(x),), t + dt))) / 2
@@ -964,12 +969,13 @@ class LatentModel(nn.Module, Hub):
         grid: str = "full",
         guide: "LatentModel | None" = None,
         interval: tuple[float, float] = (0.0, 1.0),
+        start: float = 1.0,
     ) -> Tensor:
         """Latents (B, N, C) for prompts or class labels.
 
         guidance: its scale; 1 is none. By default guidance is classifier-free; with a `guide`, a weaker model
             of the same latents, it is AutoGuidance (arXiv 2406.02507). interval: of t, where it is used.
-        noise: (B, N, C); drawn with `generator`, on its device, unless it is given.
+        noise: (B, N, C); drawn with `generator`, on its device, unless it is given. start: see `sample`.
         """
         condition = self.condition(inputs)
         if noise is None:
@@ -985,7 +991,7 @@ class LatentModel(nn.Module, Hub):
                 raise ValueError(f"the guide makes latents {guide.latent_shape}, not {self.latent_shape}")
             weaker = partial(guide.dit, condition=guide.condition(inputs))
             velocity = guided(velocity, weaker, guidance, interval)
-        return sample(velocity, noise.to(self.device), steps, self.alpha, solver, grid)
+        return sample(velocity, noise.to(self.device), steps, self.alpha, solver, grid, start)
 
     def resize(self, autoencoder: RAE | VAE) -> None:
         """Changes the model to draw pictures of another size: in the latents of its autoencoder for that size

@@ -12,12 +12,10 @@ minutes of one CPU core with --dtype bf16. Prints a table, writes a plot, and th
 
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import common
@@ -51,20 +49,6 @@ STEPS = [Setting(steps=n) for n in (5, 10, 25, 50, 100)] + [Setting("heun", n) f
 STARTS = [Setting(start=t) for t in (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)]
 
 
-def sample_from(model: rae.TextToImage, prompts: list[str], latents: Tensor, setting: Setting) -> Tensor:
-    """Euler's steps of the usual grid, from latents (B, N, C) that are noised to t = `start`, down to 0."""
-    condition = model.condition(prompts)
-    velocity = rae.guided(
-        partial(model.dit, condition=condition), partial(model.dit, condition=None), setting.guidance
-    )
-    for t, dt in rae.time_grid(setting.steps, model.alpha):
-        if t + dt < setting.start:
-            now = min(t, setting.start)
-            step = t + dt - now
-            latents = latents + step * velocity(latents, latents.new_full((len(latents),), now))
-    return latents
-
-
 @torch.no_grad()
 def measure(
     model: rae.TextToImage, wanted: list[dict], setting: Setting, config: Config, where: common.Launch
@@ -76,21 +60,13 @@ def measure(
         numbers = range(start, start + len(batch))
         prompts = [request["prompt"] for request in batch]
         noise, *_ = data.flow_draws(model.latent_shape, config.seed, numbers, where.device)
+        size = model.autoencoder.image_size
+        drawn = [shapes.render(each, config.seed + i, size) for i, each in zip(numbers, batch, strict=True)]
+        true = torch.stack([torch.from_numpy(picture).permute(2, 0, 1) for picture in drawn])
         with where.autocast():
-            if setting.start == 1:
-                latents = model.generate(
-                    prompts, setting.steps, setting.guidance, noise=noise, solver=setting.solver
-                )
-            else:
-                size = model.autoencoder.image_size
-                true = [
-                    shapes.render(request, config.seed + i, size)
-                    for i, request in zip(numbers, batch, strict=True)
-                ]
-                images = torch.stack([torch.from_numpy(picture).permute(2, 0, 1) for picture in true])
-                latents = model.autoencoder.encode(data.to_unit(images, where.device)).float()
-                noised = (1 - setting.start) * latents + setting.start * noise
-                latents = sample_from(model, prompts, noised, setting)
+            latents = model.autoencoder.encode(data.to_unit(true, where.device)).float()
+            noised = (1 - setting.start) * latents + setting.start * noise
+            latents = model.generate(prompts, noise=noised, **setting._asdict())
             pictures = eval.to_uint8(model.autoencoder.decode(latents)).permute(0, 2, 3, 1).numpy()
         for request, picture in zip(batch, pictures, strict=True):
             right[request["tag"]].append(scorer.score(picture, request)[0])
@@ -99,36 +75,23 @@ def measure(
 
 def plot(scores: dict[Setting, dict[str, float]], path: Path) -> None:
     """Over the guidance, over the evaluations of the network that steps cost, and over the start."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # needs no screen
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), sharey=True)
-    tasks = {"overall": "k-o", "single_object": "C0--.", "colors": "C1--.", "counting": "C2--."}
-    for axis, settings, name in ((axes[0], GUIDANCES, "guidance"), (axes[2], STARTS, "start")):
-        for task, style in tasks.items():
-            values = [scores[setting][task] for setting in settings]
-            axis.plot(
-                [getattr(setting, name) for setting in settings],
-                values,
-                style,
-                label=task.replace("_", " "),
-            )
-    for solver, cost, style in (("euler", 1, "k-o"), ("heun", 2, "C3-s")):
-        own = [setting for setting in STEPS if setting.solver == solver]
-        values = [scores[setting]["overall"] for setting in own]
-        axes[1].plot([cost * setting.steps for setting in own], values, style, label=f"overall, {solver}")
-    axes[0].set(xlabel="guidance scale, 50 Euler steps", ylabel="share of right pictures", ylim=(0, 1))
-    axes[1].set(xlabel="velocities, guided by 3", xscale="log")
-    axes[2].set(xlabel="t of the noised true latents at the start")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    with common.replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100, bbox_inches="tight")
-    pyplot.close(figure)
-    print(path)
+    with common.plotting(path, 1, 3, figsize=(13, 4), sharey=True) as axes:
+        tasks = {"overall": "k-o", "single_object": "C0--.", "colors": "C1--.", "counting": "C2--."}
+        for axis, settings, name in ((axes[0], GUIDANCES, "guidance"), (axes[2], STARTS, "start")):
+            places = [getattr(setting, name) for setting in settings]
+            for task, style in tasks.items():
+                values = [scores[setting][task] for setting in settings]
+                axis.plot(places, values, style, label=task.replace("_", " "))
+        for solver, cost, style in (("euler", 1, "k-o"), ("heun", 2, "C3-s")):
+            own = [setting for setting in STEPS if setting.solver == solver]
+            values = [scores[setting]["overall"] for setting in own]
+            axes[1].plot([cost * setting.steps for setting in own], values, style, label=f"overall, {solver}")
+        axes[0].set(xlabel="guidance scale, 50 Euler steps", ylabel="share of right pictures", ylim=(0, 1))
+        axes[1].set(xlabel="velocities, guided by 3", xscale="log")
+        axes[2].set(xlabel="t of the noised true latents at the start")
+        for axis in axes:
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
 
 
 def main() -> None:
@@ -144,9 +107,8 @@ def main() -> None:
     scores, results = {}, []
     for setting in tqdm(dict.fromkeys(GUIDANCES + STEPS + STARTS), desc="settings"):
         scores[setting] = measure(model, wanted, setting, config, where)
-        name = (
-            f"{setting.solver}, {setting.steps} steps, guidance {setting.guidance:g}, from {setting.start:g}"
-        )
+        solver, steps, guidance, start = setting
+        name = f"{solver}, {steps} steps, guidance {guidance:g}, from {start:g}"
         for task, value in scores[setting].items():
             n = len(wanted) // (1 if task == "overall" else len(shapes.TASKS))
             results.append({"metric": f"{task}/{name}", "value": value, "n": n})

@@ -142,37 +142,33 @@ def table(results: list[Result], channels: int) -> str:
 
 def plot(results: list[Result], latents: Tensor, path: Path) -> None:
     """On the left the loss over the steps, on the right the final loss over the width, above its bound."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # needs no screen
-    from matplotlib import pyplot
-
     channels = latents.shape[1]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
-    window = max(1, len(results[0].losses) // 50)  # steps, whose mean is shown
-    for i, (size, _, losses, value, _) in enumerate(results):
-        smooth = torch.tensor(losses).unfold(0, window, 1).mean(dim=1)
-        label = f"{size.width} wide, {size.depth} deep"
-        label += f", head {size.head[0]} wide, {size.head[1]} deep" if size.head else ""
-        style = {"color": f"C{i}", "label": label}
-        left.plot(range(window, len(losses) + 1), smooth, **style, linestyle="--" if size.head else "-")
-        right.plot(size.width, value, **style, linestyle="", marker="*" if size.head else "o", markersize=8)
-    widest = max(result.size.width for result in results)
-    bounds = [lower_bound(latents, width) for width in range(widest + 1)]
-    right.plot(bounds, color="black", linewidth=1, label="lower bound, without a head")
-    right.axvline(channels, color="gray", linestyle=":", label=f"width of a token, {channels}")
-    left.set(xlabel="step", ylabel="flow loss", yscale="log")
-    top = 1.05 * max(1.0, *(result.loss for result in results))
-    right.set(
-        xlabel="width of the backbone", ylabel="final flow loss", xlim=(0, 1.05 * widest), ylim=(-0.03, top)
-    )
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    right.legend(fontsize=8)
-    with common.replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100, bbox_inches="tight")
-    pyplot.close(figure)
-    print(path)
+    with common.plotting(path, 1, 2, figsize=(12, 4.5)) as (left, right):
+        window = max(1, len(results[0].losses) // 50)  # steps, whose mean is shown
+        for i, (size, _, losses, value, _) in enumerate(results):
+            smooth = torch.tensor(losses).unfold(0, window, 1).mean(dim=1)
+            label = f"{size.width} wide, {size.depth} deep"
+            label += f", head {size.head[0]} wide, {size.head[1]} deep" if size.head else ""
+            style = {"color": f"C{i}", "label": label}
+            left.plot(range(window, len(losses) + 1), smooth, **style, linestyle="--" if size.head else "-")
+            right.plot(
+                size.width, value, **style, linestyle="", marker="*" if size.head else "o", markersize=8
+            )
+        widest = max(result.size.width for result in results)
+        bounds = [lower_bound(latents, width) for width in range(widest + 1)]
+        right.plot(bounds, color="black", linewidth=1, label="lower bound, without a head")
+        right.axvline(channels, color="gray", linestyle=":", label=f"width of a token, {channels}")
+        left.set(xlabel="step", ylabel="flow loss", yscale="log")
+        top = 1.05 * max(1.0, *(result.loss for result in results))
+        right.set(
+            xlabel="width of the backbone",
+            ylabel="final flow loss",
+            xlim=(0, 1.05 * widest),
+            ylim=(-0.03, top),
+        )
+        for axis in (left, right):
+            axis.grid(alpha=0.3)
+        right.legend(fontsize=8)
 
 
 def save(results: list[Result], tokens: int, config: Config, path: Path) -> None:

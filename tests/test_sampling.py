@@ -1,8 +1,9 @@
-"""nano/sampling.py: what it starts from, and its run as a user sees it."""
+"""nano/sampling.py: sampling from noised latents, and its run as a user sees it."""
 
 import json
 import sys
 
+import pytest
 import torch
 from PIL import Image
 
@@ -10,17 +11,23 @@ import rae
 from nano import sampling
 
 
-def test_starts_from_noise_as_generate_does_and_from_nothing_not_at_all(parts):
+def test_sampling_starts_in_the_middle_or_not_at_all(parts):
     model = rae.TextToImage.from_pretrained(parts / "t2i").eval()
     torch.nn.init.normal_(model.dit.final_layer.linear.weight, std=0.1)  # a new one's velocity is 0
     noise, prompts = torch.randn(2, *model.latent_shape), ["a star", "two rings"]
-    setting = sampling.Setting(steps=4, guidance=2.0)
+    (_, dt), (t, _), *_ = rae.time_grid(4, model.alpha)
+    for solver in ("euler", "heun"):
+        found, none, near = (
+            model.generate(prompts, 4, noise=noise, solver=solver, start=start) for start in (1.0, 0.0, 0.01)
+        )
+        assert torch.equal(none, noise)
+        assert 0 < (near - noise).abs().max() < 0.1 * (found - noise).abs().max()
     with torch.no_grad():
-        found = sampling.sample_from(model, prompts, noise, setting)
-        torch.testing.assert_close(found, model.generate(prompts, 4, 2.0, noise=noise))
-        assert torch.equal(sampling.sample_from(model, prompts, noise, setting._replace(start=0.0)), noise)
-        near = sampling.sample_from(model, prompts, noise, setting._replace(start=0.01))
-    assert 0 < (near - noise).abs().max() < 0.1 * (found - noise).abs().max()
+        first = noise + dt * model.dit(noise, torch.ones(2), model.condition(prompts))
+    rest = model.generate(prompts, 4, noise=first, start=t)
+    torch.testing.assert_close(rest, model.generate(prompts, 4, noise=noise))
+    with pytest.raises(ValueError, match="only grid 'full'"):
+        model.generate(prompts, 4, noise=noise, grid="scale-rae", start=0.5)
 
 
 def test_run_writes_plot_and_results(parts, tmp_path, monkeypatch, capsys):
