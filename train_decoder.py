@@ -121,6 +121,10 @@ class Config:
     )
     encoder_size: int | None = flag(None, "side of its input in pixels, if not the one of its config")
     decoder: str = flag("nano", "size of the decoder", choices=rae.DECODERS)
+    init: str = flag(
+        "",
+        "start from this RAE, a folder, hub id or name, its encoder and statistics (default: a generator's)",
+    )
     patch_size: int | None = flag(
         None, "side in pixels of the square that each token becomes (default: the encoder's)"
     )
@@ -136,6 +140,10 @@ class Config:
     ema: float = flag(0.998, "decay of the averaged weights, which are what is saved")
     tau: float = flag(0.0, "noise on the latents, of a sigma drawn for each picture (0: none)", at_least=0)
     sigma: str = flag("normal", "its distribution: |N(0, tau^2)| or U(0, tau)", choices=["normal", "uniform"])
+    generator: str = flag(
+        "",
+        "text-to-image model that makes the latents to decode from noised ones, so that it leaves its marks",
+    )
     perceptual: str = flag(
         "none", "features to compare: VGG16's (lpips), the encoder's", choices=["lpips", "encoder", "none"]
     )
@@ -212,6 +220,20 @@ def noise_scale(uniform: Tensor, tau: float, distribution: str) -> Tensor:
     if distribution == "normal":
         uniform = torch.special.ndtri((1 + uniform.double()) / 2).float()
     return tau * uniform
+
+
+def remade(
+    latents: Tensor, generator: rae.TextToImage, captions: list[str], seed: int, index: list[int]
+) -> Tensor:
+    """Latents (B, N, C) noised to one t of U(0, 0.8) and sampled from there by a text-to-image model.
+
+    What is where in a picture is decided above and stays. Below, the model leaves its marks: parts that look
+    clean and do not quite agree, which noise is not. A decoder learns which of them to believe.
+    """
+    start = 0.8 * data.uniform_draws(1, seed, index[:1], "remade").item()
+    noise, _, _ = data.flow_draws(generator.latent_shape, data.mix(seed, "remade"), index, latents.device)
+    noisy = torch.lerp(latents.float(), noise, start)
+    return generator.generate(captions, steps=6, noise=noisy, start=start)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -524,14 +546,22 @@ def main() -> None:
     torch.manual_seed(config.seed)
     patch = {"patch_size": config.patch_size} if config.patch_size else {}
     size = rae.DECODERS[config.decoder] | patch
-    with common.loading(config.encoder):
-        model = rae.RAE(config.encoder, size, config.encoder_size).to(where.device)
+    generator = None
+    if config.generator:
+        generator = common.load_model(rae.TextToImage, config.generator, config.init, where)
+    if init := generator.autoencoder_path if generator else config.init:
+        model = common.load_autoencoder(init, where)
+        if not isinstance(model, rae.RAE):
+            raise ValueError(f"{init} is a VAE: this trains the decoder of an RAE")
+    else:
+        with common.loading(config.encoder):
+            model = rae.RAE(config.encoder, size, config.encoder_size).to(where.device)
     source = data.open_source(config.data, model.image_size, config.seed, crop=config.crop)
 
     def batches(start: int, positions: dict) -> data.Loader:
         return data.Loader(source, config.batch, config.workers, start, where.rank, where.world, positions)
 
-    if run.source is None and config.normalise != "none":
+    if run.source is None and not init and config.normalise != "none":
         centres = data.open_source(config.data, model.image_size, config.seed)
         limit, world = config.statistics or None, where.world
         measured = data.Once(centres, config.batch, limit, config.workers, where.rank, world)
@@ -554,6 +584,7 @@ def main() -> None:
     for each in (model, average):
         common.distribute(each.decoder, each.decoder.decoder_layers, where)
     frozen = [*model.encoder.blocks, *(backbone.encoder.blocks if discriminator else ())]
+    frozen += generator.dit.blocks if generator else []
     common.compile_blocks([*model.decoder.decoder_layers, *frozen], config.compile, where)
     if config.checkpoint_blocks:
         common.checkpoint_blocks(model.decoder.decoder_layers)
@@ -660,7 +691,14 @@ def main() -> None:
         for piece in data.pieces(next(loader), config.accumulate):
             images = data.to_unit(piece["image"], where.device)
             with where.autocast():
-                pieces.append((images, model.encode(images), piece["index"]))
+                latents = model.encode(images)
+                if generator:
+                    if not all(piece["caption"]):
+                        raise ValueError(
+                            f"{config.data} has pictures without captions, --generator needs them"
+                        )
+                    latents = remade(latents, generator, piece["caption"], config.seed, piece["index"])
+            pieces.append((images, latents, piece["index"]))
         adversarial = discriminator is not None and step >= config.gan_start
         for piece in pieces:
             count(learn_to_decode(*piece, adversarial), piece[0])

@@ -270,6 +270,48 @@ def test_what_is_shown_and_saved_is_the_average(world, parts, tmp_path):
     assert differences[0] <= 1 and differences[1] > 5
 
 
+def test_starting_from_another_model(world, parts, tmp_path):
+    """Its encoder, decoder and statistics: where nothing is learnt, all of it is saved again."""
+    still = ["--lr", 0, "--muon", 0, "--steps", 1, "--batch", 2, "--workers", 0]
+    flags = [*still, "--data", "nano:text", "--out"]
+    world(1, "train_decoder.py", "--init", parts / "rae", *flags, tmp_path / "init").wait()
+    flags = [*flags, tmp_path / "remade", "--generator", parts / "t2i"]
+    world(1, "train_decoder.py", *flags).wait()
+    given = rae.RAE.from_pretrained(parts / "rae").state_dict()
+    for out in ("init", "remade"):  # a generator brings its own autoencoder
+        torch.testing.assert_close(rae.RAE.from_pretrained(tmp_path / out / "model").state_dict(), given)
+    losses = [json.loads((tmp_path / out / "metrics.jsonl").read_text())["l1"] for out in ("init", "remade")]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)  # of other latents
+
+
+def test_a_generator_needs_captions(world, parts, tmp_path):
+    common.save_picture(tmp_path / "pictures/0.png", torch.zeros(3, 32, 32))
+    flags = ["--data", tmp_path / "pictures", "--out", tmp_path / "out", "--batch", 1, "--workers", 0]
+    printed = world(1, "train_decoder.py", *flags, "--generator", parts / "t2i").wait(1)
+    assert "has pictures without captions" in printed and "Traceback" not in printed
+
+
+def test_latents_remade(parts):
+    """A generator that stays where it is gives back latents noised to one t below 0.8, each number's by noise
+    of its own."""
+    generator = rae.TextToImage.from_pretrained(parts / "t2i").eval()
+    torch.nn.init.zeros_(generator.dit.final_layer.linear.weight)
+    torch.nn.init.zeros_(generator.dit.final_layer.linear.bias)
+    latents = torch.randn(64, 16, 24, generator=torch.Generator().manual_seed(0))
+    starts, noises = [], []
+    for first in range(0, 1280, 64):
+        numbers = list(range(first, first + 64))
+        made = train_decoder.remade(latents, generator, ["a red circle"] * 64, 7, numbers)
+        starts.append(1 - ((made * latents).mean() / latents.square().mean()).item())
+        noises.append(made - (1 - starts[-1]) * latents)
+        assert noises[-1].std().item() == pytest.approx(starts[-1], abs=0.01)
+    assert 0 < min(starts) < 0.2 and 0.6 < max(starts) < 0.81
+    one = train_decoder.remade(latents[:2], generator, ["a red circle"] * 2, 7, [1216, 5])
+    torch.testing.assert_close(one[0], made[0])
+    other = (one[1] - (1 - starts[-1]) * latents[1]) / starts[-1]
+    torch.testing.assert_close(other, noises[0][5] / starts[0], atol=0.1, rtol=0)
+
+
 def test_a_damaged_encoder_is_refused(parts, tmp_path):
     shutil.copytree(parts / "encoder", tmp_path / "encoder")
     file = tmp_path / "encoder/model.safetensors"
