@@ -120,6 +120,7 @@ class Config:
     seeds: int = flag(3, "scaling: over how many seeds", at_least=1)
     steps: int = flag(50, "steps of the sampler", at_least=1)
     guidance: float = flag(3.0, "scale of classifier-free guidance")
+    skip: int | None = flag(None, "guide, beside that, by the model itself without this block of its DiT")
     solver: str = flag("euler", "of the flow's differential equation", choices=["euler", "heun"])
     seed: int = flag(1000, "of the pictures, prompts and noise; training uses small ones")
     batch: int = flag(64, "pictures at once, on each process", at_least=1)
@@ -696,7 +697,8 @@ def draw(
         indices = [start + i for i in range(len(batch))]
         noise, *_ = data.flow_draws(model.latent_shape, config.seed, indices, torch.device("cpu"))
         with torch.no_grad(), where.autocast():
-            latents = model.generate(batch, config.steps, config.guidance, noise=noise, solver=config.solver)
+            how = {"solver": config.solver, "skip": config.skip}
+            latents = model.generate(batch, config.steps, config.guidance, noise=noise, **how)
             pictures = model.autoencoder.decode(latents)
         yield from to_uint8(pictures).permute(0, 2, 3, 1).numpy()
 
@@ -929,9 +931,9 @@ def scaling(config: Config, where: common.Launch) -> list[dict]:
                 model.latent_shape, data.mix(seed, task, i), candidates, torch.device("cpu")
             )
             with torch.no_grad(), where.autocast():
-                latents = model.generate(
-                    [text] * len(candidates), config.steps, config.guidance, noise=noise, solver=config.solver
-                )
+                how = {"solver": config.solver, "skip": config.skip}
+                texts = [text] * len(candidates)
+                latents = model.generate(texts, config.steps, config.guidance, noise=noise, **how)
                 pictures = to_uint8(model.autoencoder.decode(latents)).permute(0, 2, 3, 1).numpy()
             verdicts = model.verify(text, latents)
             scores = [scorer.score(picture, wanted)[0] for picture in pictures]

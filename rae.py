@@ -756,12 +756,14 @@ class DiT(nn.Module, Hub, library_name="rae"):
             raise ValueError("this DiT is unconditional: it has no null condition")
         return self.y_embedder.drop(condition, dropped)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, condition: Tensor | None = None, skip: int | None = None
+    ) -> Tensor:
         """Velocity (B, N, C) at x (B, N, C), t (B,) in [0, 1].
 
         condition: labels (B,) or vectors (B, N, condition_width); None, or the label `num_classes`, is the
         null condition. Raises IndexError for labels beyond it, ValueError for a condition where the model has
-        none.
+        none. skip: the number of a block to leave out, from 0.
         """
         time = self.t_embedder(t)[:, None]
         c = (
@@ -772,8 +774,9 @@ class DiT(nn.Module, Hub, library_name="rae"):
         if self.silu_condition:
             c = F.silu(c)
         s = (self.s_embedder if self.head else self.x_embedder)(x) + self.pos_embed
-        for block in self.blocks[: self.depth]:
-            s = block(s, c, self.rope)
+        for number, block in enumerate(self.blocks[: self.depth]):
+            if number != skip:
+                s = block(s, c, self.rope)
         if self.head:
             c = self.s_projector(F.silu(time + s if self.readd_time else s))
             s = self.x_embedder(x)
@@ -970,11 +973,14 @@ class LatentModel(nn.Module, Hub):
         guide: "LatentModel | None" = None,
         interval: tuple[float, float] = (0.0, 1.0),
         start: float = 1.0,
+        skip: int | None = None,
     ) -> Tensor:
         """Latents (B, N, C) for prompts or class labels.
 
         guidance: its scale; 1 is none. By default guidance is classifier-free; with a `guide`, a weaker model
             of the same latents, it is AutoGuidance (arXiv 2406.02507). interval: of t, where it is used.
+        skip: the number of a block; what that makes is then guided, at scale 2, by the model without the
+            block, a weaker one that costs no memory (arXiv 2411.18664).
         noise: (B, N, C); drawn with `generator`, on its device, unless it is given. start: see `sample`.
         """
         condition = self.condition(inputs)
@@ -991,6 +997,11 @@ class LatentModel(nn.Module, Hub):
                 raise ValueError(f"the guide makes latents {guide.latent_shape}, not {self.latent_shape}")
             weaker = partial(guide.dit, condition=guide.condition(inputs))
             velocity = guided(velocity, weaker, guidance, interval)
+        if skip is not None:
+            if not 0 <= skip < self.dit.depth:
+                raise ValueError(f"no block {skip} to leave out: the DiT's are 0 to {self.dit.depth - 1}")
+            weaker = partial(self.dit, condition=condition, skip=skip)
+            velocity = guided(velocity, weaker, 2.0, interval)
         return sample(velocity, noise.to(self.device), steps, self.alpha, solver, grid, start)
 
     def resize(self, autoencoder: RAE | VAE) -> None:

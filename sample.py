@@ -68,6 +68,7 @@ SETTINGS = (  # in a PNG
     "guidance",
     "guide",
     "interval",
+    "skip",
     "solver",
     "grid",
 )
@@ -106,6 +107,7 @@ class Config:
     guidance: float = flag(3.0, "its scale; classifier-free, or with a guide AutoGuidance; 1 is none")
     guide: str = flag("", "a weaker model of the same latents, for AutoGuidance")
     interval: str = flag("0,1", "of t, in which there is guidance; t = 1 is noise")
+    skip: int | None = flag(None, "guide, beside that, by the model itself without this block of its DiT")
     solver: str = flag("euler", "of the flow's differential equation", choices=["euler", "heun"])
     grid: str = flag(
         "full", "times of the steps; the papers' own are the others", choices=["full", "rae", "scale-rae"]
@@ -462,6 +464,7 @@ def latents_of(
             grid=config.grid,
             guide=guide,
             interval=interval(config),
+            skip=config.skip,
         )
 
 
