@@ -120,7 +120,9 @@ class Config:
     seeds: int = flag(3, "scaling: over how many seeds", at_least=1)
     steps: int = flag(50, "steps of the sampler", at_least=1)
     guidance: float = flag(3.0, "scale of classifier-free guidance")
-    skip: int | None = flag(None, "guide, beside that, by the model itself without this block of its DiT")
+    skip: int | None = flag(
+        None, "a block of the DiT, from 0: guide also, at scale 2, by the model itself without it"
+    )
     solver: str = flag("euler", "of the flow's differential equation", choices=["euler", "heun"])
     seed: int = flag(1000, "of the pictures, prompts and noise; training uses small ones")
     batch: int = flag(64, "pictures at once, on each process", at_least=1)

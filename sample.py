@@ -107,7 +107,9 @@ class Config:
     guidance: float = flag(3.0, "its scale; classifier-free, or with a guide AutoGuidance; 1 is none")
     guide: str = flag("", "a weaker model of the same latents, for AutoGuidance")
     interval: str = flag("0,1", "of t, in which there is guidance; t = 1 is noise")
-    skip: int | None = flag(None, "guide, beside that, by the model itself without this block of its DiT")
+    skip: int | None = flag(
+        None, "a block of the DiT, from 0: guide also, at scale 2, by the model itself without it"
+    )
     solver: str = flag("euler", "of the flow's differential equation", choices=["euler", "heun"])
     grid: str = flag(
         "full", "times of the steps; the papers' own are the others", choices=["full", "rae", "scale-rae"]
@@ -392,7 +394,7 @@ def draw_best(
         about |= {"prompt": group[0].input, "seed": str(group[0].seed)}
         if config.resume and scores_of(group, config).exists():
             found = json.loads(scores_of(group, config).read_text())["settings"]
-            if wrong := [name for name in about if found.get(name) != about[name]]:
+            if wrong := [name for name in about if found.get(name, "None") != about[name]]:
                 raise ValueError(
                     f"{scores_of(group, config)} is of {wrong[0]} {found.get(wrong[0])}, not "
                     f"{about[wrong[0]]}: choose another --out, or leave --resume out"

@@ -15,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -123,7 +124,8 @@ class Config:
     decoder: str = flag("nano", "size of the decoder", choices=rae.DECODERS)
     init: str = flag(
         "",
-        "start from this RAE, a folder, hub id or name, its encoder and statistics (default: a generator's)",
+        "start from this RAE, a folder, hub id or name, instead of a new decoder of --encoder, --decoder and "
+        "--statistics (default: a generator's)",
     )
     patch_size: int | None = flag(
         None, "side in pixels of the square that each token becomes (default: the encoder's)"
@@ -223,17 +225,20 @@ def noise_scale(uniform: Tensor, tau: float, distribution: str) -> Tensor:
 
 
 def remade(
-    latents: Tensor, generator: rae.TextToImage, captions: list[str], seed: int, index: list[int]
+    latents: Tensor, generator: rae.TextToImage, captions: list[str], seed: int, index: list[int], step: int
 ) -> Tensor:
-    """Latents (B, N, C) noised to one t of U(0, 0.8) and sampled from there by a text-to-image model.
+    """Latents (B, N, C) noised to one t of U(0, 0.8) a step and sampled from there by a text-to-image model.
 
     What is where in a picture is decided above and stays. Below, the model leaves its marks: parts that look
-    clean and do not quite agree, which noise is not. A decoder learns which of them to believe.
+    clean and do not quite agree, which noise is not. A decoder learns which of them to believe. (Not of a
+    paper: it was found in the nano world, see docs/nano.md.)
     """
-    start = 0.8 * data.uniform_draws(1, seed, index[:1], "remade").item()
+    start = 0.8 * data.uniform_draws(1, seed, [step], "remade").item()
+    unshifted = start / (generator.alpha - (generator.alpha - 1) * start)
+    steps = math.ceil(4 / max(unshifted, 1e-3))  # of which four are below the start
     noise, _, _ = data.flow_draws(generator.latent_shape, data.mix(seed, "remade"), index, latents.device)
     noisy = torch.lerp(latents.float(), noise, start)
-    return generator.generate(captions, steps=6, noise=noisy, start=start)
+    return generator.generate(captions, steps, noise=noisy, start=start)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -549,19 +554,28 @@ def main() -> None:
     generator = None
     if config.generator:
         generator = common.load_model(rae.TextToImage, config.generator, config.init, where)
-    if init := generator.autoencoder_path if generator else config.init:
-        model = common.load_autoencoder(init, where)
+    if generator or config.init:
+        model = generator.autoencoder if generator else common.load_autoencoder(config.init, where)
         if not isinstance(model, rae.RAE):
-            raise ValueError(f"{init} is a VAE: this trains the decoder of an RAE")
+            raise ValueError("--init, or the generator's autoencoder, is a VAE: this trains an RAE's decoder")
+        for name, own in (("patch_size", model.decoder.patch_size), ("encoder_size", model.encoder_size)):
+            if (given := getattr(config, name)) not in (None, own):
+                raise ValueError(f"--{name.replace('_', '-')} {given}: the model to start from has {own}")
     else:
         with common.loading(config.encoder):
             model = rae.RAE(config.encoder, size, config.encoder_size).to(where.device)
-    source = data.open_source(config.data, model.image_size, config.seed, crop=config.crop)
+    options = {"crop": config.crop}
+    if generator:  # captions longer than it takes are left out
+        options |= {
+            "length": partial(rae.chat_length, tokenizer=generator.tokenizer, picture=0),
+            "longest": 256,
+        }
+    source = data.open_source(config.data, model.image_size, config.seed, **options)
 
     def batches(start: int, positions: dict) -> data.Loader:
         return data.Loader(source, config.batch, config.workers, start, where.rank, where.world, positions)
 
-    if run.source is None and not init and config.normalise != "none":
+    if run.source is None and not (generator or config.init) and config.normalise != "none":
         centres = data.open_source(config.data, model.image_size, config.seed)
         limit, world = config.statistics or None, where.world
         measured = data.Once(centres, config.batch, limit, config.workers, where.rank, world)
@@ -697,7 +711,7 @@ def main() -> None:
                         raise ValueError(
                             f"{config.data} has pictures without captions, --generator needs them"
                         )
-                    latents = remade(latents, generator, piece["caption"], config.seed, piece["index"])
+                    latents = remade(latents, generator, piece["caption"], config.seed, piece["index"], step)
             pieces.append((images, latents, piece["index"]))
         adversarial = discriminator is not None and step >= config.gan_start
         for piece in pieces:

@@ -349,6 +349,7 @@ def test_resume_refuses_pictures_of_other_weights(world, parts, tmp_path):
             (tmp_path / "o/000003.png").write_bytes(b"")  # of a full disk
             world(1, *flags, "--resume").wait()
             assert data.open_metadata(str(tmp_path / "o/000003.png"))["label"] == "2"
+            assert "was drawn with skip None, not 0" in world(1, *flags, "--resume", "--skip", 0).wait(code=1)
     assert "was drawn with weights" in world(1, *flags, "--resume").wait(code=1)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 import sys
 
@@ -282,6 +283,8 @@ def test_starting_from_another_model(world, parts, tmp_path):
         torch.testing.assert_close(rae.RAE.from_pretrained(tmp_path / out / "model").state_dict(), given)
     losses = [json.loads((tmp_path / out / "metrics.jsonl").read_text())["l1"] for out in ("init", "remade")]
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)  # of other latents
+    other = ["--init", parts / "rae", "--patch-size", 4, "--out", tmp_path / "other"]
+    assert "the model to start from has 8" in world(1, "train_decoder.py", *other).wait(1)
 
 
 def test_a_generator_needs_captions(world, parts, tmp_path):
@@ -292,24 +295,36 @@ def test_a_generator_needs_captions(world, parts, tmp_path):
 
 
 def test_latents_remade(parts):
-    """A generator that stays where it is gives back latents noised to one t below 0.8, each number's by noise
-    of its own."""
+    """Noised to one t below 0.8 a step, each number by noise of its own, and sampled from there by the asked
+    caption in four steps and what is left of a fifth."""
     generator = rae.TextToImage.from_pretrained(parts / "t2i").eval()
+    latents = torch.randn(64, 16, 24, generator=torch.Generator().manual_seed(0))
+    numbers, captions = list(range(64)), ["a red circle"] * 64
     torch.nn.init.zeros_(generator.dit.final_layer.linear.weight)
     torch.nn.init.zeros_(generator.dit.final_layer.linear.bias)
-    latents = torch.randn(64, 16, 24, generator=torch.Generator().manual_seed(0))
-    starts, noises = [], []
-    for first in range(0, 1280, 64):
-        numbers = list(range(first, first + 64))
-        made = train_decoder.remade(latents, generator, ["a red circle"] * 64, 7, numbers)
-        starts.append(1 - ((made * latents).mean() / latents.square().mean()).item())
-        noises.append(made - (1 - starts[-1]) * latents)
-        assert noises[-1].std().item() == pytest.approx(starts[-1], abs=0.01)
+    starts = []
+    for step in range(20):  # a generator that stays where it is
+        noised = train_decoder.remade(latents, generator, captions, 7, numbers, step)
+        starts.append(1 - ((noised * latents).mean() / latents.square().mean()).item())
+        noise = noised - (1 - starts[-1]) * latents
+        assert noise.std().item() == pytest.approx(starts[-1], abs=0.01)
     assert 0 < min(starts) < 0.2 and 0.6 < max(starts) < 0.81
-    one = train_decoder.remade(latents[:2], generator, ["a red circle"] * 2, 7, [1216, 5])
-    torch.testing.assert_close(one[0], made[0])
-    other = (one[1] - (1 - starts[-1]) * latents[1]) / starts[-1]
-    torch.testing.assert_close(other, noises[0][5] / starts[0], atol=0.1, rtol=0)
+    some = train_decoder.remade(latents[5:7], generator, captions[:2], 7, [5, 6], 19)
+    torch.testing.assert_close(some, noised[5:7])  # whatever the batch
+
+    torch.nn.init.normal_(generator.dit.final_layer.linear.weight)
+    made = train_decoder.remade(latents[:2], generator, captions[:2], 7, [0, 1], 19)
+    start = 0.8 * data.uniform_draws(1, 7, [19], "remade").item()
+    linear = start / (generator.alpha - (generator.alpha - 1) * start)
+    grid = torch.arange(math.ceil(4 / linear) + 1).double() / math.ceil(4 / linear)
+    times = [t for t in rae.shift_time(grid, generator.alpha).tolist() if t < start][::-1]
+    assert len(times) in (4, 5)
+    x, condition = noised[:2], generator.condition(captions[:2])
+    for t, after in itertools.pairwise([start, *times]):
+        with torch.no_grad():
+            x = x + (after - t) * generator.dit(x, torch.full((2,), t), condition)
+    assert not torch.allclose(x, noised[:2], atol=0.1)
+    torch.testing.assert_close(made, x, atol=1e-4, rtol=1e-4)
 
 
 def test_a_damaged_encoder_is_refused(parts, tmp_path):
