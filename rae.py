@@ -806,7 +806,7 @@ def default_alpha(latent_shape: tuple[int, int]) -> float:
     return math.sqrt(latent_shape[0] * latent_shape[1] / 4096)
 
 
-def shift_time(t: Tensor, alpha: float) -> Tensor:
+def shift_time(t: Tensor | float, alpha: float) -> Tensor | float:
     """alpha t / (1 + (alpha - 1) t): more noise for latents of more dimensions."""
     return alpha * t / (1 + (alpha - 1) * t)
 

@@ -234,7 +234,7 @@ def remade(
     paper: it was found in the nano world, see docs/nano.md.)
     """
     start = 0.8 * data.uniform_draws(1, seed, [step], "remade").item()
-    unshifted = start / (generator.alpha - (generator.alpha - 1) * start)
+    unshifted = rae.shift_time(start, 1 / generator.alpha)
     steps = math.ceil(4 / max(unshifted, 1e-3))  # of which four are below the start
     noise, _, _ = data.flow_draws(generator.latent_shape, data.mix(seed, "remade"), index, latents.device)
     noisy = torch.lerp(latents.float(), noise, start)
