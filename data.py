@@ -4,6 +4,7 @@ A source is named by --data, several by a list with weights:
 
     nano                           the synthetic world of nano/shapes.py: objects, scenes and text
     nano:objects                   one of its domains, or nano:classes, single objects with a class label
+    nano:counting                  or one of the six tasks of its objects
     path/to/folder                 pictures; captions in its metadata.jsonl ({"file_name": ..., "text": ...}),
                                    or a folder for each class, as ImageNet has them
     path/to/shards                 a folder of .tar (jpg, png or webp beside txt, cls or json) or of .parquet
@@ -278,10 +279,9 @@ class Nano:
     def __init__(self, domain: str, size: int, seed: int, understanding: float = 0.0):
         from nano import shapes
 
-        if domain not in (*shapes.DOMAINS, "classes"):
-            raise ValueError(
-                f"nano has no domain {domain!r}: choose from {', '.join(shapes.DOMAINS)}, classes"
-            )
+        domains = (*shapes.DOMAINS, *shapes.TASKS, "classes")
+        if domain not in domains:
+            raise ValueError(f"nano has no domain {domain!r}: choose from {', '.join(domains)}")
         self.draw, self.domain, self.size = shapes.draw, domain, size
         self.seed, self.understanding = seed, understanding
         self.classes = len(shapes.PAIRS) if domain == "classes" else None

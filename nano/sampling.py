@@ -33,6 +33,9 @@ class Config:
     pictures: int = flag(4, "for each prompt", at_least=1)
     batch: int = flag(64, "pictures at once", at_least=1)
     seed: int = flag(1000, "of the prompts and noise; training uses small ones")
+    skip: int | None = flag(
+        None, "a block of the DiT, from 0: guide also, at scale 2, by the model itself without it"
+    )
     dtype: str = flag("auto", "of the compute; weights are fp32", choices=["auto", "bf16", "fp32"])
     out: str = flag("docs/sampling.png", "the plot; the results are beside it, as .json")
 
@@ -66,7 +69,7 @@ def measure(
         with where.autocast():
             latents = model.autoencoder.encode(data.to_unit(true, where.device)).float()
             noised = (1 - setting.start) * latents + setting.start * noise
-            latents = model.generate(prompts, noise=noised, **setting._asdict())
+            latents = model.generate(prompts, noise=noised, skip=config.skip, **setting._asdict())
             pictures = eval.to_uint8(model.autoencoder.decode(latents)).permute(0, 2, 3, 1).numpy()
         for request, picture in zip(batch, pictures, strict=True):
             right[request["tag"]].append(scorer.score(picture, request)[0])

@@ -165,15 +165,18 @@ class Chance:
 
 
 def draw(domain: str, seed: int, index: int, size: int = 48) -> Sample:
-    """Training sample number `index` of the endless stream `seed` of one of DOMAINS, without held-out pairs;
-    or of `classes`, single objects of every pair, the held-out ones too.
+    """Training sample number `index` of the endless stream `seed` of one of DOMAINS, or of one of TASKS, that
+    part of `objects`, without held-out pairs; or of `classes`, single objects of every pair, held out or not.
 
     `size` is the picture's side in pixels; everything in it grows along. ValueError for another domain.
     """
+    others = len(DOMAINS) + len(TASKS) + 1  # the streams before are of domains, prompts and renderings
     if domain == "classes":
-        return _draw_class(Chance(len(DOMAINS) + len(TASKS) + 1, seed, index), size)
+        return _draw_class(Chance(others, seed, index), size)
+    if domain in TASKS:
+        return _draw_objects(Chance(others + 1 + TASKS.index(domain), seed, index), size, domain)
     if domain not in DOMAINS:
-        raise ValueError(f"no domain {domain!r}; choose one of {', '.join(DOMAINS)}")
+        raise ValueError(f"no domain {domain!r}; choose one of {', '.join(DOMAINS + TASKS)}, classes")
     chance = Chance(DOMAINS.index(domain), seed, index)
     return {"objects": _draw_objects, "scenes": _draw_scene, "text": _draw_text}[domain](chance, size)
 
@@ -228,8 +231,8 @@ def an(phrase: str) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def _draw_objects(chance: Chance, size: int) -> Sample:
-    metadata = _request(chance, chance.choice(TASKS), TRAINING_PAIRS)
+def _draw_objects(chance: Chance, size: int, task: str | None = None) -> Sample:
+    metadata = _request(chance, task or chance.choice(TASKS), TRAINING_PAIRS)
     if metadata["tag"] == "counting" and chance.coin(1 / 3):
         entry = metadata["include"][0]
         entry["color"] = chance.choice([color for shape, color in TRAINING_PAIRS if shape == entry["class"]])

@@ -62,22 +62,26 @@ def test_pixels_are_pinned():
 
 
 def test_draws_do_not_depend_on_their_order():
-    forward = [shapes.draw(domain, 1, i) for domain in shapes.DOMAINS for i in range(10)]
-    backward = [shapes.draw(domain, 1, i) for domain in shapes.DOMAINS[::-1] for i in range(9, -1, -1)][::-1]
+    domains = shapes.DOMAINS + shapes.TASKS
+    forward = [shapes.draw(domain, 1, i) for domain in domains for i in range(10)]
+    backward = [shapes.draw(domain, 1, i) for domain in domains[::-1] for i in range(9, -1, -1)][::-1]
     for one, other in zip(forward, backward, strict=True):
         assert np.array_equal(one.image, other.image) and one.caption == other.caption
     assert len({sample.image.tobytes() for sample in forward}) == len(forward)
     assert not np.array_equal(shapes.draw("objects", 2, 0).image, forward[0].image)
 
 
-@pytest.mark.parametrize("domain", shapes.DOMAINS)
+@pytest.mark.parametrize("domain", shapes.DOMAINS + shapes.TASKS)
 @pytest.mark.parametrize("size", [48, 64])
 def test_samples_are_well_formed(domain, size):
     for i in range(20):
         sample = shapes.draw(domain, 2, i, size)
         assert sample.image.shape == (size, size, 3) and sample.image.dtype == np.uint8
         assert 2 <= len(sample.questions) <= 4 and len(dict(sample.questions)) == len(sample.questions)
-        assert (sample.word is None) == (domain != "text") and (sample.task is None) == (domain != "objects")
+        assert (sample.word is None) == (domain != "text")
+        assert sample.task in {"scenes": [None], "text": [None], "objects": shapes.TASKS}.get(
+            domain, [domain]
+        )
         assert not re.search(r"\ban? (?<=\ba )[aeiou]|\ban [^aeiou]", sample.caption), sample.caption
 
 
@@ -120,8 +124,10 @@ def test_prompts_are_genevals(prompts):
 
 def test_prompts_are_another_stream_than_training():
     training = [shapes.draw("objects", 0, i).caption for i in range(60)]
+    of_tasks = [shapes.draw(task, 0, i).caption for task in shapes.TASKS for i in range(10)]
     asked = [shapes.prompt(task, 0, i)["prompt"] for task in shapes.TASKS for i in range(10)]
     assert sum(one == other for one, other in zip(training, asked, strict=True)) < 5
+    assert sum(one == other for one, other in zip(of_tasks, asked, strict=True)) < 10
 
 
 def test_true_pictures_score(pictures, prompts):
