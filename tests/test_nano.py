@@ -79,9 +79,8 @@ def test_samples_are_well_formed(domain, size):
         assert sample.image.shape == (size, size, 3) and sample.image.dtype == np.uint8
         assert 2 <= len(sample.questions) <= 4 and len(dict(sample.questions)) == len(sample.questions)
         assert (sample.word is None) == (domain != "text")
-        assert sample.task in {"scenes": [None], "text": [None], "objects": shapes.TASKS}.get(
-            domain, [domain]
-        )
+        tasks = {"scenes": [None], "text": [None], "objects": shapes.TASKS}
+        assert sample.task in tasks.get(domain, [domain])
         assert not re.search(r"\ban? (?<=\ba )[aeiou]|\ban [^aeiou]", sample.caption), sample.caption
 
 
