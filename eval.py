@@ -698,11 +698,22 @@ def draw(
         batch = prompts[start : start + config.batch]
         indices = [start + i for i in range(len(batch))]
         noise, *_ = data.flow_draws(model.latent_shape, config.seed, indices, torch.device("cpu"))
-        with torch.no_grad(), where.autocast():
-            how = {"solver": config.solver, "skip": config.skip}
-            latents = model.generate(batch, config.steps, config.guidance, noise=noise, **how)
-            pictures = model.autoencoder.decode(latents)
-        yield from to_uint8(pictures).permute(0, 2, 3, 1).numpy()
+        yield from generate(model, batch, noise, where, **settings(config))[1]
+
+
+def settings(config: Config) -> dict:
+    """How latents are sampled, as `rae.TextToImage.generate` takes it."""
+    return {name: getattr(config, name) for name in ("steps", "guidance", "solver", "skip")}
+
+
+@torch.no_grad()
+def generate(
+    model: rae.TextToImage, prompts: list[str], noise: Tensor, where: common.Launch, **how
+) -> tuple[Tensor, np.ndarray]:
+    """Latents (B, N, C), and pictures (B, H, W, 3) uint8, from noise (B, N, C)."""
+    with where.autocast():
+        latents = model.generate(prompts, noise=noise, **how)
+        return latents, to_uint8(model.autoencoder.decode(latents)).permute(0, 2, 3, 1).numpy()
 
 
 @torch.no_grad()
@@ -932,11 +943,7 @@ def scaling(config: Config, where: common.Launch) -> list[dict]:
             noise, *_ = data.flow_draws(
                 model.latent_shape, data.mix(seed, task, i), candidates, torch.device("cpu")
             )
-            with torch.no_grad(), where.autocast():
-                how = {"solver": config.solver, "skip": config.skip}
-                texts = [text] * len(candidates)
-                latents = model.generate(texts, config.steps, config.guidance, noise=noise, **how)
-                pictures = to_uint8(model.autoencoder.decode(latents)).permute(0, 2, 3, 1).numpy()
+            latents, pictures = generate(model, [text] * len(candidates), noise, where, **settings(config))
             verdicts = model.verify(text, latents)
             scores = [scorer.score(picture, wanted)[0] for picture in pictures]
             for size in sizes:

@@ -69,8 +69,8 @@ def measure(
         with where.autocast():
             latents = model.autoencoder.encode(data.to_unit(true, where.device)).float()
             noised = (1 - setting.start) * latents + setting.start * noise
-            latents = model.generate(prompts, noise=noised, skip=config.skip, **setting._asdict())
-            pictures = eval.to_uint8(model.autoencoder.decode(latents)).permute(0, 2, 3, 1).numpy()
+        how = setting._asdict() | {"skip": config.skip}
+        _, pictures = eval.generate(model, prompts, noised, where, **how)
         for request, picture in zip(batch, pictures, strict=True):
             right[request["tag"]].append(scorer.score(picture, request)[0])
     return scorer.overall(right)
