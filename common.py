@@ -221,6 +221,18 @@ def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def to_host(*tensors: Tensor) -> tuple[list[Tensor], Callable[[], None]]:
+    """Begins to copy tensors to the CPU. They are there when the function that is returned with them has been
+    called: it waits for them alone, not for what CUDA was given since."""
+    cuda = tensors[0].is_cuda
+    copies = [tensor.to("cpu", non_blocking=cuda) for tensor in tensors]
+    if not cuda:
+        return copies, lambda: None
+    there = torch.cuda.Event()
+    there.record()
+    return copies, there.synchronize
+
+
 def global_sum(*values: float) -> list[float]:
     """Sums of numbers over all processes."""
     if not dist.is_initialized():

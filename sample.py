@@ -25,7 +25,6 @@ import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,6 +122,7 @@ class Config:
     dtype: str = flag("auto", "of the compute; weights are fp32", choices=["auto", "bf16", "fp32"])
     batch: int = flag(64, "pictures drawn at once, on each process", at_least=1)
     compile: bool = flag(False, "compile the blocks, which pays off for many pictures")
+    graph: bool = flag(False, "CUDA: launch each evaluation of the DiT at once, which pays off for few")
 
 
 def to_pixels(picture: Image.Image, size: int) -> torch.Tensor:
@@ -330,12 +330,14 @@ def draw(config: Config, where: common.Launch) -> None:
         show(kept_of(groups, config) if config.best_of else jobs, Path(config.out), config)
 
 
-def save(job: Job, picture: torch.Tensor, latents: torch.Tensor, config: Config, settings: dict) -> None:
+def save(
+    config: Config, settings: dict, job: Job, picture: torch.Tensor, latents: torch.Tensor | None = None
+) -> None:
     path = Path(config.out) / f"{job.name}.png"
     common.save_picture(path, picture, **written(job, settings))
-    if config.latents:
+    if latents is not None:
         with common.replacing(path.with_suffix(".safetensors")) as temporary:
-            save_file({"latents": latents.float().cpu().contiguous()}, temporary)
+            save_file({"latents": latents.cpu().contiguous()}, temporary)
 
 
 def draw_all(
@@ -352,10 +354,15 @@ def draw_all(
         saved = iter(())
         for start in tqdm(range(0, len(own), config.batch), desc="draw", disable=not where.main):
             batch = own[start : start + config.batch]
-            latents = latents_of(batch, model, guide, config, where)
-            pictures = decode(latents, model, where)
+            latents = latents_of(batch, model, guide, config, where)  # which does not wait for CUDA
+            drawn, wait = common.to_host(decode(latents, model, where), *[latents] * config.latents)
+
+            def write(*item, wait=wait) -> None:
+                wait()
+                save(config, settings, *item)
+
             list(saved)  # raises what went wrong
-            saved = pool.map(partial(save, config=config, settings=settings), batch, pictures, latents)
+            saved = pool.map(write, batch, *drawn)
         list(saved)
 
 
@@ -405,12 +412,12 @@ def draw_best(
             latents.append(latents_of(group[start : start + config.batch], model, guide, config, where))
             read = latents[-1]
             if config.verify_pixels:
-                pixels = decode(read, model, where).clamp(0, 1).to(where.device)
-                read = model.reader.encode(pixels)
+                read = model.reader.encode(decode(read, model, where).clamp(0, 1))
             verdicts += model.verify(group[0].input, read)  # fp32: in bf16 many logits are the same
         latents, kept = torch.cat(latents), rae.best(verdicts, config.verifier, config.keep)
         for i, picture in zip(kept, decode(latents[kept], model, where), strict=True):
-            save(group[i], picture, latents[i], config, settings | verdicts[i]._asdict())
+            own = settings | verdicts[i]._asdict()
+            save(config, own, group[i], picture, latents[i] if config.latents else None)
         rows = [
             {"seed": job.seed, "rank": kept.index(i) if i in kept else None} | verdict._asdict()
             for i, (job, verdict) in enumerate(zip(group, verdicts, strict=True))
@@ -456,6 +463,7 @@ def latents_of(
 ) -> torch.Tensor:
     """(B, N, C)."""
     noise = torch.stack([draw_noise(job.seed, model.latent_shape) for job in jobs])
+    noise = noise.pin_memory() if where.device.type == "cuda" else noise
     with where.autocast():
         return model.generate(
             [job.input for job in jobs] if condition is None else condition,
@@ -467,14 +475,15 @@ def latents_of(
             guide=guide,
             interval=interval(config),
             skip=config.skip,
+            graph=config.graph,
         )
 
 
 @torch.no_grad()
 def decode(latents: torch.Tensor, model: rae.LatentModel, where: common.Launch) -> torch.Tensor:
-    """(B, 3, H, W) on the CPU."""
+    """(B, 3, H, W)."""
     with where.autocast():
-        return model.autoencoder.decode(latents).float().cpu()
+        return model.autoencoder.decode(latents).float()
 
 
 def interval(config: Config) -> tuple[float, float]:
