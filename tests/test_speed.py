@@ -1,4 +1,5 @@
-"""What makes a step fast and can be seen without a GPU: nothing reads a number back, blocks compile whole."""
+"""What makes a step fast, most of which can be seen without a GPU: nothing reads a number back or leaves the
+card, blocks compile whole. With a GPU the same steps run on it too."""
 
 import json
 from collections.abc import Callable
@@ -10,15 +11,20 @@ import torch.nn.functional as F
 import transformers
 from harness import compiled_cheaply
 from safetensors.torch import load_file
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import common
 import data
 import rae
+import train_decoder
 
 WISH = [("user", "Draw a star"), ("assistant", "Here you go:\n<image>")]
 QUESTION = [("user", "<image>\nhow many?"), ("assistant", "two")]
 MAKERS = ("text", "classes", "autoencoder")
+CARD = torch.device("cuda", 0)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def make(name: str, parts) -> torch.nn.Module:
@@ -41,28 +47,38 @@ def shake(model: torch.nn.Module) -> None:
         p.data.add_(0.1 * torch.randn_like(p))
 
 
-def valueless(model: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
-    """The model with tensors that have no values: whatever has to know one raises. On a GPU it would have to
-    wait."""
-    for module in model.modules():
-        for name, p in module._parameters.items():
+def valueless(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The module, inside of a FakeTensorMode, with tensors that have no values and claim to be on the device:
+    whatever has to know one raises, as does an operation between devices."""
+    for part in module.modules():
+        for name, p in part._parameters.items():
             if p is not None:
-                module._parameters[name] = torch.nn.Parameter(mode.from_tensor(p.data), p.requires_grad)
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = mode.from_tensor(buffer)
-    return model
+                part._parameters[name] = torch.nn.Parameter(
+                    torch.empty_like(p.data, device=device), p.requires_grad
+                )
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = torch.empty_like(buffer, device=device)
+    return module
 
 
-@pytest.fixture
-def models(parts):
-    """Two of each: to train, and its average. And what is made on the CPU before: a chat, sampling times."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made = {name: [valueless(make(name, parts), mode) for _ in range(2)] for name in MAKERS}
+@pytest.fixture(params=["valueless", pytest.param("cuda", marks=needs_cuda)])
+def models(parts, request):
+    """Two of each: to train, and its average. And what is made on the CPU before: a chat."""
+    made = {name: [make(name, parts) for _ in range(2)] for name in MAKERS}
     made["chat"] = make("text", parts).chat([WISH, QUESTION, WISH])
+    if request.param == "cuda":
+        for name in MAKERS:
+            [model.to(CARD) for model in made[name]]
+        torch.cuda.set_sync_debug_mode("error")
+        yield made | {"device": CARD}
+        torch.cuda.set_sync_debug_mode("default")
+        return
     grid = rae.time_grid(3, 1.0)
-    with mode, pytest.MonkeyPatch.context() as patch:
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(rae, "time_grid", lambda *_: grid)
-        yield made
+        for name in MAKERS:
+            [valueless(model, torch.device("cpu")) for model in made[name]]
+        yield made | {"device": torch.device("cpu")}
 
 
 def learn(
@@ -77,42 +93,164 @@ def learn(
     common.update_average(average, model, 0.999, 200)
     assert norm.shape == () and all(p.grad is None for p in learned)
     for read in (stepper.check, value.item):  # what a log line does, and a step must not
-        with pytest.raises(DataDependentOutputException):
+        with pytest.raises(RuntimeError):
             read()
 
 
+def text_loss(
+    model: rae.TextToImage, models: dict, noise: torch.Tensor, u: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """As train_t2i.py has it, of three pictures with two draws each."""
+    device = models["device"]
+    images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    images = images.pin_memory() if torch.cuda.is_available() else images
+    chat = models["chat"].to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        latents = models["autoencoder"][0].encode(data.to_unit(images, device))
+        t = rae.sample_time(u, model.alpha).to(device, non_blocking=True)
+        dropped = (v < 0.1).to(device, non_blocking=True)
+        cross_entropy, errors = model(chat, latents, noise, t, dropped)
+    assert errors.shape == (4,)
+    return cross_entropy / len(chat.targets) + 2 * errors.sum() / 4
+
+
 def test_a_step_of_text_to_image_waits_for_nothing(models):
-    noise, u, v = data.flow_draws((16, 24), 0, [0, 1, 2], torch.device("cpu"), draws=2)
-
-    def loss(model: rae.TextToImage) -> torch.Tensor:
-        chat = models["chat"].to(torch.device("cpu"))
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = models["autoencoder"][0].encode(torch.rand(3, 3, 32, 32))
-            t = rae.sample_time(u, model.alpha)
-            cross_entropy, errors = model(chat, latents, noise, t, v < 0.1)
-        assert errors.shape == (4,)
-        return cross_entropy / len(chat.targets) + 2 * errors.sum() / 4
-
-    learn(*models["text"], loss)
+    draws = data.flow_draws((16, 24), 0, [0, 1, 2], models["device"], draws=2)
+    learn(*models["text"], lambda model: text_loss(model, models, *draws))
 
 
 def test_a_step_with_classes_waits_for_nothing(models):
-    labels, t, dropped = torch.tensor([1, 2]), torch.rand(2), torch.rand(2) < 0.1
-    pair = torch.randn(2, 2, 16, 24)
+    with models["device"]:
+        labels, t, dropped = torch.arange(1, 3), torch.rand(2), torch.rand(2) < 0.1
+        pair = torch.randn(2, 2, 16, 24)
     learn(*models["classes"], lambda model: model(labels, *pair, t, dropped).mean())
 
 
 def test_a_step_of_a_decoder_waits_for_nothing(models):
-    pictures = torch.rand(2, 3, 32, 32)
+    pictures = torch.rand(2, 3, 32, 32, device=models["device"])
     learn(*models["autoencoder"], lambda model: F.l1_loss(model.decode(model.encode(pictures)), pictures))
 
 
 def test_sampling_waits_for_nothing(models):
-    dit, noise = models["classes"][0].eval().dit, torch.randn(2, 16, 24)
-    velocity = partial(dit, condition=torch.tensor([1, 2]))
+    with models["device"]:
+        labels, noise = torch.arange(1, 3), torch.randn(2, 16, 24)
+    dit = models["classes"][0].eval().dit
+    velocity = partial(dit, condition=labels)
     velocity = rae.guided(velocity, partial(dit, condition=None), 3.0)
     latents = rae.sample(velocity, noise, 3, solver="heun")
     assert models["autoencoder"][0].decode(latents).shape == (2, 3, 32, 32)
+
+
+class Transfers(TorchDispatchMode):
+    """Collects the operations between the CPU and a card, as text."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        before, after = (
+            {each.device.type for each in tree_leaves(some) if isinstance(each, torch.Tensor)}
+            for some in ((args, kwargs), out)
+        )
+        if len(before | after) > 1:
+            how = "at once" if (kwargs or {}).get("non_blocking") else "waits"
+            self.found.append(f"{'+'.join(sorted(before))} to {'+'.join(after)}, {how}")
+        return out
+
+
+@pytest.fixture
+def card(parts, monkeypatch):
+    """The models on a card that need not be there, with its autocast, a chat, and losses of a decoder."""
+    made = {name: [make(name, parts)] for name in MAKERS} | {"device": CARD}
+    chat, grid = made["text"][0].chat([WISH, QUESTION, WISH]), rae.time_grid(3, 1.0)
+    encoder = made["autoencoder"][0].encoder
+    backbone = train_decoder.Backbone(encoder, 32, *[torch.full((3,), 0.5)] * 2)
+    perceptual = train_decoder.Perceptual("encoder", backbone)
+    discriminator = train_decoder.Discriminator(backbone)
+    monkeypatch.setattr(rae, "time_grid", lambda *_: grid)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for each in (*(made[name][0] for name in MAKERS), backbone, perceptual, discriminator):
+            valueless(each, CARD)
+        yield made | {"chat": chat, "perceptual": perceptual, "discriminator": discriminator}
+
+
+def test_a_step_on_a_card_takes_its_batch_there_and_waits_for_nothing(card):
+    """The forward pass: autograd needs a card that is there."""
+    noise, (u, v) = torch.empty(6, 16, 24, device=CARD), torch.rand(2, 6)
+    with Transfers() as transfers:
+        loss = text_loss(card["text"][0], card, noise, u, v)
+    assert loss.device == CARD
+    assert transfers.found == 10 * ["cpu to cuda, at once"]  # seven of a chat, pictures, times, dropout
+    with torch.autocast("cuda", torch.bfloat16):
+        assert card["text"][0].dit.blocks[0].mlp(noise.new_empty(1, 1, 32)).dtype == torch.bfloat16
+
+
+def test_the_losses_of_a_decoder_stay_on_a_card(card):
+    pictures, draws = torch.empty(2, 3, 32, 32, device=CARD), torch.rand(7, 2)
+    with Transfers() as transfers, torch.autocast("cuda", torch.bfloat16):
+        fake = card["autoencoder"][0].decode(card["autoencoder"][0].encode(pictures))
+        maps = [card["perceptual"].features(2 * images - 1) for images in (pictures, fake)]
+        distances = card["perceptual"].distance(*maps) + train_decoder.gram_distance(*maps)
+        logits = card["discriminator"](train_decoder.augment(2 * fake - 1, draws, cutout=0.2))
+    assert distances.device == logits.device == CARD
+    assert transfers.found == ["cpu to cuda, at once"]  # the draws
+
+
+@pytest.mark.parametrize("kind", ["text", "classes"])
+def test_an_evaluation_can_be_a_cuda_graph(card, kind):
+    """It neither waits nor takes anything from the CPU."""
+    model, noise = card[kind][0].eval(), torch.empty(2, 16, 24, device=CARD)
+    condition = torch.empty(2, 16, 20, device=CARD) if kind == "text" else torch.empty(2, device=CARD).long()
+    with Transfers() as transfers, torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        for given in ({"condition": None}, {"condition": condition}, {"condition": condition, "skip": 1}):
+            assert model.dit(noise, noise.new_ones(2), **given).shape == noise.shape
+    assert not transfers.found
+
+
+def test_drawing_on_a_card_takes_the_noise_there_and_waits_for_nothing(card):
+    model, condition = card["text"][0].eval(), torch.empty(2, 16, 20, device=CARD)
+    with Transfers() as transfers, torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        latents = model.generate(condition, 3, 2.0, noise=torch.empty(2, 16, 24), solver="heun", skip=1)
+        pictures = card["autoencoder"][0].decode(latents)
+    assert pictures.device == CARD
+    assert transfers.found == ["cpu to cuda, at once"]
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", [{}, {"solver": "heun", "skip": 1}, {"interval": (0.2, 0.9)}])
+def test_a_cuda_graph_draws_the_same(parts, dtype, how):
+    model = make("text", parts).eval()
+    shake(model)
+    model.to(CARD)
+    noise = torch.randn(2, 16, 24)
+    with common.Launch(CARD, 0, 1, dtype).autocast():
+        plain, graphed = (
+            model.generate(["a star", "a ring"], 5, 2.0, noise=noise, graph=graph, **how)
+            for graph in (False, True)
+        )
+    torch.testing.assert_close(graphed, plain)
+
+
+@needs_cuda
+def test_a_card_and_a_cpu_agree(parts):
+    """In bf16, too, as closely as bf16 allows."""
+    model = make("text", parts).eval()
+    shake(model)
+    noise = torch.randn(2, 16, 24)
+
+    def draw() -> torch.Tensor:
+        return model.generate(["a star", "a ring"], 5, 2.0, noise=noise).cpu()
+
+    on_cpu = draw()
+    model.to(CARD)
+    torch.testing.assert_close(draw(), on_cpu, rtol=1e-3, atol=1e-3)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert (draw() - on_cpu).norm() < 0.05 * on_cpu.norm()
 
 
 def test_compiled_sampling_draws_the_same(world, parts, tmp_path):
