@@ -1340,9 +1340,14 @@ class TextToImage(LatentModel, library_name="rae"):
     def hidden_states(self, embeddings: Tensor) -> Tensor:
         """(B, L, width) -> last hidden states, flattened to (B * L, width). Causal; padding on the right is
         harmless."""
-        return self.language_model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state.flatten(
-            0, 1
-        )
+        model, masks = self.language_model.model, None
+        config = model.config
+        if (config.model_type, config._attn_implementation) == ("qwen2", "sdpa"):
+            if set(config.layer_types) == {"full_attention"}:
+                # none is causal; to make it, `transformers` would ask the card whether positions are packed
+                masks = {"full_attention": None}
+        out = model(inputs_embeds=embeddings, attention_mask=masks, use_cache=False)
+        return out.last_hidden_state.flatten(0, 1)
 
     def forward(
         self,

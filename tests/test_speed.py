@@ -61,11 +61,24 @@ def valueless(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     return module
 
 
-@pytest.fixture(params=["valueless", pytest.param("cuda", marks=needs_cuda)])
+class Unread(TorchDispatchMode):
+    """Raises where a number is read back. (With tensors without values `transformers` goes another way.)"""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise RuntimeError(f"{operation} waits for the card")
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=["values", "valueless", pytest.param("cuda", marks=needs_cuda)])
 def models(parts, request):
     """Two of each: to train, and its average. And what is made on the CPU before: a chat."""
     made = {name: [make(name, parts) for _ in range(2)] for name in MAKERS}
     made["chat"] = make("text", parts).chat([WISH, QUESTION, WISH])
+    if request.param == "values":
+        with Unread():
+            yield made | {"device": torch.device("cpu")}
+        return
     if request.param == "cuda":
         for name in MAKERS:
             [model.to(CARD) for model in made[name]]
