@@ -5,6 +5,7 @@
     python bench.py t2i-step class-step --compile    # each eager, then compiled
     python bench.py --dit DiT-DH-XL --dtype bf16 --compile --json bench.json     # RAE's, with random weights
     python bench.py --dit 2.4B --language-model 1.5B --checkpoint-blocks --batch 32    # Scale-RAE's
+    python bench.py sample-plain --dit 2.4B --pictures 1 --graph --compile --dtype bf16    # one, soon
     python bench.py decoder-step --decoder ViT-B --batch 8
     python bench.py --plan --gpu H200 --gpus 64 --mfu 0.45    # the papers' runs on paper
 
@@ -69,7 +70,8 @@ class Config:
     what: list[str] = flag(
         (),
         "loader, jpeg, encode, decode, decoder-step (L1 alone), decoder-full (all losses, from the log of "
-        "train_decoder.py), t2i-step, sample, sample-plain, class-step, class-sample, class-sample-cfg, "
+        "train_decoder.py), mlp-step, mlp-padded-step (one SwiGLU layer, and with a width that is a multiple "
+        "of 8), t2i-step, sample, sample-plain, class-step, class-sample, class-sample-cfg, "
         "class-sample-auto; all that there are if none is named",
         nargs="*",
         metavar="WHAT",
@@ -95,6 +97,7 @@ class Config:
     data: str = flag("nano", "source of the pictures and captions")
     batch: int = flag(64, "pictures at once", at_least=4)
     pictures: int = flag(4, "and drawn at once in the sample loops", at_least=1)
+    graph: bool = flag(False, "draw as sample.py --graph does, with CUDA graphs")
     seconds: float = flag(5.0, "to time each loop", at_least=0.01)
     compile: bool = flag(False, "time each loop with its blocks compiled too")
     dtype: str = flag("auto", "of the compute; weights are fp32", choices=["auto", "bf16", "fp32"])
@@ -159,11 +162,13 @@ class World(NamedTuple):
     text: rae.TextToImage | None
     classes: rae.ClassToImage | None
     guide: rae.ClassToImage | None
+    mlps: torch.nn.ModuleList  # the DiT's widest SwiGLU as it is, and with a width that is a multiple of 8
 
     @property
     def blocks(self) -> list[torch.nn.Module]:
         pairs = [(model.encoder.blocks, model.decoder.decoder_layers) for model in self[:2]]
-        every = [*(blocks for pair in pairs for blocks in pair), *(m.blocks for m in self[2:] if m)]
+        every = [*(blocks for pair in pairs for blocks in pair), *(m.blocks for m in self[2:5] if m)]
+        every.append(self.mlps)
         return list(dict.fromkeys(block for blocks in every for block in blocks))
 
 
@@ -192,7 +197,10 @@ def world(config: Config, where: common.Launch) -> World:
         side = 16 * autoencoder.encoder.config.patch_size
         changes = {"decoder_config": size, "encoder_size": side}
         trained = rae.RAE(**autoencoder._hub_mixin_config | changes)
-    every = (each and each.to(where.device) for each in (autoencoder, trained, text, classes, guide))
+    width = max(rae.DITS[config.dit]["width"], *rae.DITS[config.dit].get("head", ())[:1], 0)
+    mlps = torch.nn.ModuleList(rae.SwiGLU(width, rae.swiglu_width(width)) for _ in range(2))
+    mlps[0].multiple, mlps[1].multiple = 1, 8
+    every = (each and each.to(where.device) for each in (autoencoder, trained, text, classes, guide, mlps))
     return World(*every)
 
 
@@ -255,7 +263,7 @@ def loops(
 ) -> dict[str, Loop]:
     """Every loop by name, on `batch` pictures, all to be drawn. Steps keep their optimizers in `steppers`;
     with None they end before it."""
-    autoencoder, trained, text, classes, guide = models
+    autoencoder, trained, text, classes, guide, mlps = models
     source = data.open_source(config.data, autoencoder.image_size, 0)
     stream = data.Loader(source, batch)
     drawn = next(stream)
@@ -266,6 +274,7 @@ def loops(
     noise, u, v = data.flow_draws(shape, 0, list(range(batch)), where.device)
     t, dropped = rae.sample_time(u, rae.default_alpha(shape)).to(where.device), (v < 0.1).to(where.device)
     labels = torch.arange(batch, device=where.device) % 1000
+    inner = torch.randn(batch, shape[0], mlps[0].w12.in_features, device=where.device)
     folder = tempfile.TemporaryDirectory()
 
     @cache
@@ -310,20 +319,22 @@ def loops(
         "decoder-full": Loop(
             None, batch, computes=False, flags=partial(all_losses, models, config, folder.name)
         ),
+        "mlp-step": Loop(lambda: train(mlps[0], lambda: mlps[0](inner).mean()), batch),
+        "mlp-padded-step": Loop(lambda: train(mlps[1], lambda: mlps[1](inner).mean()), batch),
     }
     count = config.pictures
-    start = torch.randn(count, *shape, device=where.device)
+    how = {"noise": torch.randn(count, *shape, device=where.device), "graph": config.graph}
     if text:
         chat = text.chat(drawn["conversation"]).to(where.device)
         prompts = [drawn["caption"][k % batch] for k in range(count)]
-        plain = partial(infer, text.generate, prompts, noise=start)
+        plain = partial(infer, text.generate, prompts, **how)
         every |= {
             "t2i-step": Loop(lambda: train(text, t2i_loss), batch, tokens=chat.ids.shape[1]),
             "sample": Loop(partial(plain, guidance=3.0), count),
             "sample-plain": Loop(plain, count),
         }
     if classes:
-        plain = partial(infer, classes.generate, list(range(count)), noise=start)
+        plain = partial(infer, classes.generate, list(range(count)), **how)
         guided = partial(plain, guidance=1.42)
         every |= {
             "class-step": Loop(lambda: train(classes, class_loss), batch),
@@ -638,7 +649,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
-        about |= {"batch": config.batch, "pictures": config.pictures, "dit": config.dit}
+        about |= {name: getattr(config, name) for name in ("batch", "pictures", "dit", "graph")}
         about |= {"tokens": {name: loop.tokens for name, loop in every.items() if loop.tokens}}
         about |= {"date": time.strftime("%Y-%m-%d"), "matrix_product_tflops": product, "results": results}
         with common.replacing(Path(config.json)) as temporary:

@@ -233,6 +233,34 @@ def test_drawing_on_a_card_takes_the_noise_there_and_waits_for_nothing(card):
     assert transfers.found == ["cpu to cuda, at once"]
 
 
+def test_products_have_rows_of_16_bytes(monkeypatch):
+    """Of a width of 32 SwiGLU's is 85, filled up to 88."""
+    layer, widths = rae.SwiGLU(32, 85), set()
+    monkeypatch.setattr(layer, "multiple", 8)
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if operation in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+                widths.update(size for each in args if each.ndim == 2 for size in each.shape)
+            return operation(*args, **(kwargs or {}))
+
+    with Products(), torch.no_grad():
+        layer(torch.randn(2, 16, 32))
+    assert widths == {32, 88, 2 * 88}
+
+
+def test_a_padded_width_changes_nothing(monkeypatch):
+    torch.manual_seed(0)
+    layer, x, results = rae.SwiGLU(32, 85), torch.randn(2, 5, 32), []
+    for multiple in (1, 8):
+        monkeypatch.setattr(layer, "multiple", multiple)
+        y = layer(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in layer.parameters())])
+        layer.zero_grad()
+    torch.testing.assert_close(*results)
+
+
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", [{}, {"solver": "heun", "skip": 1}, {"interval": (0.2, 0.9)}])
