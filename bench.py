@@ -19,6 +19,7 @@ import io
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -109,17 +110,15 @@ class Config:
 
 
 def measure(run: Callable[[], object], seconds: float, where: common.Launch) -> dict:
-    """Milliseconds of a call, after three calls to warm up. On CUDA, which is given ten at a time, also the
-    peak of its memory in GB, with all models of the size in it."""
+    """Milliseconds of a call, after three calls to warm up, and the peak of the memory in GB, with all models
+    of the size in it: CUDA's, which is given ten calls at a time, or on Linux the process's."""
     cuda = where.device.type == "cuda"
 
     def wait() -> None:
         if cuda:
             torch.cuda.synchronize()
 
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-
+    peak_memory(cuda, reset=True)
     for _ in range(3):
         run()
     wait()
@@ -130,7 +129,23 @@ def measure(run: Callable[[], object], seconds: float, where: common.Launch) -> 
             calls += 1
         wait()
     result = {"ms": 1000 * (time.perf_counter() - started) / calls}
-    return result | ({"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if cuda else {})
+    return result | peak_memory(cuda)
+
+
+def peak_memory(cuda: bool, reset: bool = False) -> dict:
+    """Since the last reset; {} where nobody knows."""
+    if cuda:
+        peak = torch.cuda.max_memory_allocated()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return {"peak_gb": peak / 1e9}
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        [peak] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except (OSError, ValueError):
+        return {}
+    return {"peak_gb": int(peak) * 1024 / 1e9}
 
 
 def matrix_product(where: common.Launch, seconds: float) -> float:
