@@ -181,9 +181,9 @@ class World(NamedTuple):
 
     @property
     def blocks(self) -> list[torch.nn.Module]:
-        pairs = [(model.encoder.blocks, model.decoder.decoder_layers) for model in self[:2]]
-        every = [*(blocks for pair in pairs for blocks in pair), *(m.blocks for m in self[2:5] if m)]
-        every.append(self.mlps)
+        parts = [(m.encoder.blocks, m.decoder.decoder_layers) for m in (self.autoencoder, self.trained)]
+        every = [*parts[0], *parts[1], self.mlps]
+        every += [model.blocks for model in (self.text, self.classes, self.guide) if model]
         return list(dict.fromkeys(block for blocks in every for block in blocks))
 
 
@@ -277,7 +277,7 @@ def loops(
     models: World, config: Config, where: common.Launch, batch: int, steppers: dict | None
 ) -> dict[str, Loop]:
     """Every loop by name, on `batch` pictures, all to be drawn. Steps keep their optimizers in `steppers`;
-    with None they end before it."""
+    with None, to count FLOPs, they end before it, and nothing is a CUDA graph."""
     autoencoder, trained, text, classes, guide, mlps = models
     source = data.open_source(config.data, autoencoder.image_size, 0)
     stream = data.Loader(source, batch)
@@ -338,7 +338,10 @@ def loops(
         "mlp-padded-step": Loop(lambda: train(mlps[1], lambda: mlps[1](inner).mean()), batch),
     }
     count = config.pictures
-    how = {"noise": torch.randn(count, *shape, device=where.device), "graph": config.graph}
+    how = {
+        "noise": torch.randn(count, *shape, device=where.device),
+        "graph": config.graph and steppers is not None,
+    }
     if text:
         chat = text.chat(drawn["conversation"]).to(where.device)
         prompts = [drawn["caption"][k % batch] for k in range(count)]

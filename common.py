@@ -224,13 +224,18 @@ def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
 def to_host(*tensors: Tensor) -> tuple[list[Tensor], Callable[[], None]]:
     """Begins to copy tensors to the CPU. They are there when the function that is returned with them has been
     called: it waits for them alone, not for what CUDA was given since."""
-    cuda = tensors[0].is_cuda
-    copies = [tensor.to("cpu", non_blocking=cuda) for tensor in tensors]
-    if not cuda:
+    device = tensors[0].device
+    copies = [tensor.to("cpu", non_blocking=device.type == "cuda") for tensor in tensors]
+    if device.type != "cuda":
         return copies, lambda: None
-    there = torch.cuda.Event()
+    there = torch.cuda.Event(blocking=True)  # asleep
     there.record()
-    return copies, there.synchronize
+
+    def wait() -> None:
+        with torch.cuda.device(device):  # a new thread's is the first one
+            there.synchronize()
+
+    return copies, wait
 
 
 def global_sum(*values: float) -> list[float]:

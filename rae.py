@@ -134,11 +134,12 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """silu(a) * b, where one linear layer makes both halves.
 
-    multiple: the hidden width, often odd, is filled up to one with zeros, which change nothing: CUDA's fast
-    products want rows of 16 bytes.
+    multiple: the hidden width, often odd, is filled up to one with zeros, which change nothing. By default to
+    8 on CUDA, whose fast products want rows of 16 bytes, for more tokens than `width`: then copying the
+    weights is cheap.
     """
 
-    multiple = 8 if torch.cuda.is_available() else 1
+    multiple: int | None = None
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -146,7 +147,8 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        more = -self.w3.in_features % self.multiple
+        many = x.is_cuda and x.shape[:-1].numel() > x.shape[-1]
+        more = -self.w3.in_features % (self.multiple or (8 if many else 1))
         if more:
             return self.padded(x, more)
         a, b = self.w12(x).chunk(2, dim=-1)
@@ -940,17 +942,15 @@ def guided(
 
 def graphed(velocity: Callable[[Tensor, Tensor], Tensor], like: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """`velocity` as a CUDA graph, for x of the shape of `like` (B, N, C): one launch in place of a thousand,
-    which for few pictures take longer than the kernels themselves. On other devices as it is."""
+    which for few pictures take longer than the kernels themselves. On other devices as it is. To be used
+    inside of the autocast that it was made in, while the weights stay where they are."""
     if not like.is_cuda:
         return velocity
-    x, t = torch.zeros_like(like), like.new_ones(len(like))  # what the graph reads
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        velocity(x, t)  # compiles, and casts what autocast then keeps
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        v = velocity(x, t)
+    x, t, graph = torch.zeros_like(like), like.new_ones(len(like)), torch.cuda.CUDAGraph()
+    with torch.cuda.device(like.device):
+        velocity(x, t)  # compiles, and makes the casts that autocast keeps
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            v = velocity(x, t)
 
     def replay(x_now: Tensor, t_now: Tensor) -> Tensor:
         x.copy_(x_now)
@@ -958,11 +958,18 @@ def graphed(velocity: Callable[[Tensor, Tensor], Tensor], like: Tensor) -> Calla
         graph.replay()
         return v.clone()  # the next replay writes over it
 
+    replay.reads = velocity  # its condition: the graph knows the address alone
     return replay
 
 
 # -----------------------------------------------------------------------------------------------------------
 # 6. labels to image, text to image
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device; to CUDA from pinned memory, without waiting for what it has to do before."""
+    cuda = device.type == "cuda" and not tensor.is_cuda
+    return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
 
 
 AUTOENCODERS = ("autoencoder", "reader")  # that a model may name
@@ -1023,29 +1030,27 @@ class LatentModel(nn.Module, Hub):
         noise: (B, N, C); drawn with `generator`, on its device, unless it is given. start: see `sample`.
         graph: see `graphed`.
         """
+        if guidance != 1 and guide is None and self.dit.y_embedder is None:
+            raise ValueError("an unconditional model has no classifier-free guidance: give a guide")
+        if guidance != 1 and guide and guide.latent_shape != self.latent_shape:
+            raise ValueError(f"the guide makes latents {guide.latent_shape}, not {self.latent_shape}")
+        if skip is not None and not 0 <= skip < self.dit.depth:
+            raise ValueError(f"no block {skip} to leave out: the DiT's are 0 to {self.dit.depth - 1}")
         condition = self.condition(inputs)
         if noise is None:
             device = generator.device if generator else self.device
             noise = torch.randn(len(inputs), *self.latent_shape, generator=generator, device=device)
-        noise = noise.to(self.device, torch.float32, non_blocking=True)
+        noise = send(noise.float(), self.device)
 
         def velocity_of(dit: DiT, condition: Tensor | None, skip: int | None = None) -> Callable:
             velocity = partial(dit, condition=condition, skip=skip)
             return graphed(velocity, noise) if graph else velocity
 
         velocity = velocity_of(self.dit, condition)
-        if guidance != 1 and guide is None:
-            if self.dit.y_embedder is None:
-                raise ValueError("an unconditional model has no classifier-free guidance: give a guide")
-            velocity = guided(velocity, velocity_of(self.dit, None), guidance, interval)
-        elif guidance != 1:
-            if guide.latent_shape != self.latent_shape:
-                raise ValueError(f"the guide makes latents {guide.latent_shape}, not {self.latent_shape}")
-            weaker = velocity_of(guide.dit, guide.condition(inputs))
-            velocity = guided(velocity, weaker, guidance, interval)
+        if guidance != 1:
+            weaker = (self.dit, None) if guide is None else (guide.dit, guide.condition(inputs))
+            velocity = guided(velocity, velocity_of(*weaker), guidance, interval)
         if skip is not None:
-            if not 0 <= skip < self.dit.depth:
-                raise ValueError(f"no block {skip} to leave out: the DiT's are 0 to {self.dit.depth - 1}")
             velocity = guided(velocity, velocity_of(self.dit, condition, skip), 2.0, interval)
         return sample(velocity, noise, steps, self.alpha, solver, grid, start)
 
@@ -1137,7 +1142,7 @@ class ClassToImage(LatentModel, library_name="rae"):
             raise ValueError(f"labels are {labels.dtype}, not integers")
         if wrong := [label for label in labels.tolist() if not 0 <= label < self.num_classes]:
             raise ValueError(f"label {wrong[0]}: this model has the classes 0 to {self.num_classes - 1}")
-        return labels.to(self.device, non_blocking=True)
+        return send(labels, self.device)
 
     def forward(self, labels: Tensor, latents: Tensor, noise: Tensor, t: Tensor, dropped: Tensor) -> Tensor:
         """Velocity error of each sample, (B,), at the shifted time t (B,); labels are null where `dropped`
@@ -1201,7 +1206,7 @@ class Chat:
     context_index: Tensor  # (C,) and which to read
 
     def to(self, device: torch.device) -> "Chat":
-        return Chat(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return Chat(*(send(getattr(self, field.name), device) for field in fields(self)))
 
 
 class TextToImage(LatentModel, library_name="rae"):

@@ -354,7 +354,7 @@ def draw_all(
         saved = iter(())
         for start in tqdm(range(0, len(own), config.batch), desc="draw", disable=not where.main):
             batch = own[start : start + config.batch]
-            latents = latents_of(batch, model, guide, config, where)  # which does not wait for CUDA
+            latents = latents_of(batch, model, guide, config, where)  # CUDA is not waited for
             drawn, wait = common.to_host(decode(latents, model, where), *[latents] * config.latents)
 
             def write(*item, wait=wait) -> None:
@@ -463,7 +463,6 @@ def latents_of(
 ) -> torch.Tensor:
     """(B, N, C)."""
     noise = torch.stack([draw_noise(job.seed, model.latent_shape) for job in jobs])
-    noise = noise.pin_memory() if where.device.type == "cuda" else noise
     with where.autocast():
         return model.generate(
             [job.input for job in jobs] if condition is None else condition,

@@ -2,7 +2,9 @@
 card, blocks compile whole. With a GPU the same steps run on it too."""
 
 import json
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -71,14 +73,10 @@ class Unread(TorchDispatchMode):
 
 
 @pytest.fixture(params=["values", "valueless", pytest.param("cuda", marks=needs_cuda)])
-def models(parts, request):
+def models(parts, request, monkeypatch):
     """Two of each: to train, and its average. And what is made on the CPU before: a chat."""
     made = {name: [make(name, parts) for _ in range(2)] for name in MAKERS}
     made["chat"] = make("text", parts).chat([WISH, QUESTION, WISH])
-    if request.param == "values":
-        with Unread():
-            yield made | {"device": torch.device("cpu")}
-        return
     if request.param == "cuda":
         for name in MAKERS:
             [model.to(CARD) for model in made[name]]
@@ -86,9 +84,14 @@ def models(parts, request):
         yield made | {"device": CARD}
         torch.cuda.set_sync_debug_mode("default")
         return
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)  # for which a card has to be there
+    if request.param == "values":
+        with Unread():
+            yield made | {"device": torch.device("cpu")}
+        return
     grid = rae.time_grid(3, 1.0)
-    with FakeTensorMode(allow_non_fake_inputs=True), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rae, "time_grid", lambda *_: grid)
+    monkeypatch.setattr(rae, "time_grid", lambda *_: grid)
+    with FakeTensorMode(allow_non_fake_inputs=True):
         for name in MAKERS:
             [valueless(model, torch.device("cpu")) for model in made[name]]
         yield made | {"device": torch.device("cpu")}
@@ -116,7 +119,7 @@ def text_loss(
     """As train_t2i.py has it, of three pictures with two draws each."""
     device = models["device"]
     images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
-    images = images.pin_memory() if torch.cuda.is_available() else images
+    images = images.pin_memory()
     chat = models["chat"].to(device)
     with torch.autocast(device.type, torch.bfloat16):
         latents = models["autoencoder"][0].encode(data.to_unit(images, device))
@@ -183,6 +186,7 @@ def card(parts, monkeypatch):
     perceptual = train_decoder.Perceptual("encoder", backbone)
     discriminator = train_decoder.Discriminator(backbone)
     monkeypatch.setattr(rae, "time_grid", lambda *_: grid)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -233,20 +237,20 @@ def test_drawing_on_a_card_takes_the_noise_there_and_waits_for_nothing(card):
     assert transfers.found == ["cpu to cuda, at once"]
 
 
-def test_products_have_rows_of_16_bytes(monkeypatch):
-    """Of a width of 32 SwiGLU's is 85, filled up to 88."""
-    layer, widths = rae.SwiGLU(32, 85), set()
-    monkeypatch.setattr(layer, "multiple", 8)
+@pytest.mark.parametrize(("pictures", "hidden"), [(2, 85), (3, 88)])
+def test_products_of_many_rows_have_rows_of_16_bytes(card, pictures, hidden):
+    """On a card: of a width of 32 SwiGLU's is 85, filled up to 88 for more than 32 tokens."""
+    layer, widths = card["classes"][0].dit.blocks[0].mlp, set()
 
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-            if operation in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
-                widths.update(size for each in args if each.ndim == 2 for size in each.shape)
+            if operation == torch.ops.aten.addmm.default:
+                widths.update(size for weight in args[1:] for size in weight.shape)
             return operation(*args, **(kwargs or {}))
 
     with Products(), torch.no_grad():
-        layer(torch.randn(2, 16, 32))
-    assert widths == {32, 88, 2 * 88}
+        layer(torch.empty(pictures, 16, 32, device=CARD))
+    assert widths == {16 * pictures, 32, hidden, 2 * hidden}
 
 
 def test_a_padded_width_changes_nothing(monkeypatch):
@@ -261,20 +265,55 @@ def test_a_padded_width_changes_nothing(monkeypatch):
     torch.testing.assert_close(*results)
 
 
+def test_a_graph_keeps_what_it_reads(card, monkeypatch):
+    """The graph itself knows addresses only. Nothing is captured here."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    for name in ("graph", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    like, condition = torch.empty(2, 16, 24, device=CARD), torch.empty(2, device=CARD).long()
+    held = weakref.ref(condition)
+    with torch.no_grad():
+        replay = rae.graphed(partial(card["classes"][0].dit, condition=condition), like)
+    del condition
+    assert held() is not None
+    del replay
+    assert held() is None
+
+
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("how", [{}, {"solver": "heun", "skip": 1}, {"interval": (0.2, 0.9)}])
-def test_a_cuda_graph_draws_the_same(parts, dtype, how):
-    model = make("text", parts).eval()
-    shake(model)
-    model.to(CARD)
-    noise = torch.randn(2, 16, 24)
-    with common.Launch(CARD, 0, 1, dtype).autocast():
-        plain, graphed = (
-            model.generate(["a star", "a ring"], 5, 2.0, noise=noise, graph=graph, **how)
-            for graph in (False, True)
-        )
-    torch.testing.assert_close(graphed, plain)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "how", [{}, {"solver": "heun", "skip": 1}, {"interval": (0.2, 0.9)}, {"guide": "classes"}]
+)
+def test_a_cuda_graph_draws_the_same(parts, dtype, compiled, how):
+    kind = how.get("guide", "text")
+    model, guide = (make(kind, parts).eval() for _ in range(2))
+    for each in (model, guide):
+        shake(each)
+        each.to(CARD)
+    where = common.Launch(CARD, 0, 1, dtype)
+    common.cast_linear(model.dit.blocks, where)
+    common.compile_blocks(model.dit.blocks, compiled, where)
+    how = how | {"guide": guide} if "guide" in how else how
+    inputs = {"text": ["a star", "a ring"], "classes": [1, 2]}[kind]
+    for seed in range(2):
+        noise, drawn = torch.randn(2, 16, 24, generator=torch.Generator().manual_seed(seed)), []
+        for graph in (True, False):
+            with where.autocast():
+                drawn.append(model.generate(inputs, 5, 2.0, noise=noise, graph=graph, **how))
+        torch.testing.assert_close(*drawn)
+
+
+@needs_cuda
+def test_what_is_on_its_way_from_a_card_is_waited_for():
+    numbers = torch.arange(2**22, device=CARD, dtype=torch.float32)
+    for _ in range(50):
+        numbers = numbers + 1
+    [there], wait = common.to_host(numbers)
+    numbers.zero_()  # what the card is given later changes nothing
+    wait()
+    assert there.is_pinned() and torch.equal(there, torch.arange(2**22) + 50.0)
 
 
 @needs_cuda
