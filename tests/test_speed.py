@@ -190,6 +190,10 @@ def card(parts, monkeypatch):
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     with FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            torch.empty(1, device=CARD)[:, None]
+        except RuntimeError:
+            pytest.skip("this version of torch has tensors of a card only where there is one")
         for each in (*(made[name][0] for name in MAKERS), backbone, perceptual, discriminator):
             valueless(each, CARD)
         yield made | {"chat": chat, "perceptual": perceptual, "discriminator": discriminator}
