@@ -188,6 +188,9 @@ def test_bench_runs_every_loop(run, parts, tmp_path):
     results = json.loads((tmp_path / "bench.json").read_text())["results"]
     assert {"loader", "jpeg", "encode", "decode", "decoder-step", "t2i-step", "sample"} < set(results)
     assert all(result["images_per_second"] > 0 for result in results.values())
+    assert sys.platform != "linux" or all(
+        0.1 < results[name]["peak_gb"] < 10 for name in ("encode", "sample")
+    )
     assert all(
         0 < result["of_matrix_product"]
         for name, result in results.items()
@@ -196,6 +199,10 @@ def test_bench_runs_every_loop(run, parts, tmp_path):
     plain, cfg, auto = (results[f"class-sample{name}"] for name in ("", "-cfg", "-auto"))
     assert cfg["gflop_per_image"] == pytest.approx(2 * plain["gflop_per_image"])
     assert plain["gflop_per_image"] < auto["gflop_per_image"] < cfg["gflop_per_image"]
+    for name, hidden in (("mlp-step", 682), ("mlp-padded-step", 688)):  # 16 tokens of a width of 256
+        forward = 2 * 16 * 3 * 256 * hidden
+        backward = 2 * forward - 2 * 16 * 2 * 256 * hidden  # no gradient of what goes in
+        assert results[name]["gflop_per_image"] == pytest.approx((forward + backward) / 1e9)
 
 
 @pytest.mark.parametrize(
