@@ -212,7 +212,8 @@ def world(config: Config, where: common.Launch) -> World:
         side = 16 * autoencoder.encoder.config.patch_size
         changes = {"decoder_config": size, "encoder_size": side}
         trained = rae.RAE(**autoencoder._hub_mixin_config | changes)
-    width = max(rae.DITS[config.dit]["width"], *rae.DITS[config.dit].get("head", ())[:1], 0)
+    size = rae.DITS[config.dit]
+    width = max([size["width"], *size.get("head", ())[:1]])
     mlps = torch.nn.ModuleList(rae.SwiGLU(width, rae.swiglu_width(width)) for _ in range(2))
     mlps[0].multiple, mlps[1].multiple = 1, 8
     every = (each and each.to(where.device) for each in (autoencoder, trained, text, classes, guide, mlps))
