@@ -239,7 +239,10 @@ def all_losses(models: World, config: Config, folder: str) -> list[str]:
     encoder = discriminator = f"{common.WEIGHTS}/encoder"
     if not config.dit.startswith("nano"):
         half = {"size": {"height": 224, "width": 224}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-        networks = {"encoder": models.trained.encoder.model, "dino": transformers.ViTModel(DINO_S8)}
+        networks = {
+            "encoder": models.trained.encoder.model,
+            "dino": transformers.ViTModel(transformers.ViTConfig(**DINO_S8)),
+        }
         for name, network in networks.items():
             network.save_pretrained(f"{folder}/{name}")
             transformers.ViTImageProcessor(**half).save_pretrained(f"{folder}/{name}")

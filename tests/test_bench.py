@@ -5,6 +5,7 @@ import torch
 
 import bench
 import rae
+import train_decoder
 
 
 def part(passes=3, device="cpu"):
@@ -63,3 +64,14 @@ def test_the_papers_costs():
     assert cost.learned == pytest.approx(0.481e9, rel=0.01)
     assert cost.held == pytest.approx(4 * (0.41e9 + 0.416e9), rel=0.03)  # encoder and decoder
     assert cost.moved == pytest.approx(12 * 0.481e9 + 8 * 1.54e9, rel=0.01)
+
+
+def test_the_full_loss_of_other_sizes_has_networks(parts, tmp_path):
+    model = rae.RAE.from_pretrained(parts / "rae")
+    models = bench.World(model, model, None, None, None, None)
+    flags = bench.all_losses(models, bench.Config(dit="DiT-S", decoder="ViT-S"), str(tmp_path))
+    given = dict(flag.removeprefix("--").split("=") for flag in flags)
+    encoder = rae.Encoder(given["encoder"])
+    assert torch.equal(encoder(pixels := torch.rand(1, 3, 32, 32)), model.encoder(pixels))
+    dino = train_decoder.Backbone.from_pretrained(given["discriminator"])
+    assert [x.shape for x in dino(torch.rand(1, 3, 32, 32))] == 4 * [(1, 384, 28 * 28)]
