@@ -181,9 +181,9 @@ class World(NamedTuple):
 
     @property
     def blocks(self) -> list[torch.nn.Module]:
-        parts = [(m.encoder.blocks, m.decoder.decoder_layers) for m in (self.autoencoder, self.trained)]
-        every = [*parts[0], *parts[1], self.mlps]
-        every += [model.blocks for model in (self.text, self.classes, self.guide) if model]
+        every = [self.mlps, *(model.blocks for model in (self.text, self.classes, self.guide) if model)]
+        for model in (self.autoencoder, self.trained):
+            every += [model.encoder.blocks, model.decoder.decoder_layers]
         return list(dict.fromkeys(block for blocks in every for block in blocks))
 
 

@@ -1032,7 +1032,7 @@ class LatentModel(nn.Module, Hub):
         """
         if guidance != 1 and guide is None and self.dit.y_embedder is None:
             raise ValueError("an unconditional model has no classifier-free guidance: give a guide")
-        if guidance != 1 and guide and guide.latent_shape != self.latent_shape:
+        if guidance != 1 and guide is not None and guide.latent_shape != self.latent_shape:
             raise ValueError(f"the guide makes latents {guide.latent_shape}, not {self.latent_shape}")
         if skip is not None and not 0 <= skip < self.dit.depth:
             raise ValueError(f"no block {skip} to leave out: the DiT's are 0 to {self.dit.depth - 1}")
@@ -1360,12 +1360,12 @@ class TextToImage(LatentModel, library_name="rae"):
     def hidden_states(self, embeddings: Tensor) -> Tensor:
         """(B, L, width) -> last hidden states, flattened to (B * L, width). Causal; padding on the right is
         harmless."""
-        model, masks = self.language_model.model, None
-        config = model.config
-        if (config.model_type, config._attn_implementation) == ("qwen2", "sdpa"):
-            if set(config.layer_types) == {"full_attention"}:
-                # none is causal; to make it, `transformers` would ask the card whether positions are packed
-                masks = {"full_attention": None}
+        model, config = self.language_model.model, self.language_model.config
+        masks = None
+        causal = (config.model_type, config._attn_implementation) == ("qwen2", "sdpa")
+        if causal and set(config.layer_types) == {"full_attention"}:
+            # without a mask; to make one, `transformers` would ask the card whether positions are packed
+            masks = {"full_attention": None}
         out = model(inputs_embeds=embeddings, attention_mask=masks, use_cache=False)
         return out.last_hidden_state.flatten(0, 1)
 

@@ -467,7 +467,7 @@ def augment(images: Tensor, uniform: Tensor, cutout: float = 0.0) -> Tensor:
     """DiffAug (arXiv 2006.10738) of pictures (B, 3, H, W) in [-1, 1], by uniform draws (7, B): translation by
     up to 1/8, filled with grey; brightness, saturation and contrast; a square of side `cutout` H removed."""
     b, _, h, w = images.shape
-    r, images = uniform.to(images.device, non_blocking=True), images.float()
+    r, images = rae.send(uniform, images.device), images.float()
     rows, columns = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
 
     y, x = (
@@ -642,7 +642,7 @@ def main() -> None:
     def learn_to_decode(images: Tensor, latents: Tensor, index: list[int], adversarial: bool) -> dict:
         if config.tau:
             noise, uniform, _ = data.flow_draws(model.latent_shape, config.seed, index, where.device)
-            sigma = noise_scale(uniform, config.tau, config.sigma).to(where.device, non_blocking=True)
+            sigma = rae.send(noise_scale(uniform, config.tau, config.sigma), where.device)
             latents = model.add_noise(latents, noise, sigma)
         with where.autocast():
             reconstruction = model.decode(latents)

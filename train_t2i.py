@@ -380,14 +380,14 @@ def main() -> None:
                 shape, config.seed, piece["pictures"], where.device, config.draws
             )
             mean = 0.0 if config.time == "logit-normal" else None
-            t = rae.sample_time(for_time, model.alpha, mean).to(where.device, non_blocking=True)
+            t = rae.send(rae.sample_time(for_time, model.alpha, mean), where.device)
             if step < config.noise_first and not config.init:
                 t = torch.ones_like(t)
-            dropped = (for_dropout < config.dropout).to(where.device, non_blocking=True)
+            dropped = rae.send(for_dropout < config.dropout, where.device)
             with where.autocast():
                 read = ()
                 if "latents" in piece:
-                    latents = piece["latents"].to(where.device, non_blocking=True)
+                    latents = rae.send(piece["latents"], where.device)
                 elif piece["pictures"]:
                     pixels, sampled = data.to_unit(piece["image"], where.device), ()
                     if not encoder:  # of a VAE's posterior, as Scale-RAE has it
