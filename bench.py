@@ -1,11 +1,11 @@
 """Images a second of every hot loop, its FLOPs, and what share of the machine's it uses.
 
     python bench.py                                  # the nano sizes, on this machine
-    python bench.py encode sample --pictures 64      # some of them
+    python bench.py encode sample --images 64      # some of them
     python bench.py t2i-step class-step --compile    # each eager, then compiled
     python bench.py --dit DiT-DH-XL --dtype bf16 --compile --json bench.json     # RAE's, with random weights
     python bench.py --dit 2.4B --language-model 1.5B --checkpoint-blocks --batch 32    # Scale-RAE's
-    python bench.py sample-plain --dit 2.4B --pictures 1 --graph --compile --dtype bf16    # one, soon
+    python bench.py sample-plain --dit 2.4B --images 1 --graph --compile --dtype bf16    # one, soon
     python bench.py decoder-step --decoder ViT-B --batch 8
     python bench.py --plan --gpu H200 --gpus 64 --mfu 0.45    # the papers' runs on paper
 
@@ -95,9 +95,9 @@ class Config:
         "", "for decoder-step, another behind the encoder: 256 tokens, 256 px", choices=["", *rae.DECODERS]
     )
     checkpoint_blocks: bool = flag(False, "compute the blocks of the three steps twice, to save memory")
-    data: str = flag("nano", "source of the pictures and captions")
-    batch: int = flag(64, "pictures at once", at_least=4)
-    pictures: int = flag(4, "and drawn at once in the sample loops", at_least=1)
+    data: str = flag("nano", "source of the images and captions")
+    batch: int = flag(64, "images at once", at_least=4)
+    images: int = flag(4, "and drawn at once in the sample loops", at_least=1)
     graph: bool = flag(False, "draw as sample.py --graph does, with CUDA graphs")
     seconds: float = flag(5.0, "to time each loop", at_least=0.01)
     compile: bool = flag(False, "time each loop with its blocks compiled too")
@@ -109,10 +109,10 @@ class Config:
     mfu: float = flag(0.4, "--plan: share of the card's bf16 peak that a training reaches")
 
 
-def measure(run: Callable[[], object], seconds: float, where: common.Launch) -> dict:
+def measure(run: Callable[[], object], seconds: float, dist_ctx: common.DistContext) -> dict:
     """Milliseconds of a call, after three calls to warm up, and the peak of the memory in GB, with all models
     of the size in it: CUDA's, which is given ten calls at a time, or on Linux the process's."""
-    cuda = where.device.type == "cuda"
+    cuda = dist_ctx.device.type == "cuda"
 
     def wait() -> None:
         if cuda:
@@ -148,11 +148,11 @@ def peak_memory(cuda: bool, reset: bool = False) -> dict:
     return {"peak_gb": int(peak) * 1024 / 1e9}
 
 
-def matrix_product(where: common.Launch, seconds: float) -> float:
+def matrix_product(dist_ctx: common.DistContext, seconds: float) -> float:
     """TFLOP/s of a product of large square matrices in the dtype of the compute."""
-    n = 8192 if where.device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=where.device, dtype=where.dtype) for _ in range(2))
-    return 2 * n**3 / measure(lambda: a @ b, seconds, where)["ms"] / 1e9
+    n = 8192 if dist_ctx.device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=dist_ctx.device, dtype=dist_ctx.dtype) for _ in range(2))
+    return 2 * n**3 / measure(lambda: a @ b, seconds, dist_ctx)["ms"] / 1e9
 
 
 @contextmanager
@@ -187,19 +187,19 @@ class World(NamedTuple):
         return list(dict.fromkeys(block for blocks in every for block in blocks))
 
 
-def world(config: Config, where: common.Launch) -> World:
+def world(config: Config, dist_ctx: common.DistContext) -> World:
     text = classes = guide = None
     if config.dit.startswith("nano"):
-        autoencoder = common.load_autoencoder(config.autoencoder, where)
+        autoencoder = common.load_autoencoder(config.autoencoder, dist_ctx)
         if config.dit == "nano":
-            text = common.load_model(rae.TextToImage, config.model, config.autoencoder, where)
+            text = common.load_model(rae.TextToImage, config.model, config.autoencoder, dist_ctx)
     else:
         encoder = DINO if config.dit.startswith("DiT") else SIGLIP
         half = {"encoder_size": 224, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
         autoencoder = rae.RAE(encoder, rae.DECODERS["ViT-XL"] | {"patch_size": 16}, **half)
     shape = autoencoder.latent_shape
     if config.dit.removesuffix("-DH") in rae.SCALE_DITS:
-        with where.device:
+        with dist_ctx.device:
             text = rae.TextToImage(QWEN[config.language_model], rae.DITS[config.dit], shape)
         tokenizer = transformers.AutoTokenizer.from_pretrained(common.WEIGHTS / "t2i")
         text.set_tokenizer(tokenizer)  # its numbers are in every vocabulary
@@ -216,15 +216,15 @@ def world(config: Config, where: common.Launch) -> World:
     width = max([size["width"], *size.get("head", ())[:1]])
     mlps = torch.nn.ModuleList(rae.SwiGLU(width, rae.swiglu_width(width)) for _ in range(2))
     mlps[0].multiple, mlps[1].multiple = 1, 8
-    every = (each and each.to(where.device) for each in (autoencoder, trained, text, classes, guide, mlps))
+    every = (each and each.to(dist_ctx.device) for each in (autoencoder, trained, text, classes, guide, mlps))
     return World(*every)
 
 
-def jpeg_loader(folder: str, batch: int, pictures: int = 256) -> data.Loader:
+def jpeg_loader(folder: str, batch: int, images: int = 256) -> data.Loader:
     """Reads tars of JPEG files of 256 px with captions on all cores, as fast as a training could."""
     for shard in range(8):
         with tarfile.open(f"{folder}/{shard}.tar", "w") as tar:
-            for number in range(shard, pictures, 8):
+            for number in range(shard, images, 8):
                 sample, file = shapes.draw("scenes", 0, number, 256), io.BytesIO()
                 Image.fromarray(sample.image).save(file, "JPEG", quality=90)
                 for name, content in (("jpg", file.getvalue()), ("txt", sample.caption.encode())):
@@ -278,22 +278,25 @@ class Loop(NamedTuple):
 
 
 def loops(
-    models: World, config: Config, where: common.Launch, batch: int, steppers: dict | None
+    models: World, config: Config, dist_ctx: common.DistContext, batch: int, steppers: dict | None
 ) -> dict[str, Loop]:
-    """Every loop by name, on `batch` pictures, all to be drawn. Steps keep their optimizers in `steppers`;
+    """Every loop by name, on `batch` images, all to be drawn. Steps keep their optimizers in `steppers`;
     with None, to count FLOPs, they end before it, and nothing is a CUDA graph."""
     autoencoder, trained, text, classes, guide, mlps = models
     source = data.open_source(config.data, autoencoder.image_size, 0)
     stream = data.Loader(source, batch)
     drawn = next(stream)
-    images = data.to_unit(drawn["image"], where.device)
-    pictures = F.interpolate(images, (trained.image_size, trained.image_size), mode="bilinear")
+    images = data.to_unit(drawn["image"], dist_ctx.device)
+    decoder_images = F.interpolate(images, (trained.image_size, trained.image_size), mode="bilinear")
     shape = autoencoder.latent_shape
-    latents = torch.randn(batch, *shape, device=where.device)
-    noise, u, v = data.flow_draws(shape, 0, list(range(batch)), where.device)
-    t, dropped = rae.sample_time(u, rae.default_alpha(shape)).to(where.device), (v < 0.1).to(where.device)
-    labels = torch.arange(batch, device=where.device) % 1000
-    inner = torch.randn(batch, shape[0], mlps[0].w12.in_features, device=where.device)
+    latents = torch.randn(batch, *shape, device=dist_ctx.device)
+    noise, u, v = data.flow_draws(shape, 0, list(range(batch)), dist_ctx.device)
+    t, dropped = (
+        rae.sample_time(u, rae.default_alpha(shape)).to(dist_ctx.device),
+        (v < 0.1).to(dist_ctx.device),
+    )
+    labels = torch.arange(batch, device=dist_ctx.device) % 1000
+    inner = torch.randn(batch, shape[0], mlps[0].w12.in_features, device=dist_ctx.device)
     folder = tempfile.TemporaryDirectory()
 
     @cache
@@ -301,7 +304,7 @@ def loops(
         return jpeg_loader(folder.name, batch)
 
     def train(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> None:
-        with where.autocast():
+        with dist_ctx.autocast():
             value = loss()
         value.backward()
         if steppers is None:
@@ -316,7 +319,7 @@ def loops(
         return infer(autoencoder.encode, pixels)
 
     def decoder_loss() -> torch.Tensor:
-        return F.l1_loss(trained.decode(trained.encode(pictures)), pictures)
+        return F.l1_loss(trained.decode(trained.encode(decoder_images)), decoder_images)
 
     def t2i_loss() -> torch.Tensor:
         cross_entropy, errors = text(chat, encode(images), noise, t, dropped)
@@ -326,7 +329,7 @@ def loops(
         return classes(labels, encode(images), noise, t, dropped).mean()
 
     def infer(call: Callable, *args, **kwargs) -> torch.Tensor:
-        with torch.no_grad(), where.autocast():
+        with torch.no_grad(), dist_ctx.autocast():
             return call(*args, **kwargs)
 
     every = {
@@ -341,13 +344,13 @@ def loops(
         "mlp-step": Loop(lambda: train(mlps[0], lambda: mlps[0](inner).mean()), batch),
         "mlp-padded-step": Loop(lambda: train(mlps[1], lambda: mlps[1](inner).mean()), batch),
     }
-    count = config.pictures
+    count = config.images
     how = {
-        "noise": torch.randn(count, *shape, device=where.device),
+        "noise": torch.randn(count, *shape, device=dist_ctx.device),
         "graph": config.graph and steppers is not None,
     }
     if text:
-        chat = text.chat(drawn["conversation"]).to(where.device)
+        chat = text.chat(drawn["conversation"]).to(dist_ctx.device)
         prompts = [drawn["caption"][k % batch] for k in range(count)]
         plain = partial(infer, text.generate, prompts, **how)
         every |= {
@@ -381,7 +384,7 @@ def line(name: str, result: dict) -> str:
 # -----------------------------------------------------------------------------------------------------------
 # on paper: nothing of the following is measured
 
-TOKENS = 256 + 64  # of a conversation: a picture and the text around it
+TOKENS = 256 + 64  # of a conversation: an image and the text around it
 LEARNED = 24  # of them with a loss: their logits over the vocabulary are computed, and kept
 
 
@@ -429,8 +432,8 @@ def class_training(epochs: int) -> Paper:
     dit = rae.DiT((256, 768), **rae.class_dit("DiT-DH-XL", 1000))
     encoder = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**DINO))
     given = torch.zeros(1, 256, 768), torch.zeros(1), torch.zeros(1, dtype=torch.long)
-    picture = torch.zeros(1, 3, 224, 224)
-    run = Part(encoder, lambda m: m(picture).last_hidden_state, 1)
+    image = torch.zeros(1, 3, 224, 224)
+    run = Part(encoder, lambda m: m(image).last_hidden_state, 1)
     return Paper([Part(dit, lambda m: m(*given), 3), run, decoder_xl(768, 0)], 1024, epochs * 1251, ema=True)
 
 
@@ -439,14 +442,14 @@ def decoder_xl(channels: int, passes: int) -> Part:
     return Part(decoder, lambda m: m(torch.zeros(1, 256, channels)), passes)
 
 
-def decoder_training(pictures: float) -> Paper:
-    return Paper([decoder_xl(1152, 3), siglip()], 512, round(pictures / 512), ema=True)
+def decoder_training(images: float) -> Paper:
+    return Paper([decoder_xl(1152, 3), siglip()], 512, round(images / 512), ema=True)
 
 
 PAPERS = {
     "DiT-DH-XL, ImageNet 256, 80 epochs": partial(class_training, 80),
     "DiT-DH-XL, ImageNet 256, 800 epochs": partial(class_training, 800),
-    "decoder ViT-XL, 73M pictures, L1 alone": partial(decoder_training, 73e6),
+    "decoder ViT-XL, 73M images, L1 alone": partial(decoder_training, 73e6),
     "0.5B + 1.5B, 30k steps": partial(text_training, "0.5B", "1.5B"),
     "0.5B + 1.5B frozen, 30k": partial(text_training, "0.5B", "1.5B", frozen=True),
     "2.4B + 1.5B, 30k": partial(text_training, "2.4B", "1.5B"),
@@ -503,14 +506,14 @@ def cost(paper: Paper) -> Cost:
     spread = held = gathered = moved = inputs = largest = logits = 0
     with torch.device("meta"):
         for part in paper.parts:
-            blocks, whole = blocks_of(part), size(part.module)
+            blocks, full_tensor = blocks_of(part), size(part.module)
             if part.passes < 2:
-                held += 4 * whole
+                held += 4 * full_tensor
                 continue
             learns = part.passes == 3
-            spread += whole * (16 + 4 * paper.ema if learns else 4)
-            moved += whole * (12 if learns else 8)
-            gathered += 6 * (whole - size(blocks) + 2 * size(blocks[0]))
+            spread += full_tensor * (16 + 4 * paper.ema if learns else 4)
+            moved += full_tensor * (12 if learns else 8)
+            gathered += 6 * (full_tensor - size(blocks) + 2 * size(blocks[0]))
             width = next(p.shape[0] for p in blocks.parameters() if p.ndim == 1)
             inputs += 4 * TOKENS * width * len(blocks)
             largest = max(largest, kept_bytes(part) // 2 // len(blocks))  # counted in fp32, kept as bf16
@@ -557,7 +560,7 @@ def plan(config: Config) -> str:
 
     lines = [
         f"Computed, not measured. bf16 compute on fp32 weights, checkpointed blocks; {TOKENS - 256} tokens "
-        f"of text beside a picture's 256, {LEARNED} of them learned. Fragmentation and the "
+        f"of text beside an image's 256, {LEARNED} of them learned. Fragmentation and the "
         "allocator's reserve are not in it.",
         "",
         f"| training | learned | GFLOP a sample | samples/s at the peak of one {config.gpu} "
@@ -598,14 +601,14 @@ def plan(config: Config) -> str:
 
 @contextmanager
 def changed(
-    blocks: list[torch.nn.Module], config: Config, where: common.Launch, compiled: bool, learns: bool
+    blocks: list[torch.nn.Module], config: Config, dist_ctx: common.DistContext, compiled: bool, learns: bool
 ):
     """The blocks as the scripts have them: compiled; in a step with --checkpoint-blocks checkpointed, and to
     draw with linear layers in the dtype of the compute."""
     before = {block: block.forward for block in blocks}
     if not learns:
-        common.cast_linear(blocks, where)
-    common.compile_blocks(blocks, compiled, where)
+        common.cast_linear(blocks, dist_ctx)
+    common.compile_blocks(blocks, compiled, dist_ctx)
     if learns and config.checkpoint_blocks:
         common.checkpoint_blocks(blocks)
     yield
@@ -621,18 +624,21 @@ def main() -> None:
     if config.plan:
         print(plan(config))
         return
-    where = common.launch(config.dtype)
-    models = world(config, where)
+    dist_ctx = common.init_distributed(config.dtype)
+    models = world(config, dist_ctx)
     steppers = {}
-    every, small = loops(models, config, where, config.batch, steppers), loops(models, config, where, 4, None)
+    every, small = (
+        loops(models, config, dist_ctx, config.batch, steppers),
+        loops(models, config, dist_ctx, 4, None),
+    )
     if unknown := set(config.what) - set(every):
         raise ValueError(f"--dit {config.dit} has no {', '.join(unknown)}: choose from {', '.join(every)}")
-    card = torch.cuda.get_device_name() if where.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    card = torch.cuda.get_device_name() if dist_ctx.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     peak = next((values[0] for name, values in GPUS.items() if name in card), None)
-    product = matrix_product(where, min(config.seconds, 2.0))
+    product = matrix_product(dist_ctx, min(config.seconds, 2.0))
     tokens = f", {every['t2i-step'].tokens} tokens a conversation" if "t2i-step" in every else ""
     print(
-        f"{where}, {card}, {torch.get_num_threads()} threads, torch {torch.__version__}, --dit {config.dit}, "
+        f"{dist_ctx}, {card}, {torch.get_num_threads()} threads, torch {torch.__version__}, --dit {config.dit}, "
         f"batch {config.batch}{tokens}; a product of large matrices: {product:.3f} TFLOP/s"
     )
     results = {}
@@ -648,16 +654,16 @@ def main() -> None:
                 p.requires_grad_(True)
             gflop = total() / small[name].images / 1e9
         for compiled in (False, True)[: 1 + (config.compile and (loop.computes or loop.flags is not None))]:
-            with changed(models.blocks if loop.computes else [], config, where, compiled, learns):
+            with changed(models.blocks if loop.computes else [], config, dist_ctx, compiled, learns):
                 if loop.flags:
                     result = by_its_log(loop.flags(), loop.images, compiled)
                 else:
-                    result = measure(loop.run, config.seconds, where)
+                    result = measure(loop.run, config.seconds, dist_ctx)
             result["images_per_second"] = 1000 * loop.images / result["ms"]
             if gflop:
                 tflops = result["images_per_second"] * gflop / 1000
                 result |= {"gflop_per_image": gflop, "tflops": tflops, "of_matrix_product": tflops / product}
-                result |= {"mfu": tflops / peak} if peak and where.dtype == torch.bfloat16 else {}
+                result |= {"mfu": tflops / peak} if peak and dist_ctx.dtype == torch.bfloat16 else {}
             if compiled:
                 result["of_eager"] = results[name]["ms"] / result["ms"]
             label = name + " compiled" * compiled
@@ -665,13 +671,13 @@ def main() -> None:
             print(line(label, result), flush=True)
         steppers.clear()
     if config.json:
-        about = {"command": "python " + " ".join(sys.argv), "where": str(where), "card": card}
+        about = {"command": "python " + " ".join(sys.argv), "where": str(dist_ctx), "card": card}
         about |= {
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
-        about |= {name: getattr(config, name) for name in ("batch", "pictures", "dit", "graph")}
+        about |= {name: getattr(config, name) for name in ("batch", "images", "dit", "graph")}
         about |= {"tokens": {name: loop.tokens for name, loop in every.items() if loop.tokens}}
         about |= {"date": time.strftime("%Y-%m-%d"), "matrix_product_tflops": product, "results": results}
         with common.replacing(Path(config.json)) as temporary:

@@ -1,5 +1,5 @@
 """The papers' benchmarks that compare with other work, called by eval.py: GenEval, CLIPScore and DPG-Bench of
-pictures, and MME, TextVQA, AI2D, SEED, MMMU and MMMU-Pro of answers to questions about pictures.
+images, and MME, TextVQA, AI2D, SEED, MMMU and MMMU-Pro of answers to questions about images.
 
 Rules and arithmetic are those of the official scorers: a results file of theirs and one of ours sum up to the
 same numbers. Networks are the same ones through `transformers`, without mmdetection.
@@ -27,7 +27,7 @@ import data
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # of a detection's score
 MOST = 16  # objects of a class
 MARGIN = 0.1  # of both objects' sizes, by which one has to be beside the other
-QUERIES = 100  # detections of a picture, before the threshold
+QUERIES = 100  # detections of an image, before the threshold
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = (
     "a photo of a {color} {name}",
@@ -69,7 +69,7 @@ def position(one: Found, other: Found) -> set[str]:
 
 
 def judge(wanted: dict, found: dict[str, list[Found]], colors_of) -> tuple[bool, list[str]]:
-    """Whether a picture is right for a line of GenEval's prompts, and every reason why not.
+    """Whether an image is right for a line of GenEval's prompts, and every reason why not.
 
     wanted: its `include` and `exclude`; found: detections by class, the best first; colors_of(objects, name):
     the colour of each.
@@ -112,7 +112,7 @@ def confident(found: dict[str, list[Found]], tag: str) -> dict[str, list[Found]]
 
 
 class Detector:
-    """Mask2Former on one picture at a time: instances by class name."""
+    """Mask2Former on one image at a time: instances by class name."""
 
     def __init__(self, source: str, device: torch.device):
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
@@ -162,9 +162,9 @@ class Clip:
         self.classes: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
-    def images(self, pictures: list[Image.Image]) -> torch.Tensor:
+    def images(self, images: list[Image.Image]) -> torch.Tensor:
         out = self.model.get_image_features(
-            **self.processor(images=pictures, return_tensors="pt").to(self.model.device)
+            **self.processor(images=images, return_tensors="pt").to(self.model.device)
         )
         return F.normalize(getattr(out, "pooler_output", out), dim=-1)  # `transformers` 5 wraps it
 
@@ -174,9 +174,9 @@ class Clip:
         out = self.model.get_text_features(**given.to(self.model.device))
         return F.normalize(getattr(out, "pooler_output", out), dim=-1)
 
-    def scores(self, pictures: list[Image.Image], texts: list[str]) -> torch.Tensor:
-        """CLIPScore (arXiv 2104.08718) of each picture and text, from 0 to 100: (B,)."""
-        return 100 * (self.images(pictures) * self.texts(texts)).sum(dim=-1).clamp(min=0)
+    def scores(self, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
+        """CLIPScore (arXiv 2104.08718) of each image and text, from 0 to 100: (B,)."""
+        return 100 * (self.images(images) * self.texts(texts)).sum(dim=-1).clamp(min=0)
 
     def colors(self, image: Image.Image, objects: list[Found], name: str) -> list[str]:
         """The colour of each object, of its pixels on grey."""
@@ -195,8 +195,8 @@ class Clip:
         return [COLORS[i] for i in (self.images(crops) @ self.classes[name].T).argmax(dim=-1).tolist()]
 
 
-def geneval_pictures(folder: Path) -> list[tuple[Path, dict]]:
-    """The pictures of a folder in GenEval's layout, each with the line of its prompt: NUMBER/metadata.jsonl
+def geneval_images(folder: Path) -> list[tuple[Path, dict]]:
+    """The images of a folder in GenEval's layout, each with the line of its prompt: NUMBER/metadata.jsonl
     beside NUMBER/samples/NUMBER.png. Raises ValueError for any other."""
     found = []
     for prompt in sorted(path for path in folder.glob("*") if path.is_dir() and path.name.isdigit()):
@@ -208,15 +208,15 @@ def geneval_pictures(folder: Path) -> list[tuple[Path, dict]]:
             raise ValueError(
                 f"{prompt}/metadata.jsonl is no line of GenEval's: it needs tag, prompt, include"
             )
-        pictures = sorted(path for path in (prompt / "samples").glob("*.png") if path.stem.isdigit())
-        if not pictures:
-            raise ValueError(f"{prompt} has a prompt, but no pictures in samples/")
-        found += [(path, wanted) for path in pictures]
+        images = sorted(path for path in (prompt / "samples").glob("*.png") if path.stem.isdigit())
+        if not images:
+            raise ValueError(f"{prompt} has a prompt, but no images in samples/")
+        found += [(path, wanted) for path in images]
     counts = Counter(path.parent.parent for path, _ in found)
     if len(set(counts.values())) > 1:
         most, least = (counts.most_common()[place] for place in (0, -1))
         raise ValueError(
-            f"{most[0]} has {most[1]} pictures, {least[0]} has {least[1]}: draw into an empty folder"
+            f"{most[0]} has {most[1]} images, {least[0]} has {least[1]}: draw into an empty folder"
         )
     if not found:
         raise ValueError(
@@ -227,7 +227,7 @@ def geneval_pictures(folder: Path) -> list[tuple[Path, dict]]:
 
 def score_geneval(path: Path, wanted: dict, detector: Detector, clip: Clip) -> dict:
     """A row of the results, with the keys of the official file."""
-    image = data.open_picture(str(path)).convert("RGB")
+    image = data.open_image(str(path)).convert("RGB")
     asked = {part["class"] for part in [*wanted["include"], *wanted.get("exclude", [])]}
     if unknown := asked - set(detector.names):
         raise ValueError(f"{path} is asked for a {min(unknown)}, which the detector does not know")
@@ -248,8 +248,8 @@ def score_geneval(path: Path, wanted: dict, detector: Detector, clip: Clip) -> d
 
 
 def geneval_summary(rows: Iterable[dict]) -> dict[str, tuple[float, int]]:
-    """Value and number of each figure, of rows of a results file: the share of right pictures of every task,
-    `overall`, the mean of the tasks, and the shares of right pictures and of prompts with a right one."""
+    """Value and number of each figure, of rows of a results file: the share of right images of every task,
+    `overall`, the mean of the tasks, and the shares of right images and of prompts with a right one."""
     tasks, prompts = defaultdict(list), defaultdict(list)
     for row in rows:
         tasks[row["tag"]].append(row["correct"])
@@ -257,7 +257,7 @@ def geneval_summary(rows: Iterable[dict]) -> dict[str, tuple[float, int]]:
     every = [correct for task in tasks.values() for correct in task]
     figures = {tag: (float(np.mean(task)), len(task)) for tag, task in sorted(tasks.items())}
     figures["overall"] = float(np.mean([value for value, _ in figures.values()])), len(every)
-    figures["pictures"] = float(np.mean(every)), len(every)
+    figures["images"] = float(np.mean(every)), len(every)
     figures["prompts"] = float(np.mean([any(each) for each in prompts.values()])), len(prompts)
     return figures
 
@@ -303,24 +303,24 @@ def filtered(answers: dict[int, bool], questions: dict[int, Question]) -> dict[i
 
 def dpg_summary(rows: list[dict], items: dict[str, dict[int, Question]]) -> dict[str, tuple[float, int]]:
     """Value, in percent, and number of each figure: `overall`, the mean over items of the mean over their
-    pictures of the mean over questions; and of each category the mean over all questions of all pictures,
-    as they were answered (the official script, by mistake, takes those of the last picture)."""
-    pictures, categories = defaultdict(list), defaultdict(list)
+    images of the mean over questions; and of each category the mean over all questions of all images,
+    as they were answered (the official script, by mistake, takes those of the last image)."""
+    images, categories = defaultdict(list), defaultdict(list)
     for row in rows:
         questions = items[row["item_id"]]
         answers = {int(n): yes for n, yes in row["answers"].items()}
-        pictures[row["item_id"]].append(np.mean(list(filtered(answers, questions).values())))
+        images[row["item_id"]].append(np.mean(list(filtered(answers, questions).values())))
         for number, yes in answers.items():
             question = questions[number]
             for name in (question.category, f"{question.category} - {question.detail}"):
                 categories[name].append(yes)
     figures = {name: (100 * float(np.mean(each)), len(each)) for name, each in sorted(categories.items())}
-    overall = np.mean([np.mean(each) for each in pictures.values()])
-    return figures | {"overall": (100 * float(overall), len(pictures))}
+    overall = np.mean([np.mean(each) for each in images.values()])
+    return figures | {"overall": (100 * float(overall), len(images))}
 
 
-def dpg_pictures(folder: Path, items: dict, side: int = 2) -> list[tuple[Path, int]]:
-    """The squares of every grid ITEM.png, side x side pictures. Raises ValueError for missing ones."""
+def dpg_images(folder: Path, items: dict, side: int = 2) -> list[tuple[Path, int]]:
+    """The squares of every grid ITEM.png, side x side images. Raises ValueError for missing ones."""
     paths = [folder / f"{item}.png" for item in items]
     if missing := [path for path in paths if not path.is_file()]:
         raise ValueError(f"{len(missing)} of {len(paths)} grids are missing, the first is {missing[0]}")
@@ -365,14 +365,14 @@ class Answerer:
 
 
 def score_dpg(path: Path, square: int, questions: dict[int, Question], answerer: Answerer) -> dict:
-    """A row of the results: which questions about a picture are answered with yes."""
-    image = square_of(data.open_picture(str(path)).convert("RGB"), square)
+    """A row of the results: which questions about an image are answered with yes."""
+    image = square_of(data.open_image(str(path)).convert("RGB"), square)
     yes = {n: answerer(image, question.text).lower().startswith("yes") for n, question in questions.items()}
     return {"item_id": path.stem, "square": square, "answers": yes}
 
 
 # -----------------------------------------------------------------------------------------------------------
-# understanding: questions about pictures, with the prompts that the LLaVA line of work asks them with
+# understanding: questions about images, with the prompts that the LLaVA line of work asks them with
 
 ONE_WORD = "Answer the question using a single word or phrase."
 ONE_LETTER = "Answer with the option's letter from the given choices directly."
@@ -388,7 +388,7 @@ class Item(NamedTuple):
     image: Image.Image
     question: str
     truth: list[str]  # a letter, or words: of TextVQA ten people's
-    group: str = ""  # MME's category and picture, two questions each
+    group: str = ""  # MME's category and image, two questions each
 
 
 def with_options(question: str, options: list[str]) -> str:
@@ -415,7 +415,7 @@ def of_seed(row: dict) -> Item:
 
 
 def of_mmmu(row: dict) -> Item:
-    """Of several pictures the first; where they belong in the text is left out. MMMU's own scorer looks for
+    """Of several images the first; where they belong in the text is left out. MMMU's own scorer looks for
     the option in longer answers too, and guesses where there is none."""
     question = re.sub(r"\s*<image \d+>\s*", " ", row["question"]).strip()
     options = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
@@ -520,7 +520,7 @@ def open_asked(name: str, local: str) -> list:
 
 
 def asked_rows(name: str, table) -> list[int]:
-    """The rows of a table that are asked; no picture is decoded to find them."""
+    """The rows of a table that are asked; no image is decoded to find them."""
     column, values = ASKED[name].only or (None, ())
     return (
         [i for i, value in enumerate(table[column]) if value in values] if column else list(range(len(table)))
@@ -529,15 +529,15 @@ def asked_rows(name: str, table) -> list[int]:
 
 def understanding_summary(name: str, rows: list[dict]) -> tuple[float, int]:
     """In percent the mean of all answers; of MME the sum over its categories of the accuracy of the
-    questions and of that of the pictures, both of whose two have to be right: 2000 at most."""
+    questions and of that of the images, both of whose two have to be right: 2000 at most."""
     if name != "mme":
         return 100 * float(np.mean([row["score"] for row in rows])), len(rows)
-    pictures = defaultdict(lambda: defaultdict(list))
+    images = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        category, _, picture = row["group"].partition("/")
-        pictures[category][picture].append(row["score"])
+        category, _, image = row["group"].partition("/")
+        images[category][image].append(row["score"])
     total = 0.0
-    for each in pictures.values():
+    for each in images.values():
         questions = [score for scores in each.values() for score in scores]
         total += 100 * (np.mean(questions) + np.mean([min(scores) for scores in each.values()]))
     return float(total), len(rows)

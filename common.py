@@ -125,7 +125,7 @@ def one_line(error: BaseException) -> str:
 
 
 @dataclass
-class Launch:
+class DistContext:
     """Where this process runs. Alone, or one of `world` that torchrun started."""
 
     device: torch.device
@@ -135,7 +135,7 @@ class Launch:
     mesh: "torch.distributed.DeviceMesh | None" = None  # (replicate, shard), of several processes
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def autocast(self):
@@ -153,7 +153,7 @@ class Launch:
         )
 
 
-def launch(dtype: str = "auto", shard: str = "none") -> Launch:
+def init_distributed(dtype: str = "auto", shard: str = "none") -> DistContext:
     """Picks the device (CUDA, MPS, CPU), joins the process group of torchrun, picks the compute dtype and
     who holds which part of the weights: none (each process all of them), full (each its share), hybrid (each
     machine all of them, each of its processes a share)."""
@@ -173,23 +173,23 @@ def launch(dtype: str = "auto", shard: str = "none") -> Launch:
         names = ("replicate", "shard")
         mesh = dist.init_device_mesh(device.type, (world // parts, parts), mesh_dim_names=names)
     name = ("bf16" if device.type == "cuda" else "fp32") if dtype == "auto" else dtype
-    return Launch(device, rank, world, {"bf16": torch.bfloat16, "fp32": torch.float32}[name], mesh)
+    return DistContext(device, rank, world, {"bf16": torch.bfloat16, "fp32": torch.float32}[name], mesh)
 
 
-def distribute(module: nn.Module, blocks: Iterable[nn.Module], where: Launch, *methods: str) -> None:
+def shard_model(module: nn.Module, blocks: Iterable[nn.Module], dist_ctx: DistContext, *methods: str) -> None:
     """Moves a module to the device: whole, or of several processes a block at a time and each its share, with
     FSDP2, which gathers the weights of one block at a time; gradients are summed over the processes, not
     averaged. `methods` are its entrances beside `forward`.
 
     Every process has to go through every block, in the same order.
     """
-    if where.mesh is None:
-        module.to(where.device)
+    if dist_ctx.mesh is None:
+        module.to(dist_ctx.device)
         return
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for part in (*blocks, module):
-        mesh = where.mesh if where.mesh.shape[0] > 1 else where.mesh["shard"]
+        mesh = dist_ctx.mesh if dist_ctx.mesh.shape[0] > 1 else dist_ctx.mesh["shard"]
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
@@ -197,20 +197,20 @@ def distribute(module: nn.Module, blocks: Iterable[nn.Module], where: Launch, *m
         register_fsdp_forward_method(module, method)
 
 
-def compile_blocks(blocks: Iterable[nn.Module], wanted: bool | None, where: Launch) -> None:
+def compile_blocks(blocks: Iterable[nn.Module], wanted: bool | None, dist_ctx: DistContext) -> None:
     """Compiles what is inside of the blocks, not the gathering of their weights; by default on CUDA."""
-    if where.device.type == "cuda" if wanted is None else wanted:
+    if dist_ctx.device.type == "cuda" if wanted is None else wanted:
         for block in blocks:
             block.forward = torch.compile(block.forward)
 
 
-def cast_linear(blocks: Iterable[nn.Module], where: Launch) -> None:
+def cast_linear(blocks: Iterable[nn.Module], dist_ctx: DistContext) -> None:
     """Gives linear layers that will not be trained the dtype of the compute. Autocast would, at every call of
     a compiled block; the results are the same, and the memory is half."""
     for block in blocks:
         for layer in block.modules():
             if isinstance(layer, nn.Linear):
-                layer.to(where.dtype)
+                layer.to(dist_ctx.dtype)
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
@@ -247,12 +247,12 @@ def global_sum(*values: float) -> list[float]:
     return total.tolist()
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that may be spread over processes."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that may be spread over processes, on every process."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -285,8 +285,8 @@ class Stepper:
         self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         self.peaks = [group["lr"] for group in self.groups]
         self.parameters = [p for group in self.groups for p in group["params"]]
-        device = local(self.parameters[0]).device
-        self.left_out, self.in_a_row, self.most_in_a_row = torch.zeros(3, device=device)
+        device = local_tensor(self.parameters[0]).device
+        self.skipped_steps, self.in_a_row, self.most_in_a_row = torch.zeros(3, device=device)
         self.make_state()
 
     def scale(self, factor: float) -> None:
@@ -313,7 +313,7 @@ class Stepper:
 
     def step(self) -> Tensor:
         """Returns the norm of the gradients before clipping."""
-        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.clip))
         bad = (~norm.isfinite()).float()
         for optimizer in self.optimizers:
             before = []
@@ -321,12 +321,12 @@ class Stepper:
                 optimizer.found_inf = bad  # the fused AdamW's own way out, made for GradScaler
             else:  # Muon has none
                 changing = [t for p, state in optimizer.state.items() for t in (p.detach(), *state.values())]
-                before = [(local(t), local(t).clone()) for t in changing]
+                before = [(local_tensor(t), local_tensor(t).clone()) for t in changing]
             optimizer.step()
             for tensor, kept in before:
                 tensor.copy_(torch.where(bad > 0, kept, tensor))
             optimizer.zero_grad()
-        self.left_out += bad
+        self.skipped_steps += bad
         self.in_a_row.add_(1).mul_(bad)
         torch.maximum(self.most_in_a_row, self.in_a_row, out=self.most_in_a_row)
         return norm
@@ -337,7 +337,7 @@ class Stepper:
             raise ValueError(
                 "ten steps in a row had a loss or gradient that is not finite: lower the learning rate"
             )
-        return self.left_out.item()
+        return self.skipped_steps.item()
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ def replacing(path: Path):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-def save_picture(path: Path, pixels: Tensor, **text) -> None:
+def save_image(path: Path, pixels: Tensor, **text) -> None:
     """(3, H, W) in [0, 1] -> PNG, rounded to 8 bits, with `text` in its metadata."""
     info = PngInfo()
     for key, value in text.items():
@@ -382,13 +382,13 @@ def save_picture(path: Path, pixels: Tensor, **text) -> None:
         Image.fromarray(array).save(temporary, format="PNG", pnginfo=info)
 
 
-def picture_grid(pictures: Tensor, columns: int, gap: int = 2, scale: int = 1) -> Tensor:
-    """(B, 3, H, W) -> one picture (3, H', W') in raster order on white, each enlarged by the integer
+def image_grid(images: Tensor, columns: int, gap: int = 2, scale: int = 1) -> Tensor:
+    """(B, 3, H, W) -> one image (3, H', W') in raster order on white, each enlarged by the integer
     `scale`."""
-    pictures = pictures.clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    missing = -len(pictures) % columns
-    pictures = nn.functional.pad(pictures, (0, gap, 0, gap, 0, 0, 0, missing), value=1.0)
-    rows = [torch.cat(list(row), dim=2) for row in pictures.split(columns)]
+    images = images.clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    missing = -len(images) % columns
+    images = nn.functional.pad(images, (0, gap, 0, gap, 0, 0, 0, missing), value=1.0)
+    rows = [torch.cat(list(row), dim=2) for row in images.split(columns)]
     return torch.cat(rows, dim=1)[:, :-gap, :-gap]
 
 
@@ -441,16 +441,18 @@ def loading(source: str | Path):
         raise ValueError(f"cannot load {source}: {one_line(error)}") from error
 
 
-def load_autoencoder(source: str | Path, where: Launch) -> rae.RAE | rae.VAE:
+def load_autoencoder(source: str | Path, dist_ctx: DistContext) -> rae.RAE | rae.VAE:
     with loading(source):
-        return rae.open_autoencoder(source).to(where.device)
+        return rae.open_autoencoder(source).to(dist_ctx.device)
 
 
-def load_model(kind: type[rae.LatentModel], source: str, autoencoder: str, where: Launch) -> rae.LatentModel:
+def load_model(
+    kind: type[rae.LatentModel], source: str, autoencoder: str, dist_ctx: DistContext
+) -> rae.LatentModel:
     """A TextToImage or ClassToImage with its autoencoder: the one that it names, or another of the same
     latents."""
     with loading(source):
-        model = kind.from_pretrained(source).eval().to(where.device)
+        model = kind.from_pretrained(source).eval().to(dist_ctx.device)
     model.autoencoder_path = autoencoder or model.autoencoder_path
     if not model.autoencoder_path:
         raise ValueError(f"{source} does not name its autoencoder: give --autoencoder")
@@ -479,18 +481,18 @@ class Run:
     can be read by any number of processes. It is written under another name, which it loses when complete.
     """
 
-    def __init__(self, config, where: Launch):
-        self.out, self.config, self.where = Path(config.out), config, where
+    def __init__(self, config, dist_ctx: DistContext):
+        self.out, self.config, self.dist_ctx = Path(config.out), config, dist_ctx
         self.checkpoints, self.metrics = self.out / "checkpoints", self.out / "metrics.jsonl"
         self.stop, self.pending, self.board, self.skipped = None, None, None, 0
-        self.group = dist.new_group(backend="gloo") if where.world > 1 else None
+        self.group = dist.new_group(backend="gloo") if dist_ctx.world > 1 else None
         complete = sorted(p for p in self.checkpoints.glob("*") if p.name.isdigit())
         if complete and not config.resume:
             raise ValueError(
                 f"{self.out} already holds a training: go on with --resume, or choose another --out"
             )
         self.source = complete[-1] if complete else None
-        if where.world > 1:  # file systems may show a new folder to one machine earlier than to another
+        if dist_ctx.world > 1:  # file systems may show a new folder to one machine earlier than to another
             shared = [self.source]
             dist.broadcast_object_list(shared)
             self.source = shared[0]
@@ -505,7 +507,7 @@ class Run:
         """Takes what checkpoints are to hold, and restores it in place from the newest, if there is one.
         Returns its state: step, and positions of the data.
 
-        The weights of modules["average"] are what `save` writes as a model folder, in the shape of `export`:
+        The weights of modules["ema"] are what `save` writes as a model folder, in the shape of `export`:
         the main process's copy of the model from before it was spread over all.
         """
         self.modules, self.steppers, self.export = modules, steppers, export
@@ -516,8 +518,8 @@ class Run:
         try:
             state = json.loads((self.source / "state.json").read_text())
             self.skipped = state["skipped_samples"]
-            for stepper, left_out in zip(steppers, state["skipped_steps"], strict=True):
-                stepper.left_out.fill_(left_out)
+            for stepper, skipped_steps in zip(steppers, state["skipped_steps"], strict=True):
+                stepper.skipped_steps.fill_(skipped_steps)
             tensors = training_state(modules, steppers)
             reader = dcp.HuggingFaceStorageReader(self.source)
             metadata = reader.read_metadata().state_dict_metadata
@@ -540,19 +542,19 @@ class Run:
         self.count_skipped(loader)
         everyone = [loader.positions]
         if self.group:
-            everyone = [None] * self.where.world
+            everyone = [None] * self.dist_ctx.world
             dist.all_gather_object(everyone, loader.positions, group=self.group)
-        exported = self.export.state_dict() if self.where.main else {}
-        average = self.modules["average"].state_dict()
-        for name, tensor in average.items():  # one at a time, and kept by the main process only
-            full = whole(tensor)
-            if self.where.main:
+        exported = self.export.state_dict() if self.dist_ctx.is_main else {}
+        ema = self.modules["ema"].state_dict()
+        for name, tensor in ema.items():  # one at a time, and kept by the main process only
+            full = full_tensor(tensor)
+            if self.dist_ctx.is_main:
                 exported[name].copy_(full)
-        if self.where.main:
+        if self.dist_ctx.is_main:
             positions = {key: value for each in everyone for key, value in each.items()}
             state = {"step": step, "positions": positions}
             state |= {"skipped_samples": self.skipped}
-            state |= {"skipped_steps": [stepper.left_out.item() for stepper in self.steppers]}
+            state |= {"skipped_steps": [stepper.skipped_steps.item() for stepper in self.steppers]}
             with writing(path):
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
@@ -575,7 +577,7 @@ class Run:
         def publish(done: Future) -> None:  # when every process has written its share
             try:
                 done.result()
-                if self.where.main:
+                if self.dist_ctx.is_main:
                     self.publish(temporary, path)
                 published.set_result(None)
             except BaseException as error:
@@ -604,9 +606,9 @@ class Run:
 
     def begin(self, step: int) -> None:
         """Before the loop: shows and saves the config, and lets Ctrl-C wait for the end of a step."""
-        if self.where.main:
+        if self.dist_ctx.is_main:
             text = json.dumps(dataclasses.asdict(self.config), indent=2)
-            print(f"{text}\n{self.where}", flush=True)
+            print(f"{text}\n{self.dist_ctx}", flush=True)
             if step:
                 print(f"goes on from {self.source}", flush=True)
             with replacing(self.out / "config.json") as temporary:
@@ -662,7 +664,7 @@ class Run:
         if self.skipped:
             row["skipped_samples"] = self.skipped
         row["time"] = round(now, 1)
-        if self.where.main:
+        if self.dist_ctx.is_main:
             shown = (
                 f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "time"
             )
@@ -688,7 +690,7 @@ class Run:
         self.settle()
         if self.board:
             self.board.close()
-        if self.where.main:
+        if self.dist_ctx.is_main:
             print(f"step {step}: {self.out / 'model'}", flush=True)
             if self.stop:
                 print(f"stopped after step {step}; go on with --resume --out {self.out}", file=sys.stderr)
@@ -736,9 +738,9 @@ def linear(step: int, start: int, end: int, floor: float) -> float:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """EMA of the trained parameters; the decay grows from 0.1 to its value during the first steps."""
     decay = min(decay, (1 + step) / (10 + step))
-    pairs = zip(average.parameters(), model.parameters(), strict=True)
-    old, new = zip(*((local(a), local(b)) for a, b in pairs if b.requires_grad), strict=True)
+    pairs = zip(ema.parameters(), model.parameters(), strict=True)
+    old, new = zip(*((local_tensor(a), local_tensor(b)) for a, b in pairs if b.requires_grad), strict=True)
     torch._foreach_lerp_(old, new, 1 - decay)

@@ -1,27 +1,27 @@
-"""Pictures, captions and conversations in, batches out.
+"""Images, captions and conversations in, batches out.
 
 A source is named by --data, several by a list with weights:
 
     nano                           the synthetic world of nano/shapes.py: objects, scenes and text
     nano:objects                   one of its domains, or nano:classes, single objects with a class label
     nano:counting                  or one of the six tasks of its objects
-    path/to/folder                 pictures; captions in its metadata.jsonl ({"file_name": ..., "text": ...}),
+    path/to/folder                 images; captions in its metadata.jsonl ({"file_name": ..., "text": ...}),
                                    or a folder for each class, as ImageNet has them
     path/to/shards                 a folder of .tar (jpg, png or webp beside txt, cls or json) or of .parquet
-    path/to/latents                what encode.py wrote: latents instead of pictures
+    path/to/latents                what encode.py wrote: latents instead of images
     path/to/file.jsonl             conversations: lines of {"image": a path from the file's folder, or null,
                                    "conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}
     path/to/wds_manifest.json      {"dataset_name": ..., "tars": [paths from its folder, or URLs]}
     org/name                       a data set of the Hugging Face hub, streamed
     web=0.7,synthetic=0.2,nano=0.1 a mixture
 
-A json in a tar and a row of a table may have "conversations" instead of a caption. Where the picture belongs
+A json in a tar and a row of a table may have "conversations" instead of a caption. Where the image belongs
 in a conversation it says <image>: in an answer it is to be drawn, in a question to be looked at. Captions
 become conversations in which they are asked for.
 
 Every sample has a number, place j of step s of a training of global batch B the number s B + j, and what it
 is depends on the seed and its number alone, whatever the number of processes and workers. `nano` and folders
-of pictures are maps from numbers to samples. Shards are read in order instead: they are dealt out to lanes,
+of images are maps from numbers to samples. Shards are read in order instead: they are dealt out to lanes,
 each of which serves its own places of every batch, and a checkpoint holds how far every lane has come.
 
 Loader makes the batches of a training, without an end. Once goes through a whole data set, every sample one
@@ -50,16 +50,16 @@ from PIL import Image, UnidentifiedImageError
 from PIL.Image import Resampling
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-REQUESTS = ("Generate an image of {}", "Can you draw {}?", "Please make a picture of {}", "Show me {}")
+REQUESTS = ("Generate an image of {}", "Can you draw {}?", "Please make an image of {}", "Show me {}")
 NANO_MIXTURE = {"nano:objects": 0.7, "nano:scenes": 0.15, "nano:text": 0.15}
-PIXELS = 2**26  # a picture of more is refused before it is decoded
+PIXELS = 2**26  # an image of more is refused before it is decoded
 STRIP = 50  # and so is one of that ratio of sides: resized by its short one it would fill the memory
 BYTES = 2**26  # and so is a file in a tar of more
 CHARACTERS = 1000  # of a caption; the rest is cut off
 CONVERSATION = 2**15  # characters of one; of more it is left out. Tokens are for the trainer to count
 SPECIAL = r"<\|\w+\|>|<im_\w+>"  # looks like a token of a language model; <image> is text
-LISTS = ("caption", "label", "conversation", "index")  # of a batch, one for each sample
-PICTURED = ("pictures", "image", "latents")  # and one for each picture: numbers of samples, and a tensor
+PER_SAMPLE = ("caption", "label", "conversation", "index")  # of a batch, one for each sample
+PER_IMAGE = ("image_index", "image", "latents")  # and one for each image: numbers of samples, and a tensor
 DRAWS = 4  # uniform numbers for a sample: wording of the request, place of the crop (2), mirroring
 BLOCK = 64  # rows of a shard that are shuffled together
 STALL = 300  # seconds without data after which a training gives up
@@ -77,11 +77,11 @@ CAPTIONS = ("text", "caption", "txt", "prompt")
 LABELS = ("label", "cls")
 
 
-class Unusable(ValueError):
+class SkipSample(ValueError):
     """A sample that is left out: which one, and why."""
 
 
-def mix(*keys: int | str) -> int:
+def hash_seed(*keys: int | str) -> int:
     """A 63-bit number from integers, the same everywhere: seeds that share nothing."""
     return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), "little") >> 1
 
@@ -96,8 +96,8 @@ def request(caption: str, uniform: float) -> list[tuple[str, str]]:
     return [("user", template.format(caption)), ("assistant", "Here you go:\n<image>")]
 
 
-def wish(conversation: list[tuple[str, str]]) -> str | None:
-    """What picture a conversation asks for: the turn before the answer with it, without the wording of
+def requested_caption(conversation: list[tuple[str, str]]) -> str | None:
+    """What image a conversation asks for: the turn before the answer with it, without the wording of
     `request`. None if it asks for none."""
     for (_, text), (role, answer) in itertools.pairwise(conversation):
         if role == "assistant" and "<image>" in answer:
@@ -109,7 +109,7 @@ def wish(conversation: list[tuple[str, str]]) -> str | None:
 
 
 def shows(sample: dict) -> bool:
-    """Whether there is a picture in it. The rule of every source: one picture, one <image>, or neither."""
+    """Whether there is an image in it. The rule of every source: one image, one <image>, or neither."""
     return any("<image>" in text for _, text in sample["conversation"])
 
 
@@ -126,51 +126,51 @@ def writable(text: str) -> str:
 
 def turns_of(row: dict) -> list[tuple[str, str]]:
     """The (role, text) turns of a row's "conversations", human and gpt by turns. Raises Unusable for any
-    others, and for another number of <image> than of pictures. A first turn that is not the human's is
+    others, and for another number of <image> than of images. A first turn that is not the human's is
     dropped, as in the reference: every chat gets the same system turn."""
     name, roles = row["name"], {"human": "user", "gpt": "assistant"}
     try:
         turns = [(turn["from"], writable(turn["value"])) for turn in row["conversations"]]
     except (TypeError, KeyError, AttributeError):
-        raise Unusable(f"{name}: its conversation is no list of turns {{from, value}}") from None
+        raise SkipSample(f"{name}: its conversation is no list of turns {{from, value}}") from None
     turns = turns[1:] if turns and turns[0][0] != "human" else turns
     texts = [text for _, text in turns]
     if not turns or [speaker for speaker, _ in turns] != [*roles] * (len(turns) // 2):
-        raise Unusable(f"{name}: its turns are not those of human and gpt by turns")
+        raise SkipSample(f"{name}: its turns are not those of human and gpt by turns")
     if not all(map(str.strip, texts)):
-        raise Unusable(f"{name}: a turn is empty")
+        raise SkipSample(f"{name}: a turn is empty")
     if (length := sum(map(len, texts))) > CONVERSATION:
-        raise Unusable(f"{name}: its conversation has {length:,} characters, the limit is {CONVERSATION:,}")
+        raise SkipSample(f"{name}: its conversation has {length:,} characters, the limit is {CONVERSATION:,}")
     if found := re.search(SPECIAL, "\n".join(texts)):
-        raise Unusable(f"{name}: its conversation contains the special token {found[0]}")
-    placeholders, pictures = sum(text.count("<image>") for text in texts), int(bool(row.get("image")))
-    if placeholders != pictures:
-        raise Unusable(f"{name}: its conversation has {placeholders} <image> for {pictures} pictures")
+        raise SkipSample(f"{name}: its conversation contains the special token {found[0]}")
+    placeholders, images = sum(text.count("<image>") for text in texts), int(bool(row.get("image")))
+    if placeholders != images:
+        raise SkipSample(f"{name}: its conversation has {placeholders} <image> for {images} images")
     return [(roles[speaker], text) for speaker, text in turns]
 
 
-def open_picture(source: str | bytes, name: str = "") -> Image.Image:
-    """The RGB picture of a file, given by its path or as its bytes. Raises Unusable for what is none, for
+def open_image(source: str | bytes, name: str = "") -> Image.Image:
+    """The RGB image of a file, given by its path or as its bytes. Raises Unusable for what is none, for
     more than 67 megapixels, and for strips."""
-    name = name or (source if isinstance(source, str) else "picture")
+    name = name or (source if isinstance(source, str) else "image")
     try:
         with Image.open(
             io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS
         ) as image:
             if image.width * image.height > PIXELS:
-                raise Unusable(f"{name} has {image.width} x {image.height} pixels, the limit is {PIXELS:,}")
+                raise SkipSample(f"{name} has {image.width} x {image.height} pixels, the limit is {PIXELS:,}")
             if max(image.size) > STRIP * min(image.size):
-                raise Unusable(f"{name} is a strip of {image.width} x {image.height} pixels")
+                raise SkipSample(f"{name} is a strip of {image.width} x {image.height} pixels")
             return image.convert("RGB")
     except FileNotFoundError:
-        raise Unusable(f"no picture at {name}") from None
-    except Unusable:
+        raise SkipSample(f"no image at {name}") from None
+    except SkipSample:
         raise
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
-        raise Unusable(f"{name} is no picture that can be read{reason}") from None
+        raise SkipSample(f"{name} is no image that can be read{reason}") from None
     except Exception as error:  # a damaged file can raise anything inside of a decoder
-        raise Unusable(f"{name} is damaged: {type(error).__name__} {error}") from None
+        raise SkipSample(f"{name} is damaged: {type(error).__name__} {error}") from None
 
 
 def open_metadata(path: str) -> dict[str, str]:
@@ -183,7 +183,7 @@ def open_metadata(path: str) -> dict[str, str]:
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The centred square of an RGB picture, as evaluations take it (ADM): halved while the short side is at
+    """The centred square of an RGB image, as evaluations take it (ADM): halved while the short side is at
     least 2 size, resized to a short side of size, cropped. (size, size, 3) uint8."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
@@ -193,10 +193,10 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def random_crop(image: Image.Image, size: int, across: float, down: float) -> np.ndarray:
-    """A square of an RGB picture that was resized to a short side of 1.5 size (RAE, stage 1); its place comes
+    """A square of an RGB image that was resized to a short side of 1.5 size (RAE, stage 1); its place comes
     from two uniform numbers. (size, size, 3) uint8.
 
-    Only the square itself is computed, from its box in the picture: five times faster, the same up to the
+    Only the square itself is computed, from its box in the image: five times faster, the same up to the
     rounding of pixels.
     """
     width, height = short_side(image, size * 3 // 2)
@@ -207,23 +207,23 @@ def random_crop(image: Image.Image, size: int, across: float, down: float) -> np
 
 
 def short_side(image: Image.Image, side: int) -> tuple[int, int]:
-    """The width and height of a picture whose short side is resized to `side`."""
+    """The width and height of an image whose short side is resized to `side`."""
     scale = side / min(image.size)
     return round(image.width * scale), round(image.height * scale)
 
 
-class View(NamedTuple):
-    """What is taken of a picture: a square of that side, which one, and whether half of them are mirrored."""
+class Transform(NamedTuple):
+    """What is taken of an image: a square of that side, which one, and whether half of them are mirrored."""
 
     size: int
     crop: str = "centre"  # or random
     flip: bool = False
-    text_only: bool = False  # conversations without a picture are samples too
+    text_only: bool = False  # conversations without an image are samples too
     length: Callable[[list], int] | None = None  # tokens of a conversation
-    longest: int = 0  # of more it is left out
+    max_seq_len: int = 0  # of more it is left out
 
     def pixels(self, image: Image.Image, across: float, down: float, mirror: float) -> np.ndarray:
-        """(size, size, 3) uint8 of an RGB picture, decided by three uniform numbers."""
+        """(size, size, 3) uint8 of an RGB image, decided by three uniform numbers."""
         if self.crop == "centre":
             square = centre_crop(image, self.size)
         else:
@@ -232,16 +232,16 @@ class View(NamedTuple):
 
     def check_length(self, name: str, conversation: list[tuple[str, str]]) -> None:
         """Raises Unusable."""
-        if (length := self.length(conversation)) > self.longest:
-            raise Unusable(f"{name}: its conversation has {length} tokens, the limit is {self.longest}")
+        if (length := self.length(conversation)) > self.max_seq_len:
+            raise SkipSample(f"{name}: its conversation has {length} tokens, the limit is {self.longest}")
 
 
-def sample_of(row: dict, view: View, uniform: np.ndarray) -> dict:
+def sample_of(row: dict, view: Transform, uniform: np.ndarray) -> dict:
     """A sample from a row {"name", perhaps "image": path or bytes, perhaps conversations, or a caption and a
-    label} and DRAWS uniform numbers; or Unusable. One that is only text has a black picture, which `collate`
+    label} and DRAWS uniform numbers; or Unusable. One that is only text has a black image, which `collate`
     leaves out, and one of a conversation has no caption."""
     if "error" in row:
-        raise Unusable(f"{row['name']}: {row['error']}")
+        raise SkipSample(f"{row['name']}: {row['error']}")
     talks, caption = "conversations" in row, None
     if talks:
         conversation = turns_of(row)
@@ -251,20 +251,20 @@ def sample_of(row: dict, view: View, uniform: np.ndarray) -> dict:
     if view.length:
         view.check_length(row["name"], conversation)
     if row.get("image"):
-        picture = view.pixels(open_picture(row["image"], row["name"]), *uniform[1:])
+        image = view.pixels(open_image(row["image"], row["name"]), *uniform[1:])
     elif talks and view.text_only:
-        picture = np.zeros((view.size, view.size, 3), np.uint8)
+        image = np.zeros((view.size, view.size, 3), np.uint8)
     else:
-        raise Unusable(f"{row['name']}: no picture")
+        raise SkipSample(f"{row['name']}: no image")
     label = next((row[key] for key in LABELS if isinstance(row.get(key), int)), None)
-    return {"image": picture, "caption": caption, "label": label, "conversation": conversation}
+    return {"image": image, "caption": caption, "label": label, "conversation": conversation}
 
 
-def attempt(row: dict, view: View, *keys: int) -> dict:
+def try_sample(row: dict, view: Transform, *keys: int) -> dict:
     """A sample whose draws depend on the keys, or without one only {"skipped": [the reason]}."""
     try:
-        return sample_of(row, view, np.random.default_rng(mix(*keys)).random(DRAWS))
-    except Unusable as error:
+        return sample_of(row, view, np.random.default_rng(hash_seed(*keys)).random(DRAWS))
+    except SkipSample as error:
         return {"skipped": [str(error)]}
 
 
@@ -272,9 +272,9 @@ def attempt(row: dict, view: View, *keys: int) -> dict:
 # sources
 
 
-class Nano:
+class NanoSource:
     """One domain of the nano world: a map without an end. A share of the samples, `understanding`, is a
-    question about the picture instead of a request for it."""
+    question about the image instead of a request for it."""
 
     def __init__(self, domain: str, size: int, seed: int, understanding: float = 0.0):
         from nano import shapes
@@ -287,7 +287,7 @@ class Nano:
         self.classes = len(shapes.PAIRS) if domain == "classes" else None
 
     def __getitem__(self, number: int) -> dict:
-        uniform = np.random.default_rng(mix(self.seed, number)).random(2)
+        uniform = np.random.default_rng(hash_seed(self.seed, number)).random(2)
         sample = self.draw(self.domain, self.seed, number, self.size)
         conversation = request(sample.caption, uniform[1])
         if uniform[0] < self.understanding:
@@ -318,13 +318,13 @@ class Shuffled:
         if self.epoch != epoch:
             self.epoch, self.order = (
                 epoch,
-                np.random.default_rng(mix(self.seed, epoch)).permutation(self.count),
+                np.random.default_rng(hash_seed(self.seed, epoch)).permutation(self.count),
             )
         return int(self.order[position])
 
 
 class Folder:
-    """The rows of a folder of pictures, through the `imagefolder` reader of `datasets`."""
+    """The rows of a folder of images, through the `imagefolder` reader of `datasets`."""
 
     def __init__(self, path: str):
         from datasets import Image as Column
@@ -343,7 +343,7 @@ class Folder:
         return found | {"image": path, "name": path}
 
 
-class Lines:
+class JsonLines:
     """The rows of a .jsonl of conversations, of which only the places are kept in memory."""
 
     classes = None
@@ -372,8 +372,8 @@ class Lines:
         images = [image for image in images if image not in (None, "", "None", "nan")]  # as in the reference
         if len(images) > 1 or not all(isinstance(image, str) for image in images):
             return {"name": name, "error": "its image is not one path"}
-        picture = str(self.path.parent / images[0]) if images else None
-        return {"name": name, "image": picture, "conversations": fields.get("conversations")}
+        image_path = str(self.path.parent / images[0]) if images else None
+        return {"name": name, "image": image_path, "conversations": fields.get("conversations")}
 
 
 def usable(use: Callable, row: int, rows: int, chance: np.random.Generator, name: str | Path) -> dict:
@@ -382,22 +382,20 @@ def usable(use: Callable, row: int, rows: int, chance: np.random.Generator, name
     while len(skipped) < 100:
         try:
             return use(row) | {"skipped": skipped}
-        except Unusable as error:
+        except SkipSample as error:
             skipped.append(str(error))
             row = int(chance.integers(rows))
-    raise ValueError(
-        f"{name}: 100 pictures or conversations in a row cannot be used, the last: {skipped[-1]}"
-    )
+    raise ValueError(f"{name}: 100 images or conversations in a row cannot be used, the last: {skipped[-1]}")
 
 
-class Pictures:
+class ImageSource:
     """Rows that have a number: a map that starts over without an end, in another order each time. For a row
     that cannot be used another one is drawn.
 
     rows: see `sample_of`.
     """
 
-    def __init__(self, name: str, rows: Folder | Lines, view: View, seed: int):
+    def __init__(self, name: str, rows: Folder | JsonLines, view: Transform, seed: int):
         if not len(rows):
             raise ValueError(f"{name} is empty")
         self.name, self.rows, self.view, self.seed, self.classes = name, rows, view, seed, rows.classes
@@ -407,7 +405,7 @@ class Pictures:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict:
-        chance = np.random.default_rng(mix(self.seed, number, 0))
+        chance = np.random.default_rng(hash_seed(self.seed, number, 0))
 
         def use(row: int) -> dict:
             return sample_of(self.rows[row], self.view, chance.random(DRAWS))
@@ -415,12 +413,12 @@ class Pictures:
         return usable(use, self.shuffled.row(number), len(self.rows), chance, self.name)
 
     def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
-        order = np.random.default_rng(mix(self.seed)).permutation(len(self.rows)).tolist()
+        order = np.random.default_rng(hash_seed(self.seed)).permutation(len(self.rows)).tolist()
         for row in order[:limit][rank::world]:  # the first files of a folder are one class
-            yield attempt(self.rows[row], self.view, self.seed, row) | {"index": (row,)}
+            yield try_sample(self.rows[row], self.view, self.seed, row) | {"index": (row,)}
 
 
-class Stream:
+class ShardStream:
     """Shards that are read in order: rows are shuffled within blocks, and shards before each pass over them.
 
     shards: functions that yield rows, see `sample_of`.
@@ -428,7 +426,7 @@ class Stream:
 
     classes = None  # labels are numbers, nobody says how many
 
-    def __init__(self, name: str, shards: list, view: View, seed: int):
+    def __init__(self, name: str, shards: list, view: Transform, seed: int):
         self.name, self.shards, self.view, self.seed = name, shards, view, seed
 
     def lane(self, lane: int, lanes: int, epoch=0, turn=0, first=0, taken=0) -> Iterator[dict]:
@@ -437,7 +435,9 @@ class Stream:
         comes with the position behind it."""
         skipped, empty = [], 0
         while empty <= 20:  # passes of this lane, over other shards each time
-            shards = np.random.default_rng(mix(self.seed, epoch)).permutation(len(self.shards))[lane::lanes]
+            shards = np.random.default_rng(hash_seed(self.seed, epoch)).permutation(len(self.shards))[
+                lane::lanes
+            ]
             while turn < len(shards):
                 for sample in self.rows(epoch, int(shards[turn]), first, taken, skipped):
                     sample["position"] = (epoch, turn, *sample["position"])
@@ -454,12 +454,12 @@ class Stream:
         rows, block = itertools.islice(self.read(shard), first, None), [None]
         while block:
             block = list(itertools.islice(rows, BLOCK))
-            chance = np.random.default_rng(mix(self.seed, epoch, shard, first))
+            chance = np.random.default_rng(hash_seed(self.seed, epoch, shard, first))
             order, uniform = chance.permutation(len(block)).tolist(), chance.random((len(block), DRAWS))
             for done, row in enumerate(order[taken:], start=taken + 1):
                 try:
                     yield sample_of(block[row], self.view, uniform[row]) | {"position": (first, done)}
-                except Unusable as error:
+                except SkipSample as error:
                     skipped.append(str(error))
             first, taken = first + len(block), 0
 
@@ -474,11 +474,11 @@ class Stream:
     def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
         """Without a limit every process reads its own shards; with one, since nobody knows how many rows a
         shard has, all read the first `limit` rows and decode their own."""
-        shards = np.random.default_rng(mix(self.seed)).permutation(len(self.shards)).tolist()
+        shards = np.random.default_rng(hash_seed(self.seed)).permutation(len(self.shards)).tolist()
         shards = shards[rank::world] if limit is None else shards
         rows = (((shard, n), row) for shard in shards for n, row in enumerate(self.read(shard)))
         for index, row in rows if limit is None else itertools.islice(rows, rank, limit, world):
-            yield attempt(row, self.view, self.seed, *index) | {"index": index}
+            yield try_sample(row, self.view, self.seed, *index) | {"index": index}
 
 
 def tar_rows(url: str) -> Iterator[dict]:
@@ -545,22 +545,22 @@ def text_fields(text: bytes, extension: str) -> dict:
 
 
 def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
-    """Rows of one shard of a streamed table of `datasets`, with its pictures as bytes."""
+    """Rows of one shard of a streamed table of `datasets`, with its images as bytes."""
     from datasets.utils.file_utils import xopen
 
     number = 0
     for rows in table.shard(table.num_shards, shard).iter(BLOCK):  # plain iteration deals rows to workers
         for values in zip(*rows.values(), strict=True):
             row = dict(zip(rows, values, strict=True))
-            picture = row[column]
-            if isinstance(picture, dict):
-                picture = picture["bytes"] or (picture["path"] and xopen(picture["path"], "rb").read())
-            yield row | {"name": f"{name}: shard {shard}, row {number}", "image": picture}
+            image = row[column]
+            if isinstance(image, dict):
+                image = image["bytes"] or (image["path"] and xopen(image["path"], "rb").read())
+            yield row | {"name": f"{name}: shard {shard}, row {number}", "image": image}
             number += 1
 
 
 def open_table(name: str, **kwargs) -> list:
-    """The shards of a streamed data set with a column of pictures."""
+    """The shards of a streamed data set with a column of images."""
     from datasets import Image as Column
     from datasets import Value, load_dataset
 
@@ -572,21 +572,21 @@ def open_table(name: str, **kwargs) -> list:
     columns = [key for key, kind in features.items() if isinstance(kind, Column)]
     columns += [key for key in ("image", *IMAGES) if holds_bytes(features.get(key))]
     if not columns:
-        raise ValueError(f"{name} has no column of pictures, only {', '.join(features) or 'none'}")
+        raise ValueError(f"{name} has no column of images, only {', '.join(features) or 'none'}")
     if isinstance(features[columns[0]], Column):
         table = table.cast_column(columns[0], Column(decode=False))
     return [partial(table_rows, name, table, shard, columns[0]) for shard in range(table.num_shards)]
 
 
-class Latents:
+class LatentFolder:
     """What encode.py wrote, a map that starts over without an end, in another order each time.
 
     A folder with latents.json, and for each process that wrote it a NAME.npy (rows, 1 or 2, N, C) float16,
-    whose second entry is of the mirrored picture, beside a NAME.jsonl of captions and labels, and of the
-    conversations of pictures that had no caption.
+    whose second entry is of the mirrored image, beside a NAME.jsonl of captions and labels, and of the
+    conversations of images that had no caption.
     """
 
-    def __init__(self, folder: Path, seed: int, view: View):
+    def __init__(self, folder: Path, seed: int, view: Transform):
         try:
             self.about = json.loads((folder / "latents.json").read_text())
             self.parts = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))]
@@ -595,8 +595,8 @@ class Latents:
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read the latents in {folder}: {error}") from error
         self.ends = np.cumsum([len(part) for part in self.parts])
-        if not self.rows or not self.ends[-1] == len(self.rows) == self.about["pictures"]:
-            raise ValueError(f"{folder} has latents of another number of pictures than it has captions")
+        if not self.rows or not self.ends[-1] == len(self.rows) == self.about["images"]:
+            raise ValueError(f"{folder} has latents of another number of images than it has captions")
         self.view, self.views = view, 1 + view.flip
         if self.views > self.parts[0].shape[1]:
             raise ValueError(f"{folder} has no mirror images: encode them with --flip, or train without")
@@ -607,7 +607,7 @@ class Latents:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict:
-        chance = np.random.default_rng(mix(self.seed, number))
+        chance = np.random.default_rng(hash_seed(self.seed, number))
         uniform = chance.random(2)
 
         def use(row: int) -> dict:
@@ -623,10 +623,10 @@ class Latents:
         return usable(use, self.shuffled.row(number), len(self.rows), chance, self.folder)
 
     def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
-        raise ValueError(f"{self.folder} holds latents, not pictures")
+        raise ValueError(f"{self.folder} holds latents, not images")
 
 
-def manifest(path: Path) -> list[str]:
+def read_manifest(path: Path) -> list[str]:
     """The tars that a wds_manifest.json names, from its folder on if they are not absolute or URLs."""
     try:
         tars = json.loads(path.read_text())["tars"]
@@ -637,30 +637,32 @@ def manifest(path: Path) -> list[str]:
     return [tar if "://" in tar else str(path.parent / tar) for tar in tars]
 
 
-def open_one(name: str, view: View, seed: int, understanding: float) -> Nano | Pictures | Stream | Latents:
+def open_one(
+    name: str, view: Transform, seed: int, understanding: float
+) -> NanoSource | ImageSource | ShardStream | LatentFolder:
     """The source of one name, see the top of this file."""
     if name.startswith("nano:"):
-        return Nano(name.removeprefix("nano:"), view.size, seed, understanding)
+        return NanoSource(name.removeprefix("nano:"), view.size, seed, understanding)
     path = Path(name)
     if (path / "latents.json").is_file():
-        return Latents(path, seed, view)
+        return LatentFolder(path, seed, view)
     if path.suffix == ".jsonl" and path.is_file():
-        return Pictures(name, Lines(path), view, seed)
+        return ImageSource(name, JsonLines(path), view, seed)
     if path.suffix == ".json" and path.is_file():
-        return Stream(name, [partial(tar_rows, url) for url in manifest(path)], view, seed)
+        return ShardStream(name, [partial(tar_rows, url) for url in read_manifest(path)], view, seed)
     if path.is_dir():
         tars = sorted(
             str(file) for file in path.rglob("*.tar*") if re.search(r"\.tar(\.\w?z2?)?$", file.name)
         )
         tables = sorted(map(str, path.rglob("*.parquet")))
         if tars:
-            return Stream(name, [partial(tar_rows, url) for url in tars], view, seed)
+            return ShardStream(name, [partial(tar_rows, url) for url in tars], view, seed)
         if tables:
-            return Stream(name, open_table(name, path="parquet", data_files=tables), view, seed)
-        return Pictures(name, Folder(name), view, seed)
+            return ShardStream(name, open_table(name, path="parquet", data_files=tables), view, seed)
+        return ImageSource(name, Folder(name), view, seed)
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise ValueError(
-            f"no data source {name!r}: give nano, a folder of pictures or shards, a .jsonl of conversations, "
+            f"no data source {name!r}: give nano, a folder of images or shards, a .jsonl of conversations, "
             f"a wds_manifest.json, or a hub id like org/name"
         )
     from huggingface_hub import HfFileSystem
@@ -668,8 +670,8 @@ def open_one(name: str, view: View, seed: int, understanding: float) -> Nano | P
     tars = HfFileSystem().glob(f"datasets/{name}/**/*.tar")
     tars = [url for url in tars if "train" in url.removeprefix(f"datasets/{name}")] or tars  # the split
     if tars:
-        return Stream(name, [partial(tar_rows, f"hf://{url}") for url in tars], view, seed)
-    return Stream(name, open_table(name, path=name), view, seed)
+        return ShardStream(name, [partial(tar_rows, f"hf://{url}") for url in tars], view, seed)
+    return ShardStream(name, open_table(name, path=name), view, seed)
 
 
 class Mixture:
@@ -683,12 +685,12 @@ class Mixture:
             raise ValueError(
                 f"the weights {weights} differ too much: each share has to be 1 in 1000 at least"
             )
-        self.owners = np.random.default_rng(mix(seed)).permutation(owners)
+        self.owners = np.random.default_rng(hash_seed(seed)).permutation(owners)
         known = {source.classes for source in sources if source.classes}
-        if len(known) > 1 or len({isinstance(source, Latents) for source in sources}) > 1:
-            raise ValueError("sources of different classes, or latents and pictures, cannot be mixed")
+        if len(known) > 1 or len({isinstance(source, LatentFolder) for source in sources}) > 1:
+            raise ValueError("sources of different classes, or latents and images, cannot be mixed")
         self.classes = known.pop() if known else None  # how many, where a source says it
-        self.latents = [source.about for source in sources if isinstance(source, Latents)]
+        self.latents = [source.about for source in sources if isinstance(source, LatentFolder)]
         earlier = np.cumsum(self.owners[:, None] == np.arange(len(sources)), axis=0)
         self.earlier = earlier[np.arange(1000), self.owners] - 1
 
@@ -731,19 +733,19 @@ def open_source(
     flip: bool = False,
     text_only: bool = False,
     length: Callable[[list], int] | None = None,
-    longest: int = 0,
+    max_seq_len: int = 0,
 ) -> Mixture:
     """The sources of a --data flag, see the top of this file. Raises ValueError for a name that is none.
 
-    understanding: share of the nano world's samples that are a question about the picture.
-    crop, flip: of each picture its centre or a random square, see `centre_crop` and `random_crop`, and half
-        of them mirrored. The nano world draws its pictures as they should be.
-    text_only: conversations without a picture are samples too, instead of being left out.
+    understanding: share of the nano world's samples that are a question about the image.
+    crop, flip: of each image its centre or a random square, see `centre_crop` and `random_crop`, and half
+        of them mirrored. The nano world draws its images as they should be.
+    text_only: conversations without an image are samples too, instead of being left out.
     length, longest: a function that counts a conversation's tokens, and how many it may have.
     """
     if crop not in ("centre", "random"):
         raise ValueError(f"no crop {crop!r}: choose from centre, random")
-    view = View(size, crop, flip, text_only, length, longest)
+    view = Transform(size, crop, flip, text_only, length, max_seq_len)
     parts = []
     for part in names.split(","):
         name, _, weight = part.partition("=")
@@ -776,7 +778,7 @@ class Batches(IterableDataset):
             raise ValueError(
                 f"a global batch of {batch} cannot be split over {world} processes: choose a multiple"
             )
-        shards = min((len(s.shards) for s in source.sources if isinstance(s, Stream)), default=batch)
+        shards = min((len(s.shards) for s in source.sources if isinstance(s, ShardStream)), default=batch)
         self.lanes = max(n for n in range(1, max(shards, 1) + 1) if batch % n == 0)
         if self.lanes % world:
             raise ValueError(
@@ -785,7 +787,7 @@ class Batches(IterableDataset):
             )
         self.source, self.batch, self.start = source, batch, start
         self.own = range(rank * self.lanes // world, (rank + 1) * self.lanes // world)
-        names = {s.name for s in source.sources if isinstance(s, Stream)}
+        names = {s.name for s in source.sources if isinstance(s, ShardStream)}
         known = {key: key.rsplit("|", 2) for key in positions if key.rsplit("|", 2)[0] in names}
         if any(int(lanes) != self.lanes for _, _, lanes in known.values()):
             raise ValueError(
@@ -807,7 +809,7 @@ class Batches(IterableDataset):
     def sample(self, number: int, lane: int, streams: dict[str, Iterator[dict]]) -> dict:
         owner, _ = self.source.place(number)
         source = self.source.sources[owner]
-        if not isinstance(source, Stream):
+        if not isinstance(source, ShardStream):
             return self.source[number]
         key = f"{source.name}|{lane}|{self.lanes}"
         if key not in streams:
@@ -817,14 +819,14 @@ class Batches(IterableDataset):
 
 
 def collate(samples: list[dict]) -> dict:
-    """Of B samples, P of which have a picture: lists of captions, labels, conversations and numbers, (B,);
-    images (P, 3, H, W) uint8, or latents (P, N, C), and the list "pictures" of their samples' numbers, (P,);
+    """Of B samples, P of which have an image: lists of captions, labels, conversations and numbers, (B,);
+    images (P, 3, H, W) uint8, or latents (P, N, C), and the list "images" of their samples' numbers, (P,);
     the positions of streams; and what was skipped."""
-    batch = {key: [sample[key] for sample in samples] for key in LISTS}
-    pictured = [sample for sample in samples if shows(sample)]
-    batch["pictures"] = [sample["index"] for sample in pictured]
+    batch = {key: [sample[key] for sample in samples] for key in PER_SAMPLE}
+    with_image = [sample for sample in samples if shows(sample)]
+    batch["image_index"] = [sample["index"] for sample in with_image]
     kind = "latents" if "latents" in samples[0] else "image"
-    stack = torch.from_numpy(np.stack([sample[kind] for sample in pictured or samples]))[: len(pictured)]
+    stack = torch.from_numpy(np.stack([sample[kind] for sample in with_image or samples]))[: len(with_image)]
     batch[kind] = stack.float() if kind == "latents" else stack.permute(0, 3, 1, 2)
     batch["positions"] = {k: v for s in samples for k, v in s.get("position", {}).items()}
     batch["skipped"] = [message for s in samples for message in s.get("skipped", ())]
@@ -847,7 +849,7 @@ class Loader:
         batches = Batches(source, batch, start, rank, world, positions or {})
         self.positions, self.skipped, self.waited = batches.positions, [], 0.0
         self.parts = min(workers, len(batches.own)) or 1
-        self.loader = iter(in_workers(batches, self.parts if workers else 0))
+        self.loader = iter(make_loader(batches, self.parts if workers else 0))
 
     def __iter__(self) -> "Loader":
         return self
@@ -856,7 +858,7 @@ class Loader:
         started = time.perf_counter()
         with reading():
             parts = [next(self.loader) for _ in range(self.parts)]
-        batch = {k: [x for part in parts for x in part[k]] for k in (*LISTS, "pictures")}
+        batch = {k: [x for part in parts for x in part[k]] for k in (*PER_SAMPLE, "image_index")}
         [kind] = {"image", "latents"} & parts[0].keys()
         batch[kind] = torch.cat([part[kind] for part in parts])
         if torch.cuda.is_available():
@@ -868,7 +870,7 @@ class Loader:
         return batch
 
 
-class Once:
+class OnePass:
     """This process's share of every sample, one time each: batches (see `collate`) of up to `batch` samples.
     `index` puts the samples of all processes in order; which of them share a batch depends on their number.
 
@@ -877,7 +879,7 @@ class Once:
     """
 
     def __init__(self, source: Mixture, batch: int, limit: int | None = None, workers=1, rank=0, world=1):
-        self.loader = in_workers(Shares(source, batch, limit, rank, world), workers)
+        self.loader = make_loader(OnePassBatches(source, batch, limit, rank, world), workers)
         self.skipped: list[str] = []
 
     def __iter__(self) -> Iterator[dict]:
@@ -888,7 +890,7 @@ class Once:
                     yield batch
 
 
-class Shares(IterableDataset):
+class OnePassBatches(IterableDataset):
     """One process's share of every sample, which its worker processes share again."""
 
     def __init__(self, source: Mixture, batch: int, limit: int | None, rank: int, world: int):
@@ -904,7 +906,7 @@ class Shares(IterableDataset):
             yield (collate(usable) if usable else {}) | {"skipped": skipped}
 
 
-def in_workers(batches: IterableDataset, workers: int) -> DataLoader:
+def make_loader(batches: IterableDataset, workers: int) -> DataLoader:
     """Makes batches ahead in that many worker processes (0: in this one, when they are asked for)."""
     return DataLoader(
         batches,
@@ -926,20 +928,20 @@ def reading():
         raise OSError(f"data loading failed: {stalled}") from error
 
 
-def pieces(batch: dict, count: int) -> list[dict]:
+def micro_batches(batch: dict, count: int) -> list[dict]:
     """The batch cut into that many pieces, as equal as they can be, one at least of a sample each. Alike long
-    conversations go together, so that little is padded; pictures go with their samples."""
+    conversations go together, so that little is padded; images go with their samples."""
     if count == 1:
         return [batch]
     talks = batch.get("conversation", [()] * len(batch["index"]))
     length = [sum(len(text) for _, text in turns) for turns in talks]
     order = sorted(range(len(length)), key=length.__getitem__)
-    place = {number: row for row, number in enumerate(batch["pictures"])}
+    place = {number: row for row, number in enumerate(batch["image_index"])}
     cut = []
     for part in np.array_split(order, min(count, len(length))):
         samples = [int(row) for row in part]
-        pictures = [place[batch["index"][row]] for row in samples if batch["index"][row] in place]
-        rows = {key: pictures if key in PICTURED else samples for key in batch}
+        images = [place[batch["index"][row]] for row in samples if batch["index"][row] in place]
+        rows = {key: images if key in PER_IMAGE else samples for key in batch}
         cut.append({key: take(values, rows[key]) for key, values in batch.items()})
     return cut
 
@@ -964,11 +966,11 @@ def flow_draws(
     """Noise (B, N, C) on the device, and on the CPU two uniform numbers (B,) each, for the time and for the
     condition dropout: every row depends on (seed, sample number) alone, not on the batch or the process. With
     more `draws` a sample, (draws B, ...), all samples' first draws first."""
-    seeds = [seed, *(mix(seed, "draw", k) for k in range(1, draws))]
+    seeds = [seed, *(hash_seed(seed, "draw", k) for k in range(1, draws))]
     keys = [(each, index) for each in seeds for index in indices]
     noise, noisy = torch.empty(len(keys), *latent_shape, device=device), torch.Generator(device)
     for row, key in enumerate(keys):
-        noise[row].normal_(generator=noisy.manual_seed(mix(*key)))
+        noise[row].normal_(generator=noisy.manual_seed(hash_seed(*key)))
     return noise, *torch.cat([uniform_draws(2, each, indices, 1) for each in seeds], dim=1)
 
 
@@ -976,5 +978,5 @@ def uniform_draws(count: int, seed: int, indices: list[int], purpose: int | str)
     """Uniform numbers (count, B) that depend on (seed, sample number) and on what they are for."""
     draws, chance = torch.empty(count, len(indices)), torch.Generator()
     for row, index in enumerate(indices):
-        draws[:, row].uniform_(generator=chance.manual_seed(mix(seed, index, purpose)))
+        draws[:, row].uniform_(generator=chance.manual_seed(hash_seed(seed, index, purpose)))
     return draws

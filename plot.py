@@ -1,7 +1,7 @@
-"""Loss and throughput of trainings, from their metrics.jsonl, as a picture.
+"""Loss and throughput of trainings, from their metrics.jsonl, as an image.
 
 python plot.py runs/t2i                        # writes runs/t2i/plot.png
-python plot.py runs/a runs/b --out both.png    # several in one picture
+python plot.py runs/a runs/b --out both.png    # several in one image
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from common import flag
 @dataclass
 class Config:
     runs: list[str] = flag((), "folders of trainings", nargs="+", metavar="RUN")
-    out: str = flag("", "the picture (default: plot.png in the first folder)")
+    out: str = flag("", "the image (default: plot.png in the first folder)")
 
 
 def read(run: str) -> list[dict]:

@@ -1,6 +1,6 @@
 """Representation autoencoders and text-to-image in their latent space: every model, in one file.
 
-A frozen vision encoder turns a picture into tokens, a trained decoder turns the tokens back into pixels (RAE,
+A frozen vision encoder turns an image into tokens, a trained decoder turns the tokens back into pixels (RAE,
 arXiv 2510.11690), and a diffusion transformer learns to generate such tokens, from class labels (RAE) or from
 the hidden states of a language model (Scale-RAE, arXiv 2601.16208). Read this file from top to bottom:
 
@@ -13,7 +13,7 @@ the hidden states of a language model (Scale-RAE, arXiv 2601.16208). Read this f
        TextToImage     language model -> latent queries -> connector -> DiT
     7. presets and released weights   the papers' names and sizes; the authors' and diffusers' files
 
-Conventions: latents are tokens (B, N, C) in raster order; time t = 0 is data and t = 1 is noise; pictures are
+Conventions: latents are tokens (B, N, C) in raster order; time t = 0 is data and t = 1 is noise; images are
 (B, 3, H, W) in [0, 1]. Parameters are fp32; run under `torch.autocast` for bf16 compute: norms, rotary
 positions, modulation, losses and the sampler's state stay in fp32.
 """
@@ -393,7 +393,7 @@ class RAE(nn.Module, Hub, library_name="rae"):
 
     encoder: hub id or local `transformers` folder; or its config as a dict, as written by `save_pretrained`.
     decoder_config: width, depth, heads, mlp_width, and patch_size, of the output, the encoder's by default.
-    encoder_size: side of the encoder's input in pixels; other pictures are resized (bicubic, no antialias).
+    encoder_size: side of the encoder's input in pixels; other images are resized (bicubic, no antialias).
     image_mean, image_std: the encoder's pixel statistics. All three are read from the hub id or folder.
 
     `latent_mean` and `latent_std`, (N, C) buffers, normalise the latents; they start as 0 and 1 (none).
@@ -447,7 +447,7 @@ class RAE(nn.Module, Hub, library_name="rae"):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> latents (B, N, C), fp32. Pictures of another size are resized, not
+        """(B, 3, H, W) in [0, 1] -> latents (B, N, C), fp32. Images of another size are resized, not
         cropped (bicubic without antialias, RAE's code, for every encoder: squares come from data.py, not from
         the encoders' own processors of files). 128 at once: a larger batch takes no more memory."""
         parts = []
@@ -470,7 +470,7 @@ class RAE(nn.Module, Hub, library_name="rae"):
         return pixels.float() * self.image_std + self.image_mean
 
     def resized(self, image_size: int) -> "RAE":
-        """A copy for pictures of another size in pixels, in which the decoder's positions and the statistics
+        """A copy for images of another size in pixels, in which the decoder's positions and the statistics
         are interpolated; the encoder interpolates its own."""
         side, rest = divmod(image_size, self.decoder.patch_size)
         if rest or not side:
@@ -526,7 +526,7 @@ class RAE(nn.Module, Hub, library_name="rae"):
 
     def save_diffusers(self, folder: str | Path) -> None:
         """Writes a folder that `diffusers.AutoencoderRAE.from_pretrained` opens, with the same latents and
-        pictures (SigLIP: with a `transformers` that has the names of 4.x, the only ones it knows by 0.42).
+        images (SigLIP: with a `transformers` that has the names of 4.x, the only ones it knows by 0.42).
 
         Raises ValueError for what that class cannot hold: another encoder than those that it builds, another
         position table of the decoder than the one that it makes, the sin-cos one of 16 x 16 tokens.
@@ -540,7 +540,7 @@ class VAE(nn.Module):
     (channel, row, column): (256, 64) for FLUX at 256 px.
 
     name_or_path: folder or hub id of an AutoencoderKL, or of a pipeline that has one in its folder vae.
-    image_size: side of the pictures in pixels; by default 256, or the file's sample_size if that is smaller.
+    image_size: side of the images in pixels; by default 256, or the file's sample_size if that is smaller.
     """
 
     def __init__(self, name_or_path: str | Path, image_size: int | None = None):
@@ -570,7 +570,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> latents (B, N, C), fp32: the mean of the posterior, or with `noise`
-        (B, N, C), standard normal, a sample of it, as Scale-RAE trains on. Pictures of another size are
+        (B, N, C), standard normal, a sample of it, as Scale-RAE trains on. Images of another size are
         resized, not cropped. 32 at once: a larger batch takes no more memory."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", antialias=True)
@@ -590,7 +590,7 @@ class VAE(nn.Module):
         return self.vae.decode(z).sample.float() / 2 + 0.5
 
     def resized(self, image_size: int) -> "VAE":
-        """A copy for pictures of another size in pixels: a convolution takes any."""
+        """A copy for images of another size in pixels: a convolution takes any."""
         return VAE(self.source, image_size).to(next(self.parameters()).device)
 
     @classmethod
@@ -942,7 +942,7 @@ def guided(
 
 def graphed(velocity: Callable[[Tensor, Tensor], Tensor], like: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """`velocity` as a CUDA graph, for x of the shape of `like` (B, N, C): one launch in place of a thousand,
-    which for few pictures take longer than the kernels themselves. On other devices as it is. To be used
+    which for few images take longer than the kernels themselves. On other devices as it is. To be used
     inside of the autocast that it was made in, while the weights stay where they are."""
     if not like.is_cuda:
         return velocity
@@ -966,7 +966,7 @@ def graphed(velocity: Callable[[Tensor, Tensor], Tensor], like: Tensor) -> Calla
 # 6. labels to image, text to image
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """To the device; to CUDA from pinned memory, without waiting for what it has to do before."""
     cuda = device.type == "cuda" and not tensor.is_cuda
     return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
@@ -1040,7 +1040,7 @@ class LatentModel(nn.Module, Hub):
         if noise is None:
             device = generator.device if generator else self.device
             noise = torch.randn(len(inputs), *self.latent_shape, generator=generator, device=device)
-        noise = send(noise.float(), self.device)
+        noise = to_device(noise.float(), self.device)
 
         def velocity_of(dit: DiT, condition: Tensor | None, skip: int | None = None) -> Callable:
             velocity = partial(dit, condition=condition, skip=skip)
@@ -1055,7 +1055,7 @@ class LatentModel(nn.Module, Hub):
         return sample(velocity, noise, steps, self.alpha, solver, grid, start)
 
     def resize(self, autoencoder: RAE | VAE) -> None:
-        """Changes the model to draw pictures of another size: in the latents of its autoencoder for that size
+        """Changes the model to draw images of another size: in the latents of its autoencoder for that size
         (see `resized` there). Positions lie closer together or further apart, what was trained of the tables
         and queries is interpolated, and the timestep shift grows with the root of the number of tokens (RAE
         section 4.3). Without training, the more blurred the further it is from the trained size. Raises
@@ -1142,7 +1142,7 @@ class ClassToImage(LatentModel, library_name="rae"):
             raise ValueError(f"labels are {labels.dtype}, not integers")
         if wrong := [label for label in labels.tolist() if not 0 <= label < self.num_classes]:
             raise ValueError(f"label {wrong[0]}: this model has the classes 0 to {self.num_classes - 1}")
-        return send(labels, self.device)
+        return to_device(labels, self.device)
 
     def forward(self, labels: Tensor, latents: Tensor, noise: Tensor, t: Tensor, dropped: Tensor) -> Tensor:
         """Velocity error of each sample, (B,), at the shifted time t (B,); labels are null where `dropped`
@@ -1175,7 +1175,7 @@ class ClassToImage(LatentModel, library_name="rae"):
         return model.eval()
 
 
-IMAGE = -200  # stands for one patch of a picture in a sequence of token ids
+IMAGE = -200  # stands for one patch of an image in a sequence of token ids
 IGNORED = -100  # label of a token that is not learned
 SYSTEM = "You are a helpful assistant."
 REQUEST = "Generate an image of {}"  # how a bare prompt becomes a user's turn
@@ -1186,32 +1186,32 @@ def chat_ml(role: str, text: str) -> str:
     return f"<|im_start|>{role}\n{text}<|im_end|>\n"
 
 
-def chat_length(conversation: list[tuple[str, str]], tokenizer, picture: int) -> int:
-    """Tokens of a conversation as `TextToImage.encode_chat` makes them; `picture`: of a picture."""
-    pieces = "".join(chat_ml(*turn) for turn in [("system", SYSTEM), *conversation]).split("<image>")
-    text = sum(len(tokenizer.encode(piece, add_special_tokens=False)) for piece in pieces)
-    return text + (len(pieces) - 1) * (picture + 2)
+def chat_length(conversation: list[tuple[str, str]], tokenizer, image: int) -> int:
+    """Tokens of a conversation as `TextToImage.encode_chat` makes them; `image`: of an image."""
+    micro_batches = "".join(chat_ml(*turn) for turn in [("system", SYSTEM), *conversation]).split("<image>")
+    text = sum(len(tokenizer.encode(micro_batch, add_special_tokens=False)) for micro_batch in micro_batches)
+    return text + (len(micro_batches) - 1) * (image + 2)
 
 
 @dataclass
 class Chat:
     """A batch of tokenised conversations. Positions index the flattened (B * L) sequence."""
 
-    ids: Tensor  # (B, L), IMAGE where a picture is
+    ids: Tensor  # (B, L), IMAGE where an image is
     predict: Tensor  # (T,) positions whose next token is learned
     targets: Tensor  # (T,) that token
-    answers: Tensor  # (A, N) positions of the pictures to generate
-    contexts: Tensor  # (C, N) positions of the pictures to read
-    answer_index: Tensor  # (A,) which of the batch's pictures, in order, are to generate
+    answers: Tensor  # (A, N) positions of the images to generate
+    contexts: Tensor  # (C, N) positions of the images to read
+    answer_index: Tensor  # (A,) which of the batch's images, in order, are to generate
     context_index: Tensor  # (C,) and which to read
 
     def to(self, device: torch.device) -> "Chat":
-        return Chat(*(send(getattr(self, field.name), device) for field in fields(self)))
+        return Chat(*(to_device(getattr(self, field.name), device) for field in fields(self)))
 
 
 class TextToImage(LatentModel, library_name="rae"):
     """A language model that draws: learnable queries after the prompt collect one condition vector per latent
-    token for a DiT, and pictures are read back through a projector (Scale-RAE section 3).
+    token for a DiT, and images are read back through a projector (Scale-RAE section 3).
 
     language_model: hub id or local folder of a causal model of `transformers` with a ChatML tokenizer; or its
         config as a dict, as written by `save_pretrained`.
@@ -1219,7 +1219,7 @@ class TextToImage(LatentModel, library_name="rae"):
     latent_shape: (N, C) of the autoencoder; there are N queries.
     autoencoder: its folder or hub id. A folder is remembered relative to this model's own folder.
     alpha: factor of the timestep shift, sqrt(N C / 4096) by default.
-    reader, reader_channels: another autoencoder and the channels of its N tokens, as which pictures are read.
+    reader, reader_channels: another autoencoder and the channels of its N tokens, as which images are read.
         Scale-RAE keeps SigLIP-2's for that where it draws in a VAE's latents.
     """
 
@@ -1237,7 +1237,7 @@ class TextToImage(LatentModel, library_name="rae"):
         self.reader_path = reader
         self.read_shape = (latent_shape[0], reader_channels or latent_shape[1])
         self.tokenizer = None  # `from_pretrained` sets it where language_model is a config
-        self.im_start = self.im_end = None  # its ids of the tokens around a picture
+        self.im_start = self.im_end = None  # its ids of the tokens around an image
         if isinstance(language_model, dict):
             config = transformers.AutoConfig.for_model(**language_model)
             self.language_model = transformers.AutoModelForCausalLM.from_config(config)
@@ -1300,7 +1300,7 @@ class TextToImage(LatentModel, library_name="rae"):
 
         ChatML: <|im_start|>role, a line feed, the text, <|im_end|>, a line feed. Each <image> in a text
         becomes <im_start>, N times IMAGE, <im_end>. The assistant's turns are learned, header included, and
-        everywhere the line feeds, <|im_start|> and <|im_end|> (the reference's rule); pictures never are.
+        everywhere the line feeds, <|im_start|> and <|im_end|> (the reference's rule); images never are.
         """
         always = {
             *self.tokens("\n"),
@@ -1317,8 +1317,8 @@ class TextToImage(LatentModel, library_name="rae"):
     def encode_turn(self, role: str, text: str) -> list[int]:
         first, *rest = chat_ml(role, text).split("<image>")
         ids = self.tokens(first)
-        for piece in rest:
-            ids += [self.im_start, *[IMAGE] * self.latent_shape[0], self.im_end, *self.tokens(piece)]
+        for micro_batch in rest:
+            ids += [self.im_start, *[IMAGE] * self.latent_shape[0], self.im_end, *self.tokens(micro_batch)]
         return ids
 
     def chat(self, conversations: list[list[tuple[str, str]]]) -> Chat:
@@ -1326,23 +1326,23 @@ class TextToImage(LatentModel, library_name="rae"):
         return self.collate([self.encode_chat(turns) for turns in conversations])
 
     def collate(self, encoded: list[tuple[list[int], list[int]]]) -> Chat:
-        """A batch from (ids, labels) pairs. A picture is an answer where the token before it, its <im_start>,
+        """A batch from (ids, labels) pairs. An image is an answer where the token before it, its <im_start>,
         is learned; otherwise it is something to read."""
-        longest = max(len(ids) for ids, _ in encoded)
-        ids = torch.tensor([i + [0] * (longest - len(i)) for i, _ in encoded])  # nobody reads the padding
-        labels = torch.tensor([i + [IGNORED] * (longest - len(i)) for _, i in encoded])
+        max_seq_len = max(len(ids) for ids, _ in encoded)
+        ids = torch.tensor([i + [0] * (max_seq_len - len(i)) for i, _ in encoded])  # nobody reads the padding
+        labels = torch.tensor([i + [IGNORED] * (max_seq_len - len(i)) for _, i in encoded])
         next_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
         predict = (next_labels != IGNORED).nonzero().flatten()
-        pictures = (ids == IMAGE).flatten().nonzero().view(-1, self.latent_shape[0])
-        learned = labels.flatten()[pictures[:, 0] - 1] != IGNORED
+        images = (ids == IMAGE).flatten().nonzero().view(-1, self.latent_shape[0])
+        learned = labels.flatten()[images[:, 0] - 1] != IGNORED
         answer_index, context_index = learned.nonzero().flatten(), (~learned).nonzero().flatten()
-        answers, contexts = pictures[answer_index], pictures[context_index]
+        answers, contexts = images[answer_index], images[context_index]
         return Chat(ids, predict, next_labels[predict], answers, contexts, answer_index, context_index)
 
     # -- training
 
     def embed(self, chat: Chat, context_latents: Tensor | None = None) -> Tensor:
-        """Input embeddings (B, L, width); pictures to generate are the queries, pictures to read, (C,
+        """Input embeddings (B, L, width); images to generate are the queries, images to read, (C,
         *read_shape), are projected. Raises ValueError for latents of another space."""
         if context_latents is not None and context_latents.shape[1:] != self.read_shape:
             raise ValueError(
@@ -1379,12 +1379,12 @@ class TextToImage(LatentModel, library_name="rae"):
         read: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The two losses, unreduced over the batch: summed cross-entropy over len(chat.targets) tokens, and
-        the velocity error of each of the A pictures to generate, (A,).
+        the velocity error of each of the An images to generate, (A,).
 
-        latents, noise (P, N, C), shifted time t (P,) and the condition dropout (P,) belong to all P pictures
+        latents, noise (P, N, C), shifted time t (P,) and the condition dropout (P,) belong to all P images
         of the batch, in order; so do the latents of another reader, `read` (P, *read_shape). The papers' loss
         is the mean of the first + 2 x the mean of the second, each over the global batch. With k draws of
-        noise, time and dropout a picture, k P rows, the language model still reads once, and k A errors come
+        noise, time and dropout an image, k P rows, the language model still reads once, and k A errors come
         back.
         """
         answer = chat.answer_index
@@ -1407,7 +1407,7 @@ class TextToImage(LatentModel, library_name="rae"):
         special = [*self.tokenizer.get_added_vocab(), "<image>"]
         for text in texts:
             if not text.strip():
-                raise ValueError("empty prompt: describe a picture, for example 'a red circle'")
+                raise ValueError("empty prompt: describe an image, for example 'a red circle'")
             if found := next((token for token in special if token in text), None):
                 raise ValueError(f"the prompt contains the special token {found}: remove it")
             if (length := len(self.tokens(text))) > max_tokens:
@@ -1415,7 +1415,7 @@ class TextToImage(LatentModel, library_name="rae"):
 
     @torch.no_grad()
     def condition(self, prompts: list[str] | Tensor) -> Tensor:
-        """Condition vectors (B, N, Z) for descriptions of pictures: one pass of the language model over the
+        """Condition vectors (B, N, Z) for descriptions of images: one pass of the language model over the
         request, the beginning of the answer and the queries. Those of a `Dialogue` are taken as they are.
         Raises ValueError for an empty or over-long prompt."""
         if isinstance(prompts, Tensor):
@@ -1428,7 +1428,7 @@ class TextToImage(LatentModel, library_name="rae"):
 
     @torch.no_grad()
     def answer(self, image_or_latents: Tensor, question: str, max_tokens: int = 64) -> str:
-        """Answers a question about one picture, (3, H, W) in [0, 1], or about its latents, `read_shape`;
+        """Answers a question about one image, (3, H, W) in [0, 1], or about its latents, `read_shape`;
         greedy."""
         return Dialogue(self).say(question, image_or_latents, max_tokens)[0]
 
@@ -1436,7 +1436,7 @@ class TextToImage(LatentModel, library_name="rae"):
 
     @torch.no_grad()
     def verify(self, prompt: str, latents: Tensor, max_tokens: int = 16) -> list["Verdict"]:
-        """What the language model thinks of pictures for a prompt, latents (B, *read_shape), without decoding
+        """What the language model thinks of images for a prompt, latents (B, *read_shape), without decoding
         them. Raises ValueError for a prompt that is empty, over-long or contains a special token."""
         self.plain_text([prompt])
         header = self.tokens("<|im_start|>assistant\n")
@@ -1459,7 +1459,7 @@ class TextToImage(LatentModel, library_name="rae"):
     def answer_logits(
         self, ids: list[int], latents: Tensor, yes: list[int], no: list[int], end: int, max_tokens: int
     ) -> tuple[list[str], list[float], list[float]]:
-        """Greedy answers to one question about each of B pictures: "yes" where any token is one of `yes`,
+        """Greedy answers to one question about each of B images: "yes" where any token is one of `yes`,
         otherwise "no" or "uncertain"; and the raw logits of the last token that is one of `yes` and of `no`,
         0 where there is none."""
         model, cache = self.language_model, transformers.DynamicCache(config=self.language_model.config)
@@ -1488,7 +1488,7 @@ class TextToImage(LatentModel, library_name="rae"):
         return answers, *map(Tensor.tolist, logits)
 
     def prompt_confidence(self, ids: list[int], prompt: list[int], latents: Tensor) -> Tensor:
-        """(B,): how certain the model is while it reads the prompt as a description of each of B pictures.
+        """(B,): how certain the model is while it reads the prompt as a description of each of B images.
         Mean over the prompt's positions of KL(uniform || next token) (self-certainty, arXiv 2502.18581)."""
         ids = [*ids, *prompt]
         chat = self.collate([(ids, [IGNORED] * len(ids))] * len(latents)).to(self.device)
@@ -1539,7 +1539,7 @@ class TextToImage(LatentModel, library_name="rae"):
 
 
 class Verdict(NamedTuple):
-    """What a language model thinks of a picture for a prompt."""
+    """What a language model thinks of an image for a prompt."""
 
     answer: str  # to whether they align: yes, no or uncertain
     yes_logit: float
@@ -1554,14 +1554,14 @@ VERIFIERS = {  # keys to sort verdicts by, the best first; ties stay in order
 
 
 def best(verdicts: list[Verdict], verifier: str, keep: int) -> list[int]:
-    """Which pictures to keep, the best first."""
+    """Which images to keep, the best first."""
     order = sorted(range(len(verdicts)), key=lambda i: VERIFIERS[verifier](verdicts[i]))
     return order[:keep]
 
 
 class Dialogue:
     """A conversation with a TextToImage model in which the model decides what to do: it answers in words,
-    greedily, and may begin a picture. Keys and values of what was said are kept, so that every turn costs its
+    greedily, and may begin an image. Keys and values of what was said are kept, so that every turn costs its
     own tokens only.
     """
 
@@ -1574,17 +1574,17 @@ class Dialogue:
         self, text: str, image_or_latents: Tensor | None = None, max_tokens: int = 64
     ) -> tuple[str, Tensor | None]:
         """The reply to a user's turn, as it stands and with no request put around it: its words, and where
-        they end with a picture the condition vectors (1, N, Z) to draw it from, else None.
+        they end with an image the condition vectors (1, N, Z) to draw it from, else None.
 
-        image_or_latents: something to look at in this turn, (3, H, W) in [0, 1] or of `read_shape`. A picture
+        image_or_latents: something to look at in this turn, (3, H, W) in [0, 1] or of `read_shape`. An image
         ends the turn, and later turns see its queries, as in training. Raises ValueError for a text that is
         empty, over-long or contains a special token.
         """
         model, latents = self.model, None
         model.plain_text([text], max_tokens=1024)
         if image_or_latents is not None:
-            text, picture = f"<image>\n{text}", image_or_latents.to(model.device)[None]
-            latents = picture if picture.ndim == 3 else model.reader.encode(picture)
+            text, image = f"<image>\n{text}", image_or_latents.to(model.device)[None]
+            latents = image if image.ndim == 3 else model.reader.encode(image)
         end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
         ids = [*self.ahead, *model.encode_turn("user", text), *model.tokens("<|im_start|>assistant\n")]
         hidden, said = self.read(ids, latents), []
@@ -1605,7 +1605,7 @@ class Dialogue:
         return model.tokenizer.decode(said, skip_special_tokens=True).strip(), condition
 
     def read(self, ids: list[int], latents: Tensor | None = None) -> Tensor:
-        """Hidden states (L, width) of tokens that follow what was read, with one picture among them if there
+        """Hidden states (L, width) of tokens that follow what was read, with one image among them if there
         are latents (1, N, C)."""
         chat = self.model.collate([(ids, [IGNORED] * len(ids))]).to(self.model.device)
         return self.forward(self.model.embed(chat, latents))
@@ -1731,7 +1731,7 @@ def from_official(state_dict: dict[str, Tensor], **given) -> nn.Module:
     both. A whole RAE needs encoder=, a config or model of `transformers`, image_mean= and image_std=, and
     takes encoder_size= and stats=, {"mean", "var"} of its latents, each (C, h, w) or None. A whole Scale-RAE
     needs language_model=, a config or model of `transformers`, and takes im_start= and im_end=, the ids of
-    the tokens around a picture; tokenizer and autoencoder are set later, neither is in the dict. Raises
+    the tokens around an image; tokenizer and autoencoder are set later, neither is in the dict. Raises
     ValueError, with the first keys that do not fit, for a dict that is unknown or damaged, and for a keyword
     that contradicts it.
     """

@@ -1,22 +1,22 @@
-"""Prompts or class labels in, pictures out.
+"""Prompts or class labels in, images out.
 
     python sample.py "a red circle above a blue square"            # the shipped nano model, on a laptop
     python sample.py "three green stars" "a pink ring" --n 8 --guidance 4
-    python sample.py --reconstruct picture.png                     # original | what the decoder makes of it
-    python sample.py --ask picture.png "how many stars are there?" "which colour are they?"
-    python sample.py --chat "draw a red circle"                    # the model decides: words or a picture
+    python sample.py --reconstruct image.png                     # original | what the decoder makes of it
+    python sample.py --ask image.png "how many stars are there?" "which colour are they?"
+    python sample.py --chat "draw a red circle"                    # the model decides: words or an image
     torchrun --nproc-per-node 8 sample.py --file prompts.txt       # a prompt in each line
     python sample.py "two red stars" --best-of 32 --keep 4         # the language model chooses
     python sample.py "a cat in the snow" --model runs/t2i/model    # a model of your own
     python sample.py --classes 3,17 --model runs/class/model       # labels, or all of them
 
-    # 50,000 pictures for an FID, the papers' settings, on 8 GPUs; --resume goes on where it stopped
+    # 50,000 images for an FID, the papers' settings, on 8 GPUs; --resume goes on where it stopped
     torchrun --nproc-per-node 8 sample.py --preset rae-256 --classes all --n 50000 --out fid --npz fid.npz
 
-Writes single pictures and, of up to 256, one grid (a row for each prompt) into --out and prints their paths;
+Writes single images and, of up to 256, one grid (a row for each prompt) into --out and prints their paths;
 prompt, seed and settings are in the metadata of each PNG. --latents keeps the latents too, which --ask and
---reconstruct take in place of a picture. Picture k of a prompt is drawn from seed + k, and
-picture i of a run with labels from seed + i, whatever else is asked for and on however many processes.
+--reconstruct take in place of an image. Image k of a prompt is drawn from seed + k, and
+image i of a run with labels from seed + i, whatever else is asked for and on however many processes.
 """
 
 import json
@@ -71,7 +71,7 @@ SETTINGS = (  # in a PNG
     "solver",
     "grid",
 )
-SHOWN = 256  # pictures at most of a run that also makes a grid
+SHOWN = 256  # images at most of a run that also makes a grid
 
 
 @dataclass
@@ -95,12 +95,12 @@ class Config:
     verifier: str = flag(
         "answer_logits", "score of the language model that decides", choices=[*rae.VERIFIERS]
     )
-    verify_pixels: bool = flag(False, "let it look at the decoded pictures, not at the latents")
-    reconstruct: str = flag("", "encode and decode this picture, or decode these latents, instead")
-    ask: str = flag("", "answer questions about this picture, or these latents, instead")
+    verify_pixels: bool = flag(False, "let it look at the decoded images, not at the latents")
+    reconstruct: str = flag("", "encode and decode this image, or decode these latents, instead")
+    ask: str = flag("", "answer questions about this image, or these latents, instead")
     chat: bool = flag(False, "send the prompts as they are and let the model answer in words or draw")
     n: int | None = flag(
-        None, "pictures for each prompt (default 4); of all classes together (4 for each)", at_least=1
+        None, "images for each prompt (default 4); of all classes together (4 for each)", at_least=1
     )
     steps: int = flag(50, "steps of the sampler", at_least=1)
     guidance: float = flag(3.0, "its scale; classifier-free, or with a guide AutoGuidance; 1 is none")
@@ -113,25 +113,25 @@ class Config:
     grid: str = flag(
         "full", "times of the steps; the papers' own are the others", choices=["full", "rae", "scale-rae"]
     )
-    seed: int = flag(0, "of the first picture of each prompt")
-    size: int | None = flag(None, "side of the pictures, if not that of the training; multiples of a patch")
+    seed: int = flag(0, "of the first image of each prompt")
+    size: int | None = flag(None, "side of the images, if not that of the training; multiples of a patch")
     out: str = flag("samples", "folder to write to")
-    latents: bool = flag(False, "write NAME.safetensors beside each picture: latents, fp32 (N, C)")
-    npz: str = flag("", "write all pictures to this .npz too, as ADM's: arr_0 uint8 (N, H, W, 3)")
-    resume: bool = flag(False, "leave the pictures that are in OUT already")
+    latents: bool = flag(False, "write NAME.safetensors beside each image: latents, fp32 (N, C)")
+    npz: str = flag("", "write all images to this .npz too, as ADM's: arr_0 uint8 (N, H, W, 3)")
+    resume: bool = flag(False, "leave the images that are in OUT already")
     dtype: str = flag("auto", "of the compute; weights are fp32", choices=["auto", "bf16", "fp32"])
-    batch: int = flag(64, "pictures drawn at once, on each process", at_least=1)
-    compile: bool = flag(False, "compile the blocks, which pays off for many pictures")
+    batch: int = flag(64, "images drawn at once, on each process", at_least=1)
+    compile: bool = flag(False, "compile the blocks, which pays off for many images")
     graph: bool = flag(False, "CUDA: launch each evaluation of the DiT at once, which pays off for few")
 
 
-def to_pixels(picture: Image.Image, size: int) -> torch.Tensor:
-    """The centred square of a picture, (1, 3, size, size) in [0, 1]."""
-    return torch.from_numpy(data.centre_crop(picture, size)).permute(2, 0, 1)[None].float() / 255
+def to_pixels(image: Image.Image, size: int) -> torch.Tensor:
+    """The centred square of an image, (1, 3, size, size) in [0, 1]."""
+    return torch.from_numpy(data.centre_crop(image, size)).permute(2, 0, 1)[None].float() / 255
 
 
 def file_name(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
 
 
 def open_latents(path: str, latent_shape: tuple[int, int]) -> torch.Tensor:
@@ -145,51 +145,49 @@ def open_latents(path: str, latent_shape: tuple[int, int]) -> torch.Tensor:
     return latents
 
 
-def reconstruct(config: Config, where: common.Launch) -> None:
+def reconstruct(config: Config, dist_ctx: common.DistContext) -> None:
     path = Path(config.out) / f"{Path(config.reconstruct).stem}-reconstruction.png"
-    model = common.load_autoencoder(config.autoencoder or common.WEIGHTS / "rae", where)
+    model = common.load_autoencoder(config.autoencoder or common.WEIGHTS / "rae", dist_ctx)
     if config.reconstruct.endswith(".safetensors"):
-        latents = open_latents(config.reconstruct, model.latent_shape)[None].to(where.device)
-        with torch.no_grad(), where.autocast():
-            common.save_picture(path, model.decode(latents)[0], source=config.reconstruct)
+        latents = open_latents(config.reconstruct, model.latent_shape)[None].to(dist_ctx.device)
+        with torch.no_grad(), dist_ctx.autocast():
+            common.save_image(path, model.decode(latents)[0], source=config.reconstruct)
         print(path)
         return
-    original = to_pixels(data.open_picture(config.reconstruct), model.image_size).to(where.device)
-    with torch.no_grad(), where.autocast():
+    original = to_pixels(data.open_image(config.reconstruct), model.image_size).to(dist_ctx.device)
+    with torch.no_grad(), dist_ctx.autocast():
         decoded = model.decode(model.encode(original))
     error = (decoded.clamp(0, 1) - original).square().mean()
-    common.save_picture(
-        path, common.picture_grid(torch.cat([original, decoded]), 2), source=config.reconstruct
-    )
+    common.save_image(path, common.image_grid(torch.cat([original, decoded]), 2), source=config.reconstruct)
     print(f"{path}  (left original, right reconstruction; PSNR {-10 * error.log10().item():.1f} dB)")
 
 
-def converse(config: Config, where: common.Launch) -> None:
-    """The prompts are a user's turns, the first about the picture of --ask; prints what the model replies."""
-    model = common.load_model(rae.TextToImage, config.model, config.autoencoder, where)
+def converse(config: Config, dist_ctx: common.DistContext) -> None:
+    """The prompts are a user's turns, the first about the image of --ask; prints what the model replies."""
+    model = common.load_model(rae.TextToImage, config.model, config.autoencoder, dist_ctx)
     shown = None
     if config.ask.endswith(".safetensors"):
         if model.reader_path:
-            raise ValueError(f"{config.model} reads other latents than it draws: --ask about a picture")
+            raise ValueError(f"{config.model} reads other latents than it draws: --ask about an image")
         shown = open_latents(config.ask, model.read_shape)
     elif config.ask:
-        shown = to_pixels(data.open_picture(config.ask), model.reader.image_size)[0]
+        shown = to_pixels(data.open_image(config.ask), model.reader.image_size)[0]
     dialogue = rae.Dialogue(model)
     for turn, text in enumerate(config.prompts):
-        with where.autocast():
+        with dist_ctx.autocast():
             words, condition = dialogue.say(text, None if turn else shown)
         print(words)
         if condition is not None:
             job = Job(text, config.seed, f"{turn}-{file_name(text)}-{config.seed}")
-            latents = latents_of([job], model, None, config, where, condition)
-            [picture] = decode(latents, model, where)
+            latents = latents_of([job], model, None, config, dist_ctx, condition)
+            [image] = decode(latents, model, dist_ctx)
             path = Path(config.out) / f"{job.name}.png"
-            common.save_picture(path, picture, **written(job, settings_of(config, where, model)))
+            common.save_image(path, image, **written(job, settings_of(config, dist_ctx, model)))
             print(path)
 
 
 class Job(NamedTuple):
-    """A picture to draw: for a prompt or a label, from a seed, into OUT/NAME.png, with folders in NAME."""
+    """An image to draw: for a prompt or a label, from a seed, into OUT/NAME.png, with folders in NAME."""
 
     input: str | int
     seed: int
@@ -197,7 +195,7 @@ class Job(NamedTuple):
 
 
 def prompt_jobs(config: Config, count: int) -> list[list[Job]]:
-    """`count` pictures of each prompt; of GenEval's as OUT/00000/samples/00000.png, of DPG-Bench's as
+    """`count` images of each prompt; of GenEval's as OUT/00000/samples/00000.png, of DPG-Bench's as
     OUT/ITEM/0.png, beside the grid OUT/ITEM.png."""
     layout = None
     if config.file.endswith(".jsonl"):
@@ -218,7 +216,7 @@ def prompt_jobs(config: Config, count: int) -> list[list[Job]]:
 
 
 def class_jobs(config: Config, num_classes: int | None) -> list[Job]:
-    """Picture i is of class i modulo their number, or of a random one that depends on (seed, i) alone."""
+    """Image i is of class i modulo their number, or of a random one that depends on (seed, i) alone."""
     if config.classes in ("all", "none") and (config.classes == "all") != (num_classes is not None):
         raise ValueError(f"--classes {config.classes}: {config.model} has {num_classes or 'no'} classes")
     try:
@@ -267,13 +265,13 @@ def written(job: Job, settings: dict) -> dict[str, str]:
 
 
 def load_guide(
-    kind: type[rae.LatentModel], config: Config, model: rae.LatentModel, where: common.Launch
+    kind: type[rae.LatentModel], config: Config, model: rae.LatentModel, dist_ctx: common.DistContext
 ) -> rae.LatentModel | None:
     """The weaker model of AutoGuidance. Raises ValueError for one of other latents or classes."""
     if not config.guide or config.guidance == 1:
         return None
     with common.loading(config.guide):
-        guide = kind.from_pretrained(config.guide).eval().to(where.device)
+        guide = kind.from_pretrained(config.guide).eval().to(dist_ctx.device)
     for name, own, others in (
         ("latents", model.latent_shape, guide.latent_shape),
         ("classes", *(getattr(each, "num_classes", None) for each in (model, guide))),
@@ -284,21 +282,21 @@ def load_guide(
 
 
 def settings_of(
-    config: Config, where: common.Launch, model: rae.LatentModel, guide: rae.LatentModel | None = None
+    config: Config, dist_ctx: common.DistContext, model: rae.LatentModel, guide: rae.LatentModel | None = None
 ) -> dict:
-    """What beside its input and seed decides how a picture looks."""
+    """What beside its input and seed decides how an image looks."""
     settings = {name: getattr(config, name) for name in SETTINGS}
     return settings | {
         "weights": common.fingerprint(model),
         "guide_weights": common.fingerprint(guide),
-        "dtype": where.dtype,
+        "dtype": dist_ctx.dtype,
     }
 
 
-def draw(config: Config, where: common.Launch) -> None:
+def draw(config: Config, dist_ctx: common.DistContext) -> None:
     kind = rae.ClassToImage if config.classes else rae.TextToImage
-    model = common.load_model(kind, config.model, config.autoencoder, where)
-    guide = load_guide(kind, config, model, where)
+    model = common.load_model(kind, config.model, config.autoencoder, dist_ctx)
+    guide = load_guide(kind, config, model, dist_ctx)
     if config.size:
         autoencoder = model.autoencoder.resized(config.size)
         for each in [model, *[guide] * bool(guide)]:
@@ -310,18 +308,18 @@ def draw(config: Config, where: common.Launch) -> None:
         model.plain_text(config.prompts)
         groups = prompt_jobs(config, config.best_of or config.n or 4)
         jobs = [job for group in groups for job in group]
-    settings = settings_of(config, where, model, guide)
+    settings = settings_of(config, dist_ctx, model, guide)
     decoder = getattr(model.autoencoder, "decoder", None)  # diffusers' VAE has none of our layers
     blocks = [block for each in (model, guide) if each for block in each.dit.blocks]
     blocks += getattr(decoder, "decoder_layers", [])
-    common.cast_linear(blocks, where)
-    common.compile_blocks(blocks, config.compile, where)
+    common.cast_linear(blocks, dist_ctx)
+    common.compile_blocks(blocks, config.compile, dist_ctx)
     if config.best_of:
-        draw_best(groups, config, where, model, guide, settings)
+        draw_best(groups, config, dist_ctx, model, guide, settings)
     else:
-        draw_all(jobs, config, where, model, guide, settings)
+        draw_all(jobs, config, dist_ctx, model, guide, settings)
     common.global_sum(0)  # waits for all processes
-    if where.main:
+    if dist_ctx.is_main:
         for path in Path(config.out).rglob(".*.tmp"):  # of a run that was killed
             path.unlink()
         if config.file and Path(config.file).is_dir():
@@ -331,10 +329,10 @@ def draw(config: Config, where: common.Launch) -> None:
 
 
 def save(
-    config: Config, settings: dict, job: Job, picture: torch.Tensor, latents: torch.Tensor | None = None
+    config: Config, settings: dict, job: Job, image: torch.Tensor, latents: torch.Tensor | None = None
 ) -> None:
     path = Path(config.out) / f"{job.name}.png"
-    common.save_picture(path, picture, **written(job, settings))
+    common.save_image(path, image, **written(job, settings))
     if latents is not None:
         with common.replacing(path.with_suffix(".safetensors")) as temporary:
             save_file({"latents": latents.cpu().contiguous()}, temporary)
@@ -343,19 +341,19 @@ def save(
 def draw_all(
     jobs: list[Job],
     config: Config,
-    where: common.Launch,
+    dist_ctx: common.DistContext,
     model: rae.LatentModel,
     guide: rae.LatentModel | None,
     settings: dict,
 ) -> None:
-    own = jobs[where.rank :: where.world]
+    own = jobs[dist_ctx.rank :: dist_ctx.world]
     own = missing(own, config, settings) if config.resume else own
     with ThreadPoolExecutor() as pool:  # writes a batch while the next one is drawn
         saved = iter(())
-        for start in tqdm(range(0, len(own), config.batch), desc="draw", disable=not where.main):
+        for start in tqdm(range(0, len(own), config.batch), desc="draw", disable=not dist_ctx.is_main):
             batch = own[start : start + config.batch]
-            latents = latents_of(batch, model, guide, config, where)  # CUDA is not waited for
-            drawn, wait = common.to_host(decode(latents, model, where), *[latents] * config.latents)
+            latents = latents_of(batch, model, guide, config, dist_ctx)  # CUDA is not waited for
+            drawn, wait = common.to_host(decode(latents, model, dist_ctx), *[latents] * config.latents)
 
             def write(*item, wait=wait) -> None:
                 wait()
@@ -383,7 +381,7 @@ def kept_of(groups: list[list[Job]], config: Config) -> list[Job]:
 def draw_best(
     groups: list[list[Job]],
     config: Config,
-    where: common.Launch,
+    dist_ctx: common.DistContext,
     model: rae.TextToImage,
     guide: rae.LatentModel | None,
     settings: dict,
@@ -397,7 +395,7 @@ def draw_best(
     about = {name: str(getattr(config, name)) for name in ("best_of", "keep", "verifier", "verify_pixels")}
     about |= {name: str(value) for name, value in settings.items()}
 
-    for group in tqdm(groups[where.rank :: where.world], desc="draw", disable=not where.main):
+    for group in tqdm(groups[dist_ctx.rank :: dist_ctx.world], desc="draw", disable=not dist_ctx.is_main):
         about |= {"prompt": group[0].input, "seed": str(group[0].seed)}
         if config.resume and scores_of(group, config).exists():
             found = json.loads(scores_of(group, config).read_text())["settings"]
@@ -409,15 +407,15 @@ def draw_best(
             continue
         latents, verdicts = [], []
         for start in range(0, len(group), config.batch):
-            latents.append(latents_of(group[start : start + config.batch], model, guide, config, where))
+            latents.append(latents_of(group[start : start + config.batch], model, guide, config, dist_ctx))
             read = latents[-1]
             if config.verify_pixels:
-                read = model.reader.encode(decode(read, model, where).clamp(0, 1))
+                read = model.reader.encode(decode(read, model, dist_ctx).clamp(0, 1))
             verdicts += model.verify(group[0].input, read)  # fp32: in bf16 many logits are the same
         latents, kept = torch.cat(latents), rae.best(verdicts, config.verifier, config.keep)
-        for i, picture in zip(kept, decode(latents[kept], model, where), strict=True):
+        for i, image in zip(kept, decode(latents[kept], model, dist_ctx), strict=True):
             own = settings | verdicts[i]._asdict()
-            save(config, own, group[i], picture, latents[i] if config.latents else None)
+            save(config, own, group[i], image, latents[i] if config.latents else None)
         rows = [
             {"seed": job.seed, "rank": kept.index(i) if i in kept else None} | verdict._asdict()
             for i, (job, verdict) in enumerate(zip(group, verdicts, strict=True))
@@ -428,27 +426,27 @@ def draw_best(
 
 
 def show(jobs: list[Job], out: Path, config: Config) -> None:
-    """Prints where the pictures are, and packs them into a grid and an .npz."""
+    """Prints where the images are, and packs them into a grid and an .npz."""
     paths = [out / f"{job.name}.png" for job in jobs]
     if len(jobs) <= SHOWN:
         print("\n".join(map(str, paths)))
-        pictures = torch.cat(
-            [to_pixels(image, min(image.size)) for image in map(data.open_picture, map(str, paths))]
+        images = torch.cat(
+            [to_pixels(image, min(image.size)) for image in map(data.open_image, map(str, paths))]
         )
         columns = len(jobs) // max(1, len(config.prompts)) if config.prompts else 8
-        grid = common.picture_grid(pictures, columns, scale=max(1, 128 // pictures.shape[-1]))
+        grid = common.image_grid(images, columns, scale=max(1, 128 // images.shape[-1]))
         prompts = "\n".join(dict.fromkeys(str(job.input) for job in jobs))
-        common.save_picture(out / "grid.png", grid, prompt=prompts, seed=config.seed)
+        common.save_image(out / "grid.png", grid, prompt=prompts, seed=config.seed)
         print(out / "grid.png")
     else:
-        print(f"{len(jobs)} pictures in {out}")
+        print(f"{len(jobs)} images in {out}")
     if config.npz:
         pack(Path(config.npz), paths)
         print(config.npz)
 
 
 def draw_noise(seed: int, latent_shape: tuple[int, int]) -> torch.Tensor:
-    """On the CPU, so that a seed means the same picture on every device."""
+    """On the CPU, so that a seed means the same image on every device."""
     return torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -458,12 +456,12 @@ def latents_of(
     model: rae.LatentModel,
     guide: rae.LatentModel | None,
     config: Config,
-    where: common.Launch,
+    dist_ctx: common.DistContext,
     condition: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(B, N, C)."""
     noise = torch.stack([draw_noise(job.seed, model.latent_shape) for job in jobs])
-    with where.autocast():
+    with dist_ctx.autocast():
         return model.generate(
             [job.input for job in jobs] if condition is None else condition,
             config.steps,
@@ -479,9 +477,9 @@ def latents_of(
 
 
 @torch.no_grad()
-def decode(latents: torch.Tensor, model: rae.LatentModel, where: common.Launch) -> torch.Tensor:
+def decode(latents: torch.Tensor, model: rae.LatentModel, dist_ctx: common.DistContext) -> torch.Tensor:
     """(B, 3, H, W)."""
-    with where.autocast():
+    with dist_ctx.autocast():
         return model.autoencoder.decode(latents).float()
 
 
@@ -496,7 +494,7 @@ def interval(config: Config) -> tuple[float, float]:
 
 
 def pack(path: Path, files: list[Path]) -> None:
-    """Pictures to one .npz, a picture at a time: 50,000 of 256 px are 10 GB."""
+    """Images to one .npz, an image at a time: 50,000 of 256 px are 10 GB."""
     with Image.open(files[0]) as first:
         shape = (len(files), first.height, first.width, 3)
     with common.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
@@ -504,7 +502,7 @@ def pack(path: Path, files: list[Path]) -> None:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(entry, header)
             for file in tqdm(files, desc=str(path), leave=False):
-                entry.write(np.asarray(data.open_picture(str(file))).tobytes())
+                entry.write(np.asarray(data.open_image(str(file))).tobytes())
 
 
 def dpg_files(config: Config) -> list[Path]:
@@ -512,16 +510,16 @@ def dpg_files(config: Config) -> list[Path]:
 
 
 def write_dpg_grid(group: list[Job], config: Config) -> None:
-    """The pictures of a prompt as DPG-Bench reads them: a square without gaps."""
+    """The images of a prompt as DPG-Bench reads them: a square without gaps."""
     files = [str(Path(config.out) / f"{job.name}.png") for job in group]
-    pictures = [np.asarray(data.open_picture(file)) for file in files]
-    grid = rearrange(np.stack(pictures), "(r c) h w ch -> ch (r h) (c w)", r=math.isqrt(len(group)))
+    images = [np.asarray(data.open_image(file)) for file in files]
+    grid = rearrange(np.stack(images), "(r c) h w ch -> ch (r h) (c w)", r=math.isqrt(len(group)))
     path = Path(config.out) / f"{group[0].name.split('/')[0]}.png"
-    common.save_picture(path, torch.from_numpy(grid).float() / 255, prompt=group[0].input)
+    common.save_image(path, torch.from_numpy(grid).float() / 255, prompt=group[0].input)
 
 
 def geneval_prompts(lines: list[str], config: Config) -> list[str]:
-    """The prompts of GenEval's file, each line of which is kept beside its pictures."""
+    """The prompts of GenEval's file, each line of which is kept beside its images."""
     if config.prompts:
         raise ValueError(f"{config.file} is a whole set of prompts: leave out {config.prompts[0]!r}")
     try:
@@ -564,7 +562,7 @@ def main() -> None:
     if not (config.prompts or config.classes or config.reconstruct):
         raise ValueError('give a prompt: sample.py "a red circle above a blue square"')
     run = reconstruct if config.reconstruct else converse if config.ask or config.chat else draw
-    run(config, common.launch(config.dtype))
+    run(config, common.init_distributed(config.dtype))
 
 
 if __name__ == "__main__":

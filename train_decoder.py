@@ -54,7 +54,7 @@ RAE_RECIPE = {  # RAE's code, the same for all encoders; its discriminator's cos
     "statistics": 0,
     "workers": 8,
 }
-VIRTUAL = 2500  # steps of Scale-RAE's virtual epoch of 1.28 M pictures
+VIRTUAL = 2500  # steps of Scale-RAE's virtual epoch of 1.28 M images
 SCALE_RAE_RECIPE = (
     RAE_RECIPE
     | {  # Scale-RAE table 7; crops, EMA and clipping are not in it, nor an adaptive weight
@@ -111,10 +111,10 @@ class Config:
         const="auto",
     )
     seed: int = flag(0, "of weights, data order, crops, noise and augmentations")
-    data: str = flag("nano", "a source of pictures, or several with weights, see data.py")
+    data: str = flag("nano", "a source of images, or several with weights, see data.py")
     crop: str = flag(
         "centre",
-        "of pictures: their centre, or a random square of them at 1.5 times the size",
+        "of images: their centre, or a random square of them at 1.5 times the size",
         choices=["centre", "random"],
     )
     encoder: str = flag(
@@ -131,7 +131,7 @@ class Config:
         None, "side in pixels of the square that each token becomes (default: the encoder's)"
     )
     steps: int = flag(3000, "optimizer steps in all", at_least=1)
-    batch: int = flag(64, "pictures a step, over all processes", at_least=1)
+    batch: int = flag(64, "images a step, over all processes", at_least=1)
     lr: float = flag(1e-3, "peak learning rate")
     muon: float = flag(
         0.0, "peak learning rate of Muon, for the matrices of the decoder's layers (0: AdamW)", at_least=0
@@ -140,7 +140,7 @@ class Config:
     final_lr: float = flag(0.02, "fraction of the peak at the last step")
     clip: float = flag(1.0, "norm to which gradients are clipped (0: they are not)", at_least=0)
     ema: float = flag(0.998, "decay of the averaged weights, which are what is saved")
-    tau: float = flag(0.0, "noise on the latents, of a sigma drawn for each picture (0: none)", at_least=0)
+    tau: float = flag(0.0, "noise on the latents, of a sigma drawn for each image (0: none)", at_least=0)
     sigma: str = flag("normal", "its distribution: |N(0, tau^2)| or U(0, tau)", choices=["normal", "uniform"])
     generator: str = flag(
         "",
@@ -166,7 +166,7 @@ class Config:
         choices=["token", "channel", "none"],
     )
     statistics: int = flag(
-        8192, "pictures to measure them on (0: those of every source, once, whatever its weight)", at_least=0
+        8192, "images to measure them on (0: those of every source, once, whatever its weight)", at_least=0
     )
     dtype: str = flag(
         "auto",
@@ -178,7 +178,7 @@ class Config:
         "weights held by each process: all (none), a share (full), a share of its machine's (hybrid)",
         choices=["none", "full", "hybrid"],
     )
-    accumulate: int = flag(
+    grad_accum: int = flag(
         1, "pieces that each process cuts its part of a step into; each has its adaptive weight", at_least=1
     )
     checkpoint_blocks: bool = flag(False, "compute the decoder's layers twice, to save more of it")
@@ -196,20 +196,20 @@ class Config:
 
 @torch.no_grad()
 def latent_statistics(
-    model: rae.RAE, batches: Iterable[dict], per: str, where: common.Launch
+    model: rae.RAE, batches: Iterable[dict], per: str, dist_ctx: common.DistContext
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation sqrt(var + 1e-5) of the raw latents, (N, C) each: per token and channel
     (RAE section 4), or per channel. Exact sums in fp64 over all batches of all processes."""
     total, count = torch.zeros(2, *model.latent_shape, dtype=torch.float64, device="cpu"), 0
     for batch in batches:
-        latents = model.encode(data.to_unit(batch["image"], where.device)).cpu().double()
+        latents = model.encode(data.to_unit(batch["image"], dist_ctx.device)).cpu().double()
         total += torch.stack([latents.sum(dim=0), latents.square().sum(dim=0)])
         count += len(latents)
-    if where.world > 1:
+    if dist_ctx.world > 1:
         dist.all_reduce(total)
     [count] = common.global_sum(count)
     if not count:
-        raise ValueError("no picture to measure the latents on")
+        raise ValueError("no image to measure the latents on")
     mean, square = total / count
     if per == "channel":
         mean, square = (table.mean(dim=0).expand_as(table) for table in (mean, square))
@@ -229,14 +229,16 @@ def remade(
 ) -> Tensor:
     """Latents (B, N, C) noised to one t of U(0, 0.8) a step and sampled from there by a text-to-image model.
 
-    What is where in a picture is decided above and stays. Below, the model leaves its marks: parts that look
+    What is where in an image is decided above and stays. Below, the model leaves its marks: parts that look
     clean and do not quite agree, which noise is not. A decoder learns which of them to believe. (Not of a
     paper: it was found in the nano world, see docs/nano.md.)
     """
     start = 0.8 * data.uniform_draws(1, seed, [step], "remade").item()
     unshifted = rae.shift_time(start, 1 / generator.alpha)
     steps = math.ceil(4 / max(unshifted, 1e-3))  # of which four are below the start
-    noise, _, _ = data.flow_draws(generator.latent_shape, data.mix(seed, "remade"), index, latents.device)
+    noise, _, _ = data.flow_draws(
+        generator.latent_shape, data.hash_seed(seed, "remade"), index, latents.device
+    )
     noisy = torch.lerp(latents.float(), noise, start)
     return generator.generate(captions, steps, noise=noisy, start=start)
 
@@ -249,7 +251,7 @@ DINO_CHANGES = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}  # as
 
 
 class Backbone(nn.Module):
-    """Inner features of a frozen vision transformer: pictures (B, 3, H, W) in [-1, 1], resized to its input
+    """Inner features of a frozen vision transformer: images (B, 3, H, W) in [-1, 1], resized to its input
     (bilinear, no antialias), -> a map (B, C, N) after each of `layers`, by default after each quarter."""
 
     def __init__(
@@ -276,7 +278,7 @@ class Backbone(nn.Module):
 
 
 class Perceptual(nn.Module):
-    """Features of a frozen network, and distances between those of two batches of pictures.
+    """Features of a frozen network, and distances between those of two batches of images.
 
     kind: "lpips", VGG16's with learned weights of channels (arXiv 1801.03924), or "encoder", `backbone`'s.
     """
@@ -294,7 +296,7 @@ class Perceptual(nn.Module):
         self.requires_grad_(False).eval()
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Maps (B, C, P), of P positions, of pictures (B, 3, H, W) in [-1, 1]."""
+        """Maps (B, C, P), of P positions, of images (B, 3, H, W) in [-1, 1]."""
         if self.lpips:
             return [x.flatten(2) for x in self.lpips.net(self.lpips.scaling_layer(images))]
         return [F.layer_norm(x.mT, x.shape[1:2]).mT for x in self.backbone(images)]
@@ -360,7 +362,7 @@ class SpectralConv1d(nn.Module):
 
 
 class TokenNorm(nn.Module):
-    """Each channel of each picture is normalised over its tokens, in fp32; then learned scale and shift."""
+    """Each channel of each image is normalised over its tokens, in fp32; then learned scale and shift."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -384,7 +386,7 @@ def convolution(channels: int, kernel: int) -> nn.Sequential:
 
 
 class Discriminator(nn.Module):
-    """Real or reconstructed? Pictures (B, 3, H, W) in [-1, 1] -> logits (B, maps * tokens): those of the last
+    """Real or reconstructed? Images (B, 3, H, W) in [-1, 1] -> logits (B, maps * tokens): those of the last
     map of the backbone first, then of all of its maps in order, each by a head of its own (RAE's code).
 
     The frozen backbone, a hub id or folder maybe, is not part of the state dict.
@@ -454,8 +456,8 @@ def official_dino(weights: dict[str, Tensor], heads: int | None, layers: Sequenc
         name = name.replace("cls_token", "embeddings.cls_token")
         name = name.replace("pos_embed", "embeddings.position_embeddings")
         if "attn.qkv" in name:
-            for part, piece in zip("qkv", value.chunk(3), strict=True):
-                renamed[name.replace("attn.qkv", f"attention.{part}_proj")] = piece
+            for part, micro_batch in zip("qkv", value.chunk(3), strict=True):
+                renamed[name.replace("attn.qkv", f"attention.{part}_proj")] = micro_batch
         elif not name.startswith("norm."):  # the last norm is not used
             renamed[name] = value
     rae.load_official(encoder.model, renamed)
@@ -464,16 +466,16 @@ def official_dino(weights: dict[str, Tensor], heads: int | None, layers: Sequenc
 
 
 def augment(images: Tensor, uniform: Tensor, cutout: float = 0.0) -> Tensor:
-    """DiffAug (arXiv 2006.10738) of pictures (B, 3, H, W) in [-1, 1], by uniform draws (7, B): translation by
+    """DiffAug (arXiv 2006.10738) of images (B, 3, H, W) in [-1, 1], by uniform draws (7, B): translation by
     up to 1/8, filled with grey; brightness, saturation and contrast; a square of side `cutout` H removed."""
     b, _, h, w = images.shape
-    r, images = rae.send(uniform, images.device), images.float()
+    r, images = rae.to_device(uniform, images.device), images.float()
     rows, columns = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
 
     y, x = (
         places + (draw[:, None] * (2 * round(side / 8) + 1)).floor().long() - round(side / 8) + 1
         for places, draw, side in ((rows, r[0], h), (columns, r[1], w))
-    )  # (B, H) and (B, W), of the picture with a grey frame of one pixel
+    )  # (B, H) and (B, W), of the image with a grey frame of one pixel
     framed = F.pad(images, (1, 1, 1, 1))
     y, x = y.clamp(0, h + 1)[:, None, :, None], x.clamp(0, w + 1)[:, None, None, :]
     sample, channel = torch.arange(b, device=r.device), torch.arange(3, device=r.device)
@@ -502,12 +504,12 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def to_256_levels(images: Tensor) -> Tensor:
-    """Pictures in [-1, 1], clamped and rounded as 8-bit files are, which real ones come from."""
+    """Images in [-1, 1], clamped and rounded as 8-bit files are, which real ones come from."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
 class LastLayer:
-    """Gradients of the weight of a decoder's last layer, from those of its pictures: without a second pass
+    """Gradients of the weight of a decoder's last layer, from those of its images: without a second pass
     through the losses' networks, and where the weight itself is spread over processes."""
 
     def __init__(self, model: rae.RAE):
@@ -517,10 +519,10 @@ class LastLayer:
     def keep(self, module: nn.Module, given: tuple[Tensor]) -> None:
         self.tokens = given[0].detach()
 
-    def gradient(self, of_pictures: Tensor) -> Tensor:
+    def gradient(self, of_images: Tensor) -> Tensor:
         """(B, 3, H, W) of the last batch that was decoded -> (3 p^2, width), over all processes."""
         p = self.model.decoder.patch_size
-        pixels = (of_pictures * self.model.image_std).type_as(self.tokens)
+        pixels = (of_images * self.model.image_std).type_as(self.tokens)
         pixels = rearrange(pixels, "b c (h p) (w q) -> (b h w) (p q c)", p=p, q=p)
         gradient = pixels.T.float() @ self.tokens.flatten(0, 1).float()
         if dist.is_initialized():
@@ -543,8 +545,8 @@ def main() -> None:
             f"--gan-start {config.gan_start}: the discriminator begins to learn at --disc-start "
             f"{config.disc_start}, the decoder cannot learn from it earlier"
         )
-    where = common.launch(config.dtype, config.shard)
-    run = common.Run(config, where)
+    dist_ctx = common.init_distributed(config.dtype, config.shard)
+    run = common.Run(config, dist_ctx)
 
     # -------------------------------------------------------------------------------------------------------
     # model -> average -> shard -> compile -> optimizer
@@ -553,9 +555,9 @@ def main() -> None:
     size = rae.DECODERS[config.decoder] | patch
     generator = None
     if config.generator:
-        generator = common.load_model(rae.TextToImage, config.generator, config.init, where)
+        generator = common.load_model(rae.TextToImage, config.generator, config.init, dist_ctx)
     if generator or config.init:
-        model = generator.autoencoder if generator else common.load_autoencoder(config.init, where)
+        model = generator.autoencoder if generator else common.load_autoencoder(config.init, dist_ctx)
         if not isinstance(model, rae.RAE):
             raise ValueError("--init, or the generator's autoencoder, is a VAE: this trains an RAE's decoder")
         for name, own in (("patch_size", model.decoder.patch_size), ("encoder_size", model.encoder_size)):
@@ -563,43 +565,45 @@ def main() -> None:
                 raise ValueError(f"--{name.replace('_', '-')} {given}: the model to start from has {own}")
     else:
         with common.loading(config.encoder):
-            model = rae.RAE(config.encoder, size, config.encoder_size).to(where.device)
+            model = rae.RAE(config.encoder, size, config.encoder_size).to(dist_ctx.device)
     options = {"crop": config.crop}
     if generator:  # captions longer than it takes are left out
         options |= {
-            "length": partial(rae.chat_length, tokenizer=generator.tokenizer, picture=0),
+            "length": partial(rae.chat_length, tokenizer=generator.tokenizer, image=0),
             "longest": 256,
         }
     source = data.open_source(config.data, model.image_size, config.seed, **options)
 
     def batches(start: int, positions: dict) -> data.Loader:
-        return data.Loader(source, config.batch, config.workers, start, where.rank, where.world, positions)
+        return data.Loader(
+            source, config.batch, config.workers, start, dist_ctx.rank, dist_ctx.world, positions
+        )
 
     if run.source is None and not (generator or config.init) and config.normalise != "none":
         centres = data.open_source(config.data, model.image_size, config.seed)
-        limit, world = config.statistics or None, where.world
-        measured = data.Once(centres, config.batch, limit, config.workers, where.rank, world)
-        bar = tqdm(measured, "statistics", disable=not where.main)
-        statistics = latent_statistics(model, bar, config.normalise, where)
+        limit, world = config.statistics or None, dist_ctx.world
+        measured = data.OnePass(centres, config.batch, limit, config.workers, dist_ctx.rank, world)
+        bar = tqdm(measured, "statistics", disable=not dist_ctx.is_main)
+        statistics = latent_statistics(model, bar, config.normalise, dist_ctx)
         run.count_skipped(measured)
         model.latent_mean.copy_(statistics[0])
         model.latent_std.copy_(statistics[1])
     perceptual = discriminator = None
     if config.perceptual != "none" or config.gram_weight:
         own = Backbone(model.encoder, model.encoder_size, model.image_mean, model.image_std)
-        perceptual = Perceptual(config.perceptual, own).to(where.device)
+        perceptual = Perceptual(config.perceptual, own).to(dist_ctx.device)
     if config.gan_weight:
         with common.loading(config.discriminator):
             backbone = Backbone.from_pretrained(config.discriminator)
         torch.manual_seed(config.seed)  # the same on every process
-        discriminator = Discriminator(backbone).to(where.device).eval()
-    average = copy.deepcopy(model, {id(model.encoder): model.encoder})  # the frozen encoder is shared
-    export = copy.deepcopy(model).cpu() if where.main else None  # on its own, to save the average with
-    for each in (model, average):
-        common.distribute(each.decoder, each.decoder.decoder_layers, where)
+        discriminator = Discriminator(backbone).to(dist_ctx.device).eval()
+    ema = copy.deepcopy(model, {id(model.encoder): model.encoder})  # the frozen encoder is shared
+    export = copy.deepcopy(model).cpu() if dist_ctx.is_main else None  # on its own, to save the average with
+    for each in (model, ema):
+        common.shard_model(each.decoder, each.decoder.decoder_layers, dist_ctx)
     frozen = [*model.encoder.blocks, *(backbone.encoder.blocks if discriminator else ())]
     frozen += generator.dit.blocks if generator else []
-    common.compile_blocks([*model.decoder.decoder_layers, *frozen], config.compile, where)
+    common.compile_blocks([*model.decoder.decoder_layers, *frozen], config.compile, dist_ctx)
     if config.checkpoint_blocks:
         common.checkpoint_blocks(model.decoder.decoder_layers)
     named = {name: p for name, p in model.decoder.named_parameters() if p.requires_grad}
@@ -612,7 +616,7 @@ def main() -> None:
     if matrices:
         optimizers.append(torch.optim.Muon(matrices.values(), config.muon, weight_decay=0.0))
     steppers = [common.Stepper(*optimizers, clip=config.clip)]
-    modules = {"model": model, "average": average}
+    modules = {"model": model, "ema": ema}
     if discriminator:
         heads = list(discriminator.parameters())
         steppers.append(common.Stepper(torch.optim.AdamW(heads, config.disc_lr, **adamw), clip=config.clip))
@@ -621,38 +625,38 @@ def main() -> None:
     last_layer = LastLayer(model)
 
     # -------------------------------------------------------------------------------------------------------
-    # pictures of another seed, to look at
+    # images of another seed, to look at
     others = data.open_source(config.data, model.image_size, config.seed + 1)
-    shown = data.to_unit(next(data.Loader(others, 16, workers=0))["image"], where.device)
+    shown = data.to_unit(next(data.Loader(others, 16, workers=0))["image"], dist_ctx.device)
 
     @torch.no_grad()
     def checkpoint(step: int, with_samples: bool) -> None:
         run.save(step, loader)
         if not with_samples:
             return
-        with where.autocast():
-            pairs = torch.stack([shown, average.decode(average.encode(shown))], dim=1).flatten(0, 1)
-        if where.main:
-            grid = common.picture_grid(pairs, 8, scale=2)
-            common.save_picture(run.out / "samples" / f"{step:07d}.png", grid)
+        with dist_ctx.autocast():
+            pairs = torch.stack([shown, ema.decode(ema.encode(shown))], dim=1).flatten(0, 1)
+        if dist_ctx.is_main:
+            grid = common.image_grid(pairs, 8, scale=2)
+            common.save_image(run.out / "samples" / f"{step:07d}.png", grid)
 
     # -------------------------------------------------------------------------------------------------------
     # the two halves of a step, on one piece of the batch; both return the losses, by name
 
     def learn_to_decode(images: Tensor, latents: Tensor, index: list[int], adversarial: bool) -> dict:
         if config.tau:
-            noise, uniform, _ = data.flow_draws(model.latent_shape, config.seed, index, where.device)
-            sigma = rae.send(noise_scale(uniform, config.tau, config.sigma), where.device)
+            noise, uniform, _ = data.flow_draws(model.latent_shape, config.seed, index, dist_ctx.device)
+            sigma = rae.to_device(noise_scale(uniform, config.tau, config.sigma), dist_ctx.device)
             latents = model.add_noise(latents, noise, sigma)
-        with where.autocast():
+        with dist_ctx.autocast():
             reconstruction = model.decode(latents)
-        pictures = reconstruction.detach().requires_grad_()  # the losses' gradients meet here
-        losses = {"l1": F.l1_loss(pictures, images)}
+        pixels = reconstruction.detach().requires_grad_()  # the losses' gradients meet here
+        losses = {"l1": F.l1_loss(pixels, images)}
         if perceptual:
-            with where.autocast():
+            with dist_ctx.autocast():
                 with torch.no_grad():
                     maps = perceptual.features(2 * images - 1)
-                maps = maps, perceptual.features(2 * pictures - 1)
+                maps = maps, perceptual.features(2 * pixels - 1)
             if config.perceptual != "none":
                 losses["perceptual"] = perceptual.distance(*maps).mean()
             if config.gram_weight:
@@ -660,13 +664,13 @@ def main() -> None:
         weights = {"l1": 1.0, "perceptual": config.perceptual_weight, "gram": config.gram_weight}
         loss = sum(weights[name] * value for name, value in losses.items())
         share = len(images) / config.batch
-        [gradient] = torch.autograd.grad(loss * share, pictures)
+        [gradient] = torch.autograd.grad(loss * share, pixels)
         if adversarial:
             draws = data.uniform_draws(7, config.seed, index, "generator")
-            with where.autocast():
-                gan = -discriminator(augment(2 * pictures - 1, draws)).float().mean()
-            [of_gan] = torch.autograd.grad(gan * share, pictures)
-            weight = torch.full((), config.gan_weight, device=where.device)
+            with dist_ctx.autocast():
+                gan = -discriminator(augment(2 * pixels - 1, draws)).float().mean()
+            [of_gan] = torch.autograd.grad(gan * share, pixels)
+            weight = torch.full((), config.gan_weight, device=dist_ctx.device)
             if config.adaptive:
                 weight = weight * adaptive_weight(last_layer.gradient(gradient), last_layer.gradient(of_gan))
             losses |= {"gan": gan, "gan_weight": weight}
@@ -675,10 +679,10 @@ def main() -> None:
         return {"loss": loss} | losses
 
     def learn_to_discriminate(images: Tensor, latents: Tensor, index: list[int], first: bool) -> dict:
-        with torch.no_grad(), where.autocast():
+        with torch.no_grad(), dist_ctx.autocast():
             fake = to_256_levels(2 * model.decode(latents) - 1)
         draws = [data.uniform_draws(7, config.seed, index, kind) for kind in ("real", "fake")]
-        with where.autocast():
+        with dist_ctx.autocast():
             discriminator.train(first)  # one power iteration a step
             on_real = discriminator(augment(2 * images - 1, draws[0])).float()
             on_fake = discriminator.eval()(augment(fake, draws[1])).float()
@@ -691,7 +695,7 @@ def main() -> None:
     done = start = state["step"]
     loader = batches(start, state["positions"])
     run.begin(start)
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not where.main)
+    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not dist_ctx.is_main)
     for step in bar:
         factor = common.cosine(step, config.steps, config.warmup, config.final_lr)
         steppers[0].scale(factor)
@@ -701,30 +705,30 @@ def main() -> None:
             for name, value in found.items():
                 losses[name] += value.detach() * len(images) / config.batch
 
-        pieces = []
-        for piece in data.pieces(next(loader), config.accumulate):
-            images = data.to_unit(piece["image"], where.device)
-            with where.autocast():
+        micro_batches = []
+        for micro_batch in data.micro_batches(next(loader), config.grad_accum):
+            images = data.to_unit(micro_batch["image"], dist_ctx.device)
+            with dist_ctx.autocast():
                 latents = model.encode(images)
                 if generator:
-                    if not all(piece["caption"]):
-                        raise ValueError(
-                            f"{config.data} has pictures without captions, --generator needs them"
-                        )
-                    latents = remade(latents, generator, piece["caption"], config.seed, piece["index"], step)
-            pieces.append((images, latents, piece["index"]))
+                    if not all(micro_batch["caption"]):
+                        raise ValueError(f"{config.data} has images without captions, --generator needs them")
+                    latents = remade(
+                        latents, generator, micro_batch["caption"], config.seed, micro_batch["index"], step
+                    )
+            micro_batches.append((images, latents, micro_batch["index"]))
         adversarial = discriminator is not None and step >= config.gan_start
-        for piece in pieces:
-            count(learn_to_decode(*piece, adversarial), piece[0])
+        for micro_batch in micro_batches:
+            count(learn_to_decode(*micro_batch, adversarial), micro_batch[0])
         norm = steppers[0].step()
-        common.update_average(average, model, config.ema, step)
+        common.update_ema(ema, model, config.ema, step)
 
         if discriminator and step >= config.disc_start:
             own, total = step - config.disc_start, config.steps - config.disc_start
             disc_factor = common.cosine(own, total, config.disc_warmup, config.final_lr)
             steppers[1].scale(disc_factor)
-            for number, piece in enumerate(pieces):
-                count(learn_to_discriminate(*piece, first=number == 0), piece[0])
+            for number, micro_batch in enumerate(micro_batches):
+                count(learn_to_discriminate(*micro_batch, first=number == 0), micro_batch[0])
             common.sum_gradients(steppers[1].parameters)
             steppers[1].step()
 

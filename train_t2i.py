@@ -14,7 +14,7 @@
 
 A language model reads the request, its hidden states at the latent queries condition the DiT, and all three
 learn together: loss = cross-entropy + 2 x velocity error (Scale-RAE section 3). A share of the samples are
-questions about pictures, which train the way back in. With --condition class the DiT alone learns, from the
+questions about images, which train the way back in. With --condition class the DiT alone learns, from the
 labels of folders, .cls files or a column `label`: loss = velocity error. Latents are encoded on the fly, or
 read from a folder that encode.py wrote. Writes OUT/model (a TextToImage or ClassToImage
 folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl and OUT/samples/.
@@ -69,7 +69,7 @@ SCALE_RAE = {  # the authors' script; their table 8 rounds to 5e-5 and 5e-4. Oth
 }
 NANO = {"alpha": 3.0, "time": "uniform", "muon": 0.02, "batch": 32, "draws": 2}
 PRESETS = {
-    # A nano picture has little in it and shines through noise even at t = 0.9, where it needs the prompt: the
+    # A nano image has little in it and shines through noise even at t = 0.9, where it needs the prompt: the
     # papers' factor hardly trains such times. Uniform draws keep the low ones, for the outlines.
     # Of pure noise nothing is known but the prompt: unless the first steps see only that, the language model
     # has forgotten the prompt by the time the DiT could use it.
@@ -108,12 +108,12 @@ class Config:
         const="auto",
     )
     seed: int = flag(0, "of weights, data order, noise and times")
-    condition: str = flag("text", "what pictures are asked for with", choices=["text", "class", "none"])
+    condition: str = flag("text", "what images are asked for with", choices=["text", "class", "none"])
     classes: int | None = flag(None, "how many, if --data does not say it", at_least=1)
     data: str = flag(
-        "", "a source of pictures, or several with weights, see data.py (default: nano, nano:classes)"
+        "", "a source of images, or several with weights, see data.py (default: nano, nano:classes)"
     )
-    flip: bool = flag(False, "mirror half of the pictures")
+    flip: bool = flag(False, "mirror half of the images")
     autoencoder: str = flag("", "RAE folder or hub id (default: that of --init, or the shipped nano one)")
     language_model: str = flag(str(common.WEIGHTS / "language-model"), "transformers folder or hub id")
     reader: str = flag("", "another, of whose latents questions are answered; beside a VAE for one")
@@ -145,14 +145,14 @@ class Config:
     time: str = flag(
         "logit-normal", "distribution of t, before its shift", choices=["logit-normal", "uniform"]
     )
-    draws: int = flag(1, "noises and times a picture: what it is conditioned on is computed once", at_least=1)
-    noise_first: int = flag(0, "first steps of a new model whose pictures are all noise, t = 1", at_least=0)
-    understanding: float = flag(0.1, "share of the samples that ask about a picture (nano)")
-    longest: int = flag(
-        512, "tokens of a conversation, pictures included; longer ones are left out, but for nano's"
+    draws: int = flag(1, "noises and times an image: what it is conditioned on is computed once", at_least=1)
+    noise_first: int = flag(0, "first steps of a new model whose images are all noise, t = 1", at_least=0)
+    understanding: float = flag(0.1, "share of the samples that ask about an image (nano)")
+    max_seq_len: int = flag(
+        512, "tokens of a conversation, images included; longer ones are left out, but for nano's"
     )
     alpha: float | None = flag(None, "factor of the timestep shift (default: sqrt(N C / 4096))")
-    dropout: float = flag(0.1, "share of the pictures trained with the null condition")
+    dropout: float = flag(0.1, "share of the images trained with the null condition")
     ema: float = flag(0.999, "decay of the averaged weights, which are what is saved; 0: none")
     sample_steps: int = flag(25, "sampling steps of the sample grids", at_least=1)
     guidance: float = flag(3.0, "their scale of classifier-free guidance")
@@ -166,7 +166,7 @@ class Config:
         "weights held by each process: all (none), a share (full), a share of its machine's (hybrid)",
         choices=["none", "full", "hybrid"],
     )
-    accumulate: int = flag(
+    grad_accum: int = flag(
         1, "pieces that each process cuts its part of a step into, to save memory", at_least=1
     )
     checkpoint_blocks: bool = flag(False, "compute the blocks twice, to save more of it")
@@ -236,7 +236,7 @@ def count_classes(config: Config, source: data.Mixture) -> int | None:
 def check_latents(config: Config, source: data.Mixture, shape: tuple[int, int]) -> None:
     """Raises ValueError for a folder of latents that another autoencoder made."""
     if source.latents and config.reader:
-        raise ValueError(f"--reader {config.reader} reads pictures, and {config.data} has latents only")
+        raise ValueError(f"--reader {config.reader} reads images, and {config.data} has latents only")
     for about in source.latents:
         if tuple(about["latent_shape"]) != shape or about["autoencoder"] != config.autoencoder:
             raise ValueError(
@@ -245,15 +245,15 @@ def check_latents(config: Config, source: data.Mixture, shape: tuple[int, int]) 
             )
 
 
-def wishes(config: Config, source: data.Mixture) -> list[str]:
+def grid_prompts(config: Config, source: data.Mixture) -> list[str]:
     """What 16 samples of the data ask for. Raises ValueError if there is no such thing."""
     batches = itertools.islice(data.Loader(source, 16, workers=0), 64)
-    found = (data.wish(turns) for batch in batches for turns in batch["conversation"])
+    found = (data.requested_caption(turns) for batch in batches for turns in batch["conversation"])
     texts = list(itertools.islice((text for text in found if text is not None), 16))
     if not texts:
-        raise ValueError(f"{config.data} asks for no picture in its first 1,024 samples")
+        raise ValueError(f"{config.data} asks for no image in its first 1,024 samples")
     if not all(texts):
-        raise ValueError(f"{config.data} has pictures without captions: write them into its metadata.jsonl")
+        raise ValueError(f"{config.data} has images without captions: write them into its metadata.jsonl")
     return texts
 
 
@@ -261,8 +261,8 @@ def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
     text = config.condition == "text"
     config.data = config.data or ("nano" if text else "nano:classes")
-    where = common.launch(config.dtype, config.shard)
-    run = common.Run(config, where)
+    dist_ctx = common.init_distributed(config.dtype, config.shard)
+    run = common.Run(config, dist_ctx)
     start_from = None
     if config.init:
         kind = rae.TextToImage if text else rae.ClassToImage
@@ -273,11 +273,11 @@ def main() -> None:
 
     # -------------------------------------------------------------------------------------------------------
     # data: the training stream, and what to look at: captions of another seed, or some of the classes
-    autoencoder = common.load_autoencoder(config.autoencoder, where)
+    autoencoder = common.load_autoencoder(config.autoencoder, dist_ctx)
     shape, size = autoencoder.latent_shape, autoencoder.image_size
     options = {"understanding": config.understanding * text, "flip": config.flip, "text_only": text}
     torch.manual_seed(config.seed)
-    reader = common.load_autoencoder(config.reader, where) if config.reader else None
+    reader = common.load_autoencoder(config.reader, dist_ctx) if config.reader else None
     if reader and not (text and reader.latent_shape[0] == shape[0]):
         raise ValueError(
             f"--reader {config.reader} has {reader.latent_shape[0]} tokens: it needs as many as the latents, "
@@ -285,8 +285,8 @@ def main() -> None:
         )
     if text:
         model = build(config, shape, read_shape=reader and reader.latent_shape, model=start_from)
-        length = partial(rae.chat_length, tokenizer=model.tokenizer, picture=shape[0])
-        options |= {"length": length, "longest": config.longest}
+        length = partial(rae.chat_length, tokenizer=model.tokenizer, image=shape[0])
+        options |= {"length": length, "longest": config.max_seq_len}
     source = data.open_source(config.data, size, config.seed, **options)
     classes = count_classes(config, source)
     check_latents(config, source, shape)
@@ -294,8 +294,8 @@ def main() -> None:
         model = build(config, shape, classes, model=start_from)
     samples = [i * (classes or 16) // 16 for i in range(16)]
     if text:
-        samples = wishes(config, data.open_source(config.data, size, config.seed + 1, **options))
-    fixed_noise, *_ = data.flow_draws(shape, config.seed + 1, list(range(len(samples))), where.device)
+        samples = grid_prompts(config, data.open_source(config.data, size, config.seed + 1, **options))
+    fixed_noise, *_ = data.flow_draws(shape, config.seed + 1, list(range(len(samples))), dist_ctx.device)
 
     if config.epochs and config.steps:
         raise ValueError(f"--steps {config.steps} and --epochs {config.epochs:g}: give one, and 0 epochs")
@@ -306,14 +306,14 @@ def main() -> None:
 
     # -------------------------------------------------------------------------------------------------------
     # average -> shard -> compile -> optimizer
-    export = copy.deepcopy(model) if where.main else None  # on its own, to save the average with
-    average = copy.deepcopy(model) if config.ema else model
-    modules = {"model": model, "average": average} if config.ema else {"average": model}
+    export = copy.deepcopy(model) if dist_ctx.is_main else None  # on its own, to save the average with
+    ema = copy.deepcopy(model) if config.ema else model
+    modules = {"model": model, "ema": ema} if config.ema else {"ema": model}
     for each in modules.values():
-        common.distribute(each, each.blocks, where, "generate")
+        common.shard_model(each, each.blocks, dist_ctx, "generate")
     encoder = getattr(autoencoder, "encoder", None)  # a VAE has none
     frozen = list(encoder.blocks) if encoder else []
-    common.compile_blocks([*model.blocks, *frozen], config.compile, where)
+    common.compile_blocks([*model.blocks, *frozen], config.compile, dist_ctx)
     if config.checkpoint_blocks:
         common.checkpoint_blocks(model.blocks)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -333,18 +333,18 @@ def main() -> None:
     state = run.load(modules, [stepper], export)
     start = state["step"]
     loader = data.Loader(
-        source, config.batch, config.workers, start, where.rank, where.world, state["positions"]
+        source, config.batch, config.workers, start, dist_ctx.rank, dist_ctx.world, state["positions"]
     )
 
-    def prepare(piece: dict) -> tuple:
+    def prepare(micro_batch: dict) -> tuple:
         """What the model is conditioned on, a Chat or labels, and its numbers of learned tokens and of
-        pictures to generate."""
+        images to generate."""
         if text:
-            chat = model.chat(piece["conversation"]).to(where.device)
+            chat = model.chat(micro_batch["conversation"]).to(dist_ctx.device)
             return chat, len(chat.targets), len(chat.answers)
-        if config.condition == "class" and None in piece["label"]:
-            raise ValueError(f"{config.data} has pictures without labels: see the top of data.py")
-        return model.condition(piece["label"]), 0, len(piece["label"])
+        if config.condition == "class" and None in micro_batch["label"]:
+            raise ValueError(f"{config.data} has images without labels: see the top of data.py")
+        return model.condition(micro_batch["label"]), 0, len(micro_batch["label"])
 
     @torch.no_grad()
     def checkpoint(step: int, with_samples: bool) -> None:
@@ -352,60 +352,62 @@ def main() -> None:
         if not with_samples:
             return
         guidance = 1.0 if config.condition == "none" else config.guidance
-        with where.autocast():
-            latents = average.generate(samples, config.sample_steps, guidance, noise=fixed_noise)
-            pictures = autoencoder.decode(latents)
-        if where.main:
-            grid = common.picture_grid(pictures, 8, scale=2)
+        with dist_ctx.autocast():
+            latents = ema.generate(samples, config.sample_steps, guidance, noise=fixed_noise)
+            images = autoencoder.decode(latents)
+        if dist_ctx.is_main:
+            grid = common.image_grid(images, 8, scale=2)
             prompts = "\n".join(map(str, samples))
-            common.save_picture(run.out / "samples" / f"{step:07d}.png", grid, prompts=prompts)
+            common.save_image(run.out / "samples" / f"{step:07d}.png", grid, prompts=prompts)
 
     # -------------------------------------------------------------------------------------------------------
     # the loop
     done = start
     run.begin(start)
-    bar = tqdm(range(start, steps), initial=start, total=steps, disable=not where.main)
+    bar = tqdm(range(start, steps), initial=start, total=steps, disable=not dist_ctx.is_main)
     for step in bar:
         if config.schedule == "linear":
             factor = common.linear(step, config.decay_start, config.decay_end or steps, config.final_lr)
         else:
             factor = common.cosine(step, steps, warmup, config.final_lr)
         stepper.scale(factor)
-        pieces = data.pieces(next(loader), config.accumulate)
-        inputs, of_tokens, of_pictures = zip(*map(prepare, pieces), strict=True)
-        tokens, drawn = common.global_sum(sum(of_tokens), config.draws * sum(of_pictures))
-        losses = torch.zeros(2, device=where.device)  # this process's share of the two
-        for piece, condition in zip(pieces, inputs, strict=True):
+        micro_batches = data.micro_batches(next(loader), config.grad_accum)
+        inputs, of_tokens, of_images = zip(*map(prepare, micro_batches), strict=True)
+        tokens, drawn = common.global_sum(sum(of_tokens), config.draws * sum(of_images))
+        losses = torch.zeros(2, device=dist_ctx.device)  # this process's share of the two
+        for micro_batch, condition in zip(micro_batches, inputs, strict=True):
             noise, for_time, for_dropout = data.flow_draws(
-                shape, config.seed, piece["pictures"], where.device, config.draws
+                shape, config.seed, micro_batch["image_index"], dist_ctx.device, config.draws
             )
             mean = 0.0 if config.time == "logit-normal" else None
-            t = rae.send(rae.sample_time(for_time, model.alpha, mean), where.device)
+            t = rae.to_device(rae.sample_time(for_time, model.alpha, mean), dist_ctx.device)
             if step < config.noise_first and not config.init:
                 t = torch.ones_like(t)
-            dropped = rae.send(for_dropout < config.dropout, where.device)
-            with where.autocast():
+            dropped = rae.to_device(for_dropout < config.dropout, dist_ctx.device)
+            with dist_ctx.autocast():
                 read = ()
-                if "latents" in piece:
-                    latents = rae.send(piece["latents"], where.device)
-                elif piece["pictures"]:
-                    pixels, sampled = data.to_unit(piece["image"], where.device), ()
+                if "latents" in micro_batch:
+                    latents = rae.to_device(micro_batch["latents"], dist_ctx.device)
+                elif micro_batch["image_index"]:
+                    pixels, sampled = data.to_unit(micro_batch["image"], dist_ctx.device), ()
                     if not encoder:  # of a VAE's posterior, as Scale-RAE has it
-                        of_posterior = data.mix(config.seed, "posterior")
-                        sampled = data.flow_draws(shape, of_posterior, piece["pictures"], where.device)[:1]
+                        of_posterior = data.hash_seed(config.seed, "posterior")
+                        sampled = data.flow_draws(
+                            shape, of_posterior, micro_batch["image_index"], dist_ctx.device
+                        )[:1]
                     latents = autoencoder.encode(pixels, *sampled)
                     read = (reader.encode(pixels),) if reader else ()
                 else:
                     latents = noise  # none, of the right shape: text alone
                     read = (noise.new_zeros(0, *model.read_shape),) if reader else ()
                 out = model(condition, latents, noise, t, dropped, *read)
-            cross_entropy, velocity_errors = out if text else (torch.zeros((), device=where.device), out)
+            cross_entropy, velocity_errors = out if text else (torch.zeros((), device=dist_ctx.device), out)
             text_loss, flow_loss = cross_entropy / max(tokens, 1), velocity_errors.sum() / max(drawn, 1)
             common.backward(text_loss + 2 * flow_loss if text else flow_loss)
             losses += torch.stack([text_loss, flow_loss]).detach()
         norm = stepper.step()
         if config.ema:
-            common.update_average(average, model, config.ema, step)
+            common.update_ema(ema, model, config.ema, step)
 
         done = step + 1
         if done % 10 == 0:

@@ -4,16 +4,16 @@ folders.
     python -m nano.prepare language-model       # plays Qwen2.5: a ChatML tokenizer and a Qwen2 model
     python -m nano.prepare encoder              # plays SigLIP-2: a vision tower that knows objects
     python -m nano.prepare vae                  # plays FLUX's VAE, to compare with the RAE
-    python -m nano.prepare photographs          # real pictures, cut from those of scikit-image and -learn
+    python -m nano.prepare photographs          # real images, cut from those of scikit-image and -learn
     python -m nano.prepare ship                 # runs/decoder and runs/t2i, as bf16
 
 Each token of the encoder learns to tell, through one linear layer, what the nearest object is and where its
-centre lies, as SigLIP-2 does from captions and boxes of billions of pictures; and its own patch, or else
+centre lies, as SigLIP-2 does from captions and boxes of billions of images; and its own patch, or else
 details below a patch were lost to the decoder. Noise on the tokens makes it spend most of them on objects:
 they, not pixels, are then what a generating model has to get right.
 The language model learns next tokens of requests, captions and questions with answers. It answers a request
 with the caption once more, so that what follows a request looks back at it: the latent queries, which take
-the caption's place later, could not learn that from the pictures alone. The VAE learns with L1, of pixels and
+the caption's place later, could not learn that from the images alone. The VAE learns with L1, of pixels and
 of their differences, and a trace of KL; its tokens, 2x2 packed, are as many as the RAE's.
 """
 
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SIZE, PATCH = 48, 8  # pixels of a picture and of the square of one token
+SIZE, PATCH = 48, 8  # pixels of an image and of the square of one token
 WIDTH = 96  # channels of a token
 NOISE = {"things": 0.5, "pixels": 0.3}  # the largest sigma at which a token must still tell them
 
@@ -51,11 +51,11 @@ NOISE = {"things": 0.5, "pixels": 0.3}  # the largest sigma at which a token mus
 
 
 def conversation(seed: int, index: int) -> list[dict]:
-    """Chat messages about a picture that is not there: half ask for it and get its caption, half ask about
+    """Chat messages about an image that is not there: half ask for it and get its caption, half ask about
     its caption."""
     domain = shapes.DOMAINS[index % len(shapes.DOMAINS)]
     sample = shapes.draw(domain, seed, index, SIZE)
-    chance = data.mix(seed, index)
+    chance = data.hash_seed(seed, index)
     if chance % 2:
         question, answer = sample.questions[chance // 2 % len(sample.questions)]
         question = f"{sample.caption}\n{question}"
@@ -126,7 +126,7 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int) -> None:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# pictures
+# images
 
 
 def describe(things: Sequence[shapes.Object]) -> np.ndarray:
@@ -229,7 +229,7 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
     model.save_config(out)
 
 
-PHOTOGRAPHS = {  # by those whose wheels hold them; the two halves share no picture
+PHOTOGRAPHS = {  # by those whose wheels hold them; the two halves share no image
     "train": ["astronaut.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
               "retina.jpg", "china.jpg"],
     "test": ["chelsea.png", "rocket.jpg", "flower.jpg"],
@@ -248,7 +248,7 @@ def cut_photographs(out: Path, seed: int, crops: int = 128) -> None:
             path = next(folder / name for folder in folders if (folder / name).is_file())
             with Image.open(path) as image:
                 image = image.convert("RGB")
-            chance = np.random.default_rng(data.mix(seed, name))
+            chance = np.random.default_rng(data.hash_seed(seed, name))
             for number in range(crops):
                 side = int(96 * (image.height / 96) ** chance.random())
                 left, top = (int(chance.integers(length - side + 1)) for length in image.size)

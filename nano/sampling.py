@@ -1,12 +1,12 @@
-"""What the sampler's settings, and the times that it goes through, make of a text-to-image model's pictures.
+"""What the sampler's settings, and the times that it goes through, make of a text-to-image model's images.
 
     python -m nano.sampling                      # the shipped model: docs/sampling.png, docs/sampling.json
     python -m nano.sampling --model runs/t2i/model --out runs/sampling.png --limit 5
 
-Scores pictures of fresh prompts of the six tasks (nano/scorer.py) over the scale of classifier-free
+Scores images of fresh prompts of the six tasks (nano/scorer.py) over the scale of classifier-free
 guidance, over the number of steps of either solver, and over the t at which sampling starts: not from noise
-but from true pictures for the prompts, their latents noised to that t. At t = 0 it is the autoencoder alone
-that is scored, and where the curve falls, there the model loses what the picture had to show. Takes 17
+but from true images for the prompts, their latents noised to that t. At t = 0 it is the autoencoder alone
+that is scored, and where the curve falls, there the model loses what the image had to show. Takes 17
 minutes of one CPU core with --dtype bf16. Prints a table, writes a plot, and the results as JSON beside it.
 """
 
@@ -30,8 +30,8 @@ from nano import scorer, shapes
 class Config:
     model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id")
     limit: int = flag(10, "prompts a task", at_least=1)
-    pictures: int = flag(4, "for each prompt", at_least=1)
-    batch: int = flag(64, "pictures at once", at_least=1)
+    images: int = flag(4, "for each prompt", at_least=1)
+    batch: int = flag(64, "images at once", at_least=1)
     seed: int = flag(1000, "of the prompts and noise; training uses small ones")
     skip: int | None = flag(
         None, "a block of the DiT, from 0: guide also, at scale 2, by the model itself without it"
@@ -54,25 +54,25 @@ STARTS = [Setting(start=t) for t in (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)]
 
 @torch.no_grad()
 def measure(
-    model: rae.TextToImage, wanted: list[dict], setting: Setting, config: Config, where: common.Launch
+    model: rae.TextToImage, wanted: list[dict], setting: Setting, config: Config, dist_ctx: common.DistContext
 ) -> dict[str, float]:
-    """The share of right pictures in each task, and overall. A picture has the same noise in all settings."""
+    """The share of right images in each task, and overall. An image has the same noise in all settings."""
     right = defaultdict(list)
     for start in range(0, len(wanted), config.batch):
         batch = wanted[start : start + config.batch]
         numbers = range(start, start + len(batch))
         prompts = [request["prompt"] for request in batch]
-        noise, *_ = data.flow_draws(model.latent_shape, config.seed, numbers, where.device)
+        noise, *_ = data.flow_draws(model.latent_shape, config.seed, numbers, dist_ctx.device)
         size = model.autoencoder.image_size
         drawn = [shapes.render(each, config.seed + i, size) for i, each in zip(numbers, batch, strict=True)]
-        true = torch.stack([torch.from_numpy(picture).permute(2, 0, 1) for picture in drawn])
-        with where.autocast():
-            latents = model.autoencoder.encode(data.to_unit(true, where.device)).float()
+        true = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in drawn])
+        with dist_ctx.autocast():
+            latents = model.autoencoder.encode(data.to_unit(true, dist_ctx.device)).float()
             noised = (1 - setting.start) * latents + setting.start * noise
         how = setting._asdict() | {"skip": config.skip}
-        _, pictures = eval.generate(model, prompts, noised, where, **how)
-        for request, picture in zip(batch, pictures, strict=True):
-            right[request["tag"]].append(scorer.score(picture, request)[0])
+        _, images = eval.generate(model, prompts, noised, dist_ctx, **how)
+        for request, image in zip(batch, images, strict=True):
+            right[request["tag"]].append(scorer.score(image, request)[0])
     return scorer.overall(right)
 
 
@@ -89,7 +89,7 @@ def plot(scores: dict[Setting, dict[str, float]], path: Path) -> None:
             own = [setting for setting in STEPS if setting.solver == solver]
             values = [scores[setting]["overall"] for setting in own]
             axes[1].plot([cost * setting.steps for setting in own], values, style, label=f"overall, {solver}")
-        axes[0].set(xlabel="guidance scale, 50 Euler steps", ylabel="share of right pictures", ylim=(0, 1))
+        axes[0].set(xlabel="guidance scale, 50 Euler steps", ylabel="share of right images", ylim=(0, 1))
         axes[1].set(xlabel="velocities, guided by 3", xscale="log")
         axes[2].set(xlabel="t of the noised true latents at the start")
         for axis in axes:
@@ -99,17 +99,17 @@ def plot(scores: dict[Setting, dict[str, float]], path: Path) -> None:
 
 def main() -> None:
     config = common.parse(Config, __doc__)
-    where = common.launch(config.dtype)
-    model = common.load_model(rae.TextToImage, config.model, "", where)
+    dist_ctx = common.init_distributed(config.dtype)
+    model = common.load_model(rae.TextToImage, config.model, "", dist_ctx)
     wanted = [
         shapes.prompt(task, config.seed, i)
         for task in shapes.TASKS
         for i in range(config.limit)
-        for _ in range(config.pictures)
+        for _ in range(config.images)
     ]
     scores, results = {}, []
     for setting in tqdm(dict.fromkeys(GUIDANCES + STEPS + STARTS), desc="settings"):
-        scores[setting] = measure(model, wanted, setting, config, where)
+        scores[setting] = measure(model, wanted, setting, config, dist_ctx)
         solver, steps, guidance, start = setting
         name = f"{solver}, {steps} steps, guidance {guidance:g}, from {start:g}"
         for task, value in scores[setting].items():

@@ -1,4 +1,4 @@
-"""GenEval for the world of nano/shapes.py: finds shapes and reads words in pictures without a network.
+"""GenEval for the world of nano/shapes.py: finds shapes and reads words in images without a network.
 
 The rule is GenEval's (Ghosh et al. 2023, evaluation/evaluate_images.py); only its detector (Mask2Former)
 and its colour classifier (CLIP) are replaced by segmentation by hue and by templates drawn with
@@ -16,7 +16,7 @@ from scipy import ndimage
 from nano.shapes import COLORS, GLYPHS, SHAPES, TASKS, Object, coverage
 
 POSITION_MARGIN = 0.1  # GenEval's POSITION_THRESHOLD
-SMALLEST_AREA = 0.007  # of the picture; the smallest star that shapes.py draws covers 0.011
+SMALLEST_AREA = 0.007  # of the image; the smallest star that shapes.py draws covers 0.011
 LEAST_OVERLAP = 0.72  # intersection over union with the best template, below which a blob is no shape
 TURNS = {
     "circle": 1,
@@ -32,7 +32,7 @@ CONTRAST = 40  # least distance of a word's ink from its background, in levels
 
 @dataclass(frozen=True)
 class Detection:
-    """A shape found in a picture: box (x0, y0, x1, y1) in pixels, end exclusive, and confidence 0 to 1."""
+    """A shape found in an image: box (x0, y0, x1, y1) in pixels, end exclusive, and confidence 0 to 1."""
 
     shape: str
     color: str
@@ -41,7 +41,7 @@ class Detection:
 
 
 def detect(image: np.ndarray) -> list[Detection]:
-    """The shapes in a picture (H, W, 3) uint8 on a neutral background, the most confident first.
+    """The shapes in an image (H, W, 3) uint8 on a neutral background, the most confident first.
 
     Every pixel gets the palette's nearest hue, which blending with grey at an object's edge does not
     change. Connected pixels of one hue, more than half covered by it, are an object if a shape's template
@@ -57,7 +57,7 @@ def detect(image: np.ndarray) -> list[Detection]:
 
 
 def score(image: np.ndarray, metadata: dict[str, Any]) -> tuple[bool, str]:
-    """Whether a picture fulfils a GenEval request, and in words what is wrong with it."""
+    """Whether an image fulfils a GenEval request, and in words what is wrong with it."""
     return judge(detect(image), metadata)
 
 
@@ -86,7 +86,7 @@ def judge(detections: list[Detection], metadata: dict[str, Any]) -> tuple[bool, 
 
 
 def overall(results: dict[str, list[bool]]) -> dict[str, float]:
-    """Accuracy of every task and, as `overall`, their mean: GenEval weighs tasks alike, not pictures."""
+    """Accuracy of every task and, as `overall`, their mean: GenEval weighs tasks alike, not images."""
     missing = [task for task in TASKS if not results.get(task)]
     if missing:
         raise ValueError(
@@ -110,7 +110,7 @@ def relations(one: Detection, other: Detection) -> set[str]:
 
 
 def read_word(image: np.ndarray) -> str:
-    """The word of one to four capitals in a picture (H, W, 3) uint8 on a plain background, else "".
+    """The word of one to four capitals in an image (H, W, 3) uint8 on a plain background, else "".
 
     The box of the ink tells scale and length, since every letter fills its five columns and seven rows;
     each letter is then the glyph that correlates best over small shifts and changes of the scale.

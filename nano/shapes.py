@@ -1,7 +1,7 @@
 """A small world of shapes and words: the synthetic data on which everything in this project runs on a laptop.
 
-`draw(domain, seed, index)` makes a picture with its caption, `prompt` a GenEval request and `render` a true
-picture for one. The same arguments give the same bytes on every machine and with every library version:
+`draw(domain, seed, index)` makes an image with its caption, `prompt` a GenEval request and `render` a true
+image for one. The same arguments give the same bytes on every machine and with every library version:
 chance comes only from `random.Random(int).random()`, whose stream Python guarantees, and pixels only from the
 four operations, square roots, floor and comparisons, which IEEE 754 makes exact (numpy's sin, exp, matmul and
 float sums differ between processors).
@@ -30,7 +30,7 @@ COLORS = {
     "purple": (140, 40, 180),
     "pink": (250, 110, 185),
 }
-# Pairs that no training picture or caption holds: they ask whether colour and shape were learnt apart.
+# Pairs that no training image or caption holds: they ask whether colour and shape were learnt apart.
 HELD_OUT = frozenset(
     {
         ("circle", "purple"),
@@ -58,7 +58,7 @@ TONES = {
     "beige": (220, 204, 178),
     "brown": (112, 92, 76),
 }
-# Radii as fractions of the picture's size, by the number of objects in it.
+# Radii as fractions of the image's size, by the number of objects in it.
 RADII = {1: (0.15, 0.24), 2: (0.13, 0.23), 3: (0.12, 0.18), 4: (0.11, 0.16), 5: (0.10, 0.15)}
 
 DARK_INKS = {"black": (25, 25, 25)} | {name: COLORS[name] for name in ("red", "green", "blue", "purple")}
@@ -98,7 +98,7 @@ GLYPHS = {
 
 @dataclass(frozen=True)
 class Object:
-    """One shape in a picture: centre (`x`, `y`) and circumscribed `radius` in pixels, y downwards.
+    """One shape in an image: centre (`x`, `y`) and circumscribed `radius` in pixels, y downwards.
 
     `tilt` is the tangent of half its turn (so that the turn's sine and cosine are rational), `rgb` its exact
     colour, `color` that colour's name.
@@ -115,10 +115,10 @@ class Object:
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture (size, size, 3) uint8 with its caption, what is in it, and (question, answer) pairs about it.
+    """An image (size, size, 3) uint8 with its caption, what is in it, and (question, answer) pairs about it.
 
-    `metadata` (with `task`, its tag) is the GenEval request that a picture of the domain `objects` fulfils,
-    `word` what a picture of the domain `text` says, `label` the place in PAIRS of what one of the domain
+    `metadata` (with `task`, its tag) is the GenEval request that an image of the domain `objects` fulfils,
+    `word` what an image of the domain `text` says, `label` the place in PAIRS of what one of the domain
     `classes` shows; they are None in the other domains.
     """
 
@@ -168,7 +168,7 @@ def draw(domain: str, seed: int, index: int, size: int = 48) -> Sample:
     """Training sample number `index` of the endless stream `seed` of one of DOMAINS, or of one of TASKS, that
     part of `objects`, without held-out pairs; or of `classes`, single objects of every pair, held out or not.
 
-    `size` is the picture's side in pixels; everything in it grows along. ValueError for another domain.
+    `size` is the image's side in pixels; everything in it grows along. ValueError for another domain.
     """
     others = len(DOMAINS) + len(TASKS) + 1  # the streams before are of domains, prompts and renderings
     if domain == "classes":
@@ -199,7 +199,7 @@ def prompt(task: str, seed: int, index: int, held_out: bool = False) -> dict[str
 
 
 def render(metadata: dict[str, Any], seed: int, size: int = 48) -> np.ndarray:
-    """A picture (size, size, 3) uint8 that fulfils a GenEval request, random where that leaves freedom.
+    """An image (size, size, 3) uint8 that fulfils a GenEval request, random where that leaves freedom.
 
     It holds nothing but what is asked for, and a held-out pair only where the request names it.
     """
@@ -208,7 +208,7 @@ def render(metadata: dict[str, Any], seed: int, size: int = 48) -> np.ndarray:
 
 
 def coverage(thing: Object, size: int) -> tuple[tuple[slice, slice], np.ndarray]:
-    """The window of a picture that an object can touch, and the share of each pixel there that it covers."""
+    """The window of an image that an object can touch, and the share of each pixel there that it covers."""
     low = [max(0, math.floor(center - thing.radius - 1)) for center in (thing.y, thing.x)]
     high = [min(size, math.ceil(center + thing.radius + 1)) for center in (thing.y, thing.x)]
     down = (np.arange(low[0], high[0])[:, None] + 0.5 - thing.y) / thing.radius
@@ -295,7 +295,7 @@ def _draw_text(chance: Chance, size: int) -> Sample:
 
 
 def _request(chance: Chance, task: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """What a picture of the task has to show, GenEval's metadata without the prompt."""
+    """What an image of the task has to show, GenEval's metadata without the prompt."""
     first = chance.choice(pairs)
     second = chance.choice([pair for pair in pairs if pair[0] != first[0] and pair[1] != first[1]])
     colored = task in ("colors", "color_attr") or (task == "position" and chance.coin())
@@ -334,7 +334,7 @@ def _caption(chance: Chance, metadata: dict[str, Any]) -> str:
         things = [f"{things[1]} {relation} {things[0]}"]
     elif metadata["tag"] == "single_object" and chance.coin(0.2):
         things = [f"one {metadata['include'][0]['class']}"]
-    frame = chance.choice(("{}", "{}", "{}", "a picture of {}", "an image of {}", "a drawing of {}"))
+    frame = chance.choice(("{}", "{}", "{}", "an image of {}", "an image of {}", "a drawing of {}"))
     return frame.format(" and ".join(things))
 
 
@@ -376,13 +376,13 @@ def _questions(chance: Chance, objects: tuple[Object, ...]) -> list[tuple[str, s
         first, second = chance.shuffled(objects)
         for relation in RELATIONS:
             if _holds(relation, first, second):
-                where = f"to the {relation}" if relation in ("left of", "right of") else relation
-                questions.append((f"what is {where} the {second.shape}?", an(first.shape)))
+                dist_ctx = f"to the {relation}" if relation in ("left of", "right of") else relation
+                questions.append((f"what is {dist_ctx} the {second.shape}?", an(first.shape)))
     return questions
 
 
 def _judgements(chance: Chance, metadata: dict[str, Any]) -> list[tuple[str, str]]:
-    """The two questions by which a model is asked to judge its own pictures (`TextToImage.verify`)."""
+    """The two questions by which a model is asked to judge its own images (`TextToImage.verify`)."""
     aligned = chance.coin()
     asked = _caption(chance, metadata if aligned else _altered(chance, metadata))
     return [
@@ -392,7 +392,7 @@ def _judgements(chance: Chance, metadata: dict[str, Any]) -> list[tuple[str, str
 
 
 def _altered(chance: Chance, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The request with one thing changed, so that its pictures show another: the number, the relation, or
+    """The request with one thing changed, so that its images show another: the number, the relation, or
     the shape or colour of one entry. No pair is held out."""
     include = [dict(entry) for entry in metadata["include"]]
     entry = chance.choice(include)

@@ -1,18 +1,18 @@
 """Why a DiT must be at least as wide as the tokens: RAE's experiment (arXiv 2510.11690, section 4) on one
-picture.
+image.
 
     python -m nano.width                        # the shipped autoencoder: docs/width.png, docs/width.json
     python -m nano.width --autoencoder runs/decoder/model --out runs/width.png
 
-Overfits the latents of one picture, with fresh noise and times in every step, by DiTs that are narrower than,
+Overfits the latents of one image, with fresh noise and times in every step, by DiTs that are narrower than,
 as wide as and wider than the C channels of a token, by deeper narrow ones, and by a narrow one with the wide
 shallow head of DiT-DH. Takes 9 minutes of one CPU core. Prints a table, and writes the losses over the
-steps as a picture and the results as JSON beside it: metric, value, n, seed, command, versions, date.
+steps as an image and the results as JSON beside it: metric, value, n, seed, command, versions, date.
 
 The bound: the last layer is linear, so that all of the output for one token lies in a plane of d dimensions,
 d the width in front of it. The target, noise - x, fills all C, since the noise does. What lies outside of the
 best plane is lost, whatever stands before that layer: of the C eigenvalues of the target's covariance the
-smallest C - d. The noise makes the covariance I + Cov(x), the second over the tokens of the picture, of which
+smallest C - d. The noise makes the covariance I + Cov(x), the second over the tokens of the image, of which
 N span N - 1 directions at most: from d = N - 1 on these eigenvalues are all 1 and the bound of the loss, a
 mean over channels, is (C - d) / C. Behind a wide head d is the head's width, the backbone's no longer counts.
 """
@@ -41,8 +41,8 @@ class Config:
     autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE or VAE folder or hub id")
     steps: int = flag(1000, "optimizer steps of each model", at_least=2)
     batch: int = flag(32, "noises and times in a step", at_least=1)
-    seed: int = flag(0, "of the picture, weights, noise and times")
-    out: str = flag("docs/width.png", "the picture; the results are beside it, as .json")
+    seed: int = flag(0, "of the image, weights, noise and times")
+    out: str = flag("docs/width.png", "the image; the results are beside it, as .json")
 
 
 class Size(NamedTuple):
@@ -70,7 +70,7 @@ def sizes(channels: int) -> list[Size]:
 
 
 def lower_bound(latents: Tensor, width: int) -> float:
-    """The least flow loss on one picture's latents (N, C) of a model whose output for every token lies in a
+    """The least flow loss on one image's latents (N, C) of a model whose output for every token lies in a
     plane of `width` dimensions: the sum of the target's C - width smallest eigenvalues, divided by C."""
     channels = latents.shape[1]
     covariance = torch.cov(latents.double().T, correction=0) + torch.eye(channels, dtype=torch.float64)
@@ -172,7 +172,7 @@ def plot(results: list[Result], latents: Tensor, path: Path) -> None:
 
 
 def save(results: list[Result], tokens: int, config: Config, path: Path) -> None:
-    """As JSON; n of a loss are its draws, of a bound the tokens of the picture."""
+    """As JSON; n of a loss are its draws, of a bound the tokens of the image."""
     rows = [{"metric": f"loss/{r.size}", "value": r.loss, "n": DRAWS} for r in results]
     rows += [{"metric": f"bound/{r.size}", "value": r.bound, "n": tokens} for r in results]
     common.save_results(rows, config.seed, path)
@@ -180,14 +180,14 @@ def save(results: list[Result], tokens: int, config: Config, path: Path) -> None
 
 def main() -> None:
     config = common.parse(Config, __doc__)
-    where = common.launch("fp32")
-    autoencoder = common.load_autoencoder(config.autoencoder, where)
+    dist_ctx = common.init_distributed("fp32")
+    autoencoder = common.load_autoencoder(config.autoencoder, dist_ctx)
     sample = shapes.draw("objects", config.seed, 0, autoencoder.image_size)
-    image = data.to_unit(torch.from_numpy(sample.image).permute(2, 0, 1)[None], where.device)
+    image = data.to_unit(torch.from_numpy(sample.image).permute(2, 0, 1)[None], dist_ctx.device)
     with torch.no_grad():
         latents = autoencoder.encode(image)[0]
     tokens, channels = latents.shape
-    print(f"{where}\n{sample.caption!r}, {tokens} tokens of {channels} channels, C")
+    print(f"{dist_ctx}\n{sample.caption!r}, {tokens} tokens of {channels} channels, C")
     results = []
     for size in sizes(channels):
         model, losses = train(size, latents, config)

@@ -24,7 +24,7 @@ def one_thread():
 
 
 def write_encoder(folder, width: int, hidden: int, layers: int) -> None:
-    """Of pictures of 32 px, 16 tokens of so many channels."""
+    """Of images of 32 px, 16 tokens of so many channels."""
     vision = transformers.SiglipVisionConfig(
         hidden_size=width,
         intermediate_size=hidden,
@@ -43,7 +43,7 @@ def write_encoder(folder, width: int, hidden: int, layers: int) -> None:
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
-    """Folder with encoder/, language-model/, rae/ and t2i/ for pictures of 32 px, 16 tokens of 24
+    """Folder with encoder/, language-model/, rae/ and t2i/ for images of 32 px, 16 tokens of 24
     channels."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)

@@ -28,10 +28,10 @@ def test_flops_are_two_for_each_weight_and_token():
     linear = {
         name: p.numel() for name, p in model.named_parameters() if name.endswith("weight") and p.ndim == 2
     }
-    per_picture = sum(count for name, count in linear.items() if "t_embedder" in name)
-    per_token = sum(linear.values()) - per_picture
+    per_image = sum(count for name, count in linear.items() if "t_embedder" in name)
+    per_token = sum(linear.values()) - per_image
     attention = 3 * 2 * 2 * 16 * 16 * 32
-    assert bench.forward_flops(part()) == 2 * per_picture + 2 * 16 * per_token + attention
+    assert bench.forward_flops(part()) == 2 * per_image + 2 * 16 * per_token + attention
 
 
 def test_states_are_those_of_a_training():

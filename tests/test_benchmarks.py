@@ -102,11 +102,11 @@ def test_thresholds():
 
 
 def test_summary():
-    """Tasks are means of pictures, overall is the mean of the tasks."""
+    """Tasks are means of images, overall is the mean of the tasks."""
     rows = [("a", "x", [1, 1, 0, 0]), ("a", "y", [0, 0, 0, 0]), ("b", "z", [1, 1, 1, 0])]
     rows = [{"tag": t, "metadata": m, "correct": bool(c)} for t, m, each in rows for c in each]
     assert benchmarks.geneval_summary(rows) == {
-        "a": (0.25, 8), "b": (0.75, 4), "overall": (0.5, 12), "pictures": (5 / 12, 12), "prompts": (2 / 3, 3),
+        "a": (0.25, 8), "b": (0.75, 4), "overall": (0.5, 12), "images": (5 / 12, 12), "prompts": (2 / 3, 3),
     }  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def noise(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8))
 
 
-def test_detections_fit_the_picture(networks):
+def test_detections_fit_the_image(networks):
     detector = benchmarks.Detector(str(networks / "detector"), torch.device("cpu"))
     assert detector.names == ["cat", "mouse", "dog"]
     found = detector(noise(60, 90))
@@ -173,7 +173,7 @@ def test_detections_fit_the_picture(networks):
 
 
 def test_colors_are_those_of_the_pixels_in_the_mask(networks):
-    """Of a picture with a mask CLIP sees what it would see of the object alone on grey."""
+    """Of an image with a mask CLIP sees what it would see of the object alone on grey."""
     clip = benchmarks.Clip(str(networks / "clip"), torch.device("cpu"))
     image, mask = noise(40, 40), np.zeros((40, 40), bool)
     mask[5:25, 10:30] = True
@@ -181,7 +181,7 @@ def test_colors_are_those_of_the_pixels_in_the_mask(networks):
     alone.paste(image.crop((10, 5, 30, 25)), (10, 5))
     seen = []
     images = clip.images
-    clip.images = lambda pictures: seen.append(pictures) or images(pictures)
+    clip.images = lambda shown: seen.append(shown) or images(shown)
     [color] = clip.colors(image, [Found(1.0, (10, 5, 30, 25), mask)], "cat")
     assert color in benchmarks.COLORS
     assert np.array_equal(np.asarray(seen[0][0]), np.asarray(alone.crop((10, 5, 30, 25))))
@@ -239,18 +239,18 @@ def test_geneval_from_prompts_to_figures(networks, parts, tmp_path, capsys):
     kept.write_text(left + '{"cut o')
     run(capsys, *command)
     assert kept.read_text().startswith(left) and len(kept.read_text().splitlines()) == 5
-    picture = out / "00000/samples/00000.png"
-    picture.write_bytes((out / "00000/samples/00001.png").read_bytes())  # drawn anew: scored anew
+    image = out / "00000/samples/00000.png"
+    image.write_bytes((out / "00000/samples/00001.png").read_bytes())  # drawn anew: scored anew
     run(capsys, *command)
     assert len(kept.read_text().splitlines()) == 6
-    picture.unlink()
-    assert "has 2 pictures" in run(capsys, *command, code=1)
-    noise(32, 32).save(picture)
+    image.unlink()
+    assert "has 2 images" in run(capsys, *command, code=1)
+    noise(32, 32).save(image)
     wrong = [*command, "--clip", "another/clip"]
     assert "choose another --out" in run(capsys, *wrong, code=1)
     for path in (out / "00001/samples").iterdir():
         path.unlink()
-    assert "00001 has a prompt, but no pictures" in run(capsys, *command, code=1)
+    assert "00001 has a prompt, but no images" in run(capsys, *command, code=1)
     (out / "00001/metadata.jsonl").write_text("{}")
     assert "is no line of GenEval's" in run(capsys, *command, code=1)
     empty = ["eval.py", "geneval", "--samples", networks, "--out", tmp_path / "none.json"]
@@ -275,7 +275,7 @@ def test_clipscore(networks, tmp_path, capsys):
     assert str(networks / "clip") in result["metric"]
     os.makedirs(tmp_path / "more")
     noise(8, 8).save(tmp_path / "more/4.png")
-    assert "no pictures with a prompt" in run(capsys, *flags, code=1)
+    assert "no images with a prompt" in run(capsys, *flags, code=1)
 
 
 # -- DPG-Bench
@@ -291,7 +291,7 @@ b,,,2,0,attribute,color,,"Is it blue, or green?"
 
 
 def test_dpg_arithmetic(tmp_path):
-    """By hand: a child counts where its parents were answered with yes; means over questions, pictures,
+    """By hand: a child counts where its parents were answered with yes; means over questions, images,
     items."""
     (tmp_path / "t.csv").write_text(TABLE)
     items = benchmarks.read_dpg(str(tmp_path / "t.csv"))
@@ -361,7 +361,7 @@ def test_dpg_from_prompts_to_figures(blip, parts, tmp_path, capsys):
     (tmp_path / "t.csv").write_text(TABLE)
     (tmp_path / "prompts").mkdir()
     for item in "ab":
-        (tmp_path / f"prompts/{item}.txt").write_text(f"a picture of {item}\n")
+        (tmp_path / f"prompts/{item}.txt").write_text(f"an image of {item}\n")
     out = tmp_path / "dpg"
     run(
         capsys,
@@ -440,7 +440,7 @@ def test_yes_or_no():
     assert scores == [1, 1, 1, 0, 0, 0]
 
 
-def test_mme_sums_questions_and_pictures():
+def test_mme_sums_questions_and_images():
     """Two categories: accuracies 3/4 and 1/2 of one, 1 and 1 of the other."""
     rows = [("count/a", 1), ("count/a", 1), ("count/b", 1), ("count/b", 0), ("color/c", 1), ("color/c", 1)]
     rows = [{"group": group, "score": float(score)} for group, score in rows]

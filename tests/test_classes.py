@@ -1,4 +1,4 @@
-"""Class labels to pictures: labels of data, training, latents on disk, sampling, guidance, released files."""
+"""Class labels to images: labels of data, training, latents on disk, sampling, guidance, released files."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def shrink() -> None:
     rae.DITS["nano"] = TINY
 
 
-def test_draws_of_a_picture_are_as_if_it_came_that_often():
+def test_draws_of_a_image_are_as_if_it_came_that_often():
     torch.manual_seed(0)
     net, labels, latents = tiny(), torch.tensor([3, 7]), torch.randn(2, 16, 24)
     noise, t, dropped = torch.randn(4, 16, 24), torch.rand(4), torch.tensor([False, True, True, False])
@@ -100,7 +100,7 @@ def test_labels_of_folders_tars_and_json(tmp_path):
     (tmp_path / "0.tar").rename(tmp_path / "tars/0.tar")
     source = data.open_source(str(tmp_path / "tars"), 32, 0)
     assert source.classes is None
-    [batch] = data.Once(source, 8, workers=0)
+    [batch] = data.OnePass(source, 8, workers=0)
     assert sorted(map(str, batch["label"])) == ["5", "7", "None"]
     assert "damaged cls" in batch["skipped"][0]
 
@@ -146,8 +146,8 @@ def test_unconditional_training_and_the_average(world, trainer, tmp_path):
         average.generate([0, 0], 2, guidance=2.0)
     online = load_file(next((tmp_path / "checkpoints/0000003").glob("*.safetensors")))
     name = "dit.blocks.0.attn.proj.weight"  # the average lags behind
-    assert not torch.equal(online[f"model.{name}"], online[f"average.{name}"])
-    assert torch.equal(average.state_dict()[name], online[f"average.{name}"])
+    assert not torch.equal(online[f"model.{name}"], online[f"ema.{name}"])
+    assert torch.equal(average.state_dict()[name], online[f"ema.{name}"])
     new = rae.DiT((16, 24), **TINY)  # the authors trained these two unknowingly, and their average moved them
     assert torch.equal(average.dit.pos_embed, new.pos_embed)
     assert torch.equal(average.dit.t_embedder.W, new.t_embedder.W)
@@ -166,17 +166,17 @@ def test_labels_are_dropped_in_training_only_where_asked():
     assert not torch.allclose(null, given)
 
 
-def test_latents_on_disk_are_those_of_the_pictures(world, trainer, parts, tmp_path):
+def test_latents_on_disk_are_those_of_the_images(world, trainer, parts, tmp_path):
     out = tmp_path / "latents"
     flags = ["--autoencoder", parts / "rae", "--limit", 21, "--batch", 4, "--flip", "--out", out]
     world(2, "encode.py", *flags).wait()
     source = data.open_source(str(out), 32, 0, flip=True)
     autoencoder = rae.RAE.from_pretrained(parts / "rae")
-    pictures, found = data.open_source("nano:classes", 32, 0), []
+    images, found = data.open_source("nano:classes", 32, 0), []
     for number in range(21):  # in whatever order they lie
-        image = torch.from_numpy(pictures[number]["image"]).permute(2, 0, 1)[None] / 255
+        image = torch.from_numpy(images[number]["image"]).permute(2, 0, 1)[None] / 255
         views = torch.cat([autoencoder.encode(view) for view in (image, image.flip(3))])
-        found.append((views, pictures[number]["label"]))
+        found.append((views, images[number]["label"]))
     for sample_ in [source[number] for number in range(63)]:
         near = [
             label for views, label in found
@@ -266,11 +266,11 @@ def test_random_labels_depend_on_the_seed_and_number_alone():
         jobs(1001)
 
 
-def pictures(folder) -> dict[str, bytes]:
+def images(folder) -> dict[str, bytes]:
     return {path.name: np.asarray(Image.open(path)) for path in folder.glob("[0-9]*.png")}
 
 
-def test_a_killed_run_ends_with_the_same_pictures(world, model, tmp_path):
+def test_a_killed_run_ends_with_the_same_images(world, model, tmp_path):
     flags = ["sample.py", "--model", model, "--classes", "all", "--n", 1000, "--steps", 1, "--batch", 8,
              "--guidance", 1]  # fmt: skip
     world(1, *flags, "--out", tmp_path / "a", "--npz", tmp_path / "a.npz").wait()
@@ -281,24 +281,24 @@ def test_a_killed_run_ends_with_the_same_pictures(world, model, tmp_path):
     for rank in range(2):
         killed.signal(signal.SIGKILL, rank)
     killed.wait(code=None)
-    assert len(pictures(tmp_path / "b")) < 1000
+    assert len(images(tmp_path / "b")) < 1000
     world(2, *flags, "--out", tmp_path / "b", "--npz", tmp_path / "b.npz", "--resume").wait()
     one, other = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "ab")
     assert one.shape == (1000, 32, 32, 3) and len(np.unique(one, axis=0)) == 1000
     assert np.abs(one.astype(int) - other).max() <= 1  # another batch size rounds otherwise
-    assert len(pictures(tmp_path / "b")) == 1000 and not list((tmp_path / "b").glob(".*"))
+    assert len(images(tmp_path / "b")) == 1000 and not list((tmp_path / "b").glob(".*"))
     wrong = world(1, *flags, "--out", tmp_path / "b", "--resume", "--seed", 1).wait(code=1)
     assert "was drawn with label" in wrong or "was drawn with seed" in wrong
 
 
-def test_pictures_do_not_depend_on_the_batch(world, model, tmp_path):
+def test_images_do_not_depend_on_the_batch(world, model, tmp_path):
     flags = ["sample.py", "--model", model, "--classes", "1,6,2", "--n", 6, "--steps", 3]
     world(1, *flags, "--out", tmp_path / "a", "--batch", 4).wait()
     world(2, *flags, "--out", tmp_path / "b", "--batch", 1).wait()
-    one, other = pictures(tmp_path / "a"), pictures(tmp_path / "b")
+    one, other = images(tmp_path / "a"), images(tmp_path / "b")
     assert one.keys() == other.keys() and len(one) == 6
-    for name, picture in one.items():
-        assert np.abs(picture.astype(int) - other[name]).max() <= 1
+    for name, image in one.items():
+        assert np.abs(image.astype(int) - other[name]).max() <= 1
     metadata = data.open_metadata(str(tmp_path / "a/000004.png"))
     assert (metadata["label"], metadata["seed"], metadata["steps"]) == ("6", "4", "3")
     assert (tmp_path / "a/grid.png").is_file()
@@ -327,7 +327,7 @@ def test_sampling_mistakes(flags, message, world, model, parts, tmp_path):
     assert message in text.splitlines()[-1] and not (tmp_path / "out").exists()
 
 
-def test_resume_refuses_pictures_of_other_weights(world, parts, tmp_path):
+def test_resume_refuses_images_of_other_weights(world, parts, tmp_path):
     flags = [
         "sample.py",
         "--model",

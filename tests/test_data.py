@@ -42,15 +42,15 @@ def write_folder(path: Path, count: int) -> None:
     with (path / "metadata.jsonl").open("w") as file:
         for i in range(count):
             (path / f"{i}.png").write_bytes(png(i))
-            file.write(json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) + "\n")
+            file.write(json.dumps({"file_name": f"{i}.png", "text": f"image {i}"}) + "\n")
 
 
 def write_tars(path: Path, shards: int, rows: int) -> None:
-    """Pictures of the colour (i, 0, 0) with the caption "picture i", some in json, some in txt."""
+    """Images of the colour (i, 0, 0) with the caption "image i", some in json, some in txt."""
     for shard in range(shards):
         files = {}
         for i in range(shard * rows, (shard + 1) * rows):
-            caption = f"picture {i}"
+            caption = f"image {i}"
             files[f"a/{i:03d}.jpg" if i % 2 else f"a/{i:03d}.png"] = png(i, format="JPEG" if i % 2 else "PNG")
             if i % 3:
                 files[f"a/{i:03d}.txt"] = caption.encode()
@@ -64,7 +64,7 @@ def write_tables(path: Path, shards: int, rows: int) -> None:
     for shard in range(shards):
         numbers = range(shard * rows, (shard + 1) * rows)
         columns = {"image": [{"bytes": png(i), "path": None} for i in numbers],
-                   "text": [f"picture {i}" for i in numbers]}  # fmt: skip
+                   "text": [f"image {i}" for i in numbers]}  # fmt: skip
         Dataset.from_dict(columns).to_parquet(path / f"{shard:02d}.parquet")
 
 
@@ -74,7 +74,7 @@ WRITERS = {"folder": lambda path: write_folder(path, 48), "tar": lambda path: wr
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """One folder of each kind, with the same 48 pictures."""
+    """One folder of each kind, with the same 48 images."""
     root = tmp_path_factory.mktemp("sources")
     for name, write in WRITERS.items():
         write(root / name)
@@ -91,10 +91,10 @@ def take(loader: data.Loader, steps: int, *keys: str) -> list[list]:
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_every_picture_once_in_a_pass_with_its_caption(kind, sources):
+def test_every_image_once_in_a_pass_with_its_caption(kind, sources):
     loader = data.Loader(data.open_source(str(sources / kind), SIZE, seed=0), 8, workers=0)
     images, captions, turns = take(loader, 6, "image", "caption", "conversation")
-    assert sorted(captions) == sorted(f"picture {i}" for i in range(48))
+    assert sorted(captions) == sorted(f"image {i}" for i in range(48))
     for image, caption, conversation in zip(images, captions, turns, strict=True):
         assert image.shape == (3, SIZE, SIZE) and image.dtype == torch.uint8
         assert abs(int(image[0, 0, 0]) - int(caption.split()[1])) <= 2  # JPEG
@@ -121,8 +121,10 @@ def test_the_order_is_the_same_for_any_number_of_processes_and_workers(name, sou
         ]
         width = 8 // world
         for row, merged in enumerate(first):
-            pieces = [parts[i // width % world][row][i // 8 * width + i % width] for i in range(len(merged))]
-            assert pieces == merged, (world, workers)
+            micro_batches = [
+                parts[i // width % world][row][i // 8 * width + i % width] for i in range(len(merged))
+            ]
+            assert micro_batches == merged, (world, workers)
 
     # stopped after five steps on two processes, resumed on one, on four and with workers
     halves = [open_loader(rank, 2, workers=1) for rank in range(2)]
@@ -143,9 +145,9 @@ def test_mixtures_keep_their_weights(sources):
     source = data.open_source(f"nano:objects=3,nano:text=1,{sources}/folder=0.5", SIZE, 0, understanding=0.2)
     samples = [source[i] for i in range(2000)]
     text = sum('"' in s["caption"] or "letters" in s["caption"] for s in samples)
-    folder = Counter(s["caption"] for s in samples if s["caption"].startswith("picture "))
+    folder = Counter(s["caption"] for s in samples if s["caption"].startswith("image "))
     assert sum(folder.values()) == 2 * 111 and abs(text - 2 * 222) <= 2  # of 1000: 667, 222, 111
-    assert set(folder.values()) == {4, 5}  # passes over its 48 pictures
+    assert set(folder.values()) == {4, 5}  # passes over its 48 images
     asked = np.mean(["<image>" in s["conversation"][0][1] for s in samples])
     assert abs(asked - 0.2 * 0.889) < 0.04
     assert all(sum("<image>" in t for _, t in s["conversation"]) == 1 for s in samples)
@@ -166,18 +168,18 @@ def test_held_out_pairs_never_reach_the_training_stream():
 
 
 def test_pieces_of_a_batch():
-    batch = {"index": list(range(7)), "pictures": list(range(7)), "image": torch.arange(7)}
-    parts = data.pieces(batch, 3)
+    batch = {"index": list(range(7)), "image_index": list(range(7)), "image": torch.arange(7)}
+    parts = data.micro_batches(batch, 3)
     assert [part["index"] for part in parts] == [[0, 1, 2], [3, 4], [5, 6]]
     assert torch.equal(torch.cat([part["image"] for part in parts]), batch["image"])
-    assert [part["index"] for part in data.pieces(batch, 20)] == [[i] for i in range(7)]
-    batch = {"index": list(range(10, 17)), "pictures": [11, 12, 16], "latents": torch.tensor([11, 12, 16])}
-    for count, pictures in ((1, [[11, 12, 16]]), (2, [[11, 12], [16]]), (3, [[11, 12], [], [16]]),
+    assert [part["index"] for part in data.micro_batches(batch, 20)] == [[i] for i in range(7)]
+    batch = {"index": list(range(10, 17)), "image_index": [11, 12, 16], "latents": torch.tensor([11, 12, 16])}
+    for count, images in ((1, [[11, 12, 16]]), (2, [[11, 12], [16]]), (3, [[11, 12], [], [16]]),
                             (7, [[], [11], [12], [], [], [], [16]])):  # fmt: skip
-        parts = data.pieces(batch, count)
+        parts = data.micro_batches(batch, count)
         assert sum((part["index"] for part in parts), []) == batch["index"]
         assert (
-            [part["pictures"] for part in parts] == [part["latents"].tolist() for part in parts] == pictures
+            [part["image_index"] for part in parts] == [part["latents"].tolist() for part in parts] == images
         )
 
 
@@ -186,39 +188,39 @@ def test_pieces_pad_little():
     batch = {
         "index": list(range(6)),
         "conversation": talks,
-        "pictures": [1, 4],
+        "image_index": [1, 4],
         "latents": torch.tensor([1, 4]),
     }
-    short, long = data.pieces(batch, 2)
+    short, long = data.micro_batches(batch, 2)
     assert (short["index"], long["index"]) == ([3, 5, 1], [2, 4, 0])
     assert short["conversation"] == [talks[i] for i in short["index"]]
     assert (short["latents"].tolist(), long["latents"].tolist()) == ([1], [4])
-    assert data.pieces(batch, 1) == [batch]
+    assert data.micro_batches(batch, 1) == [batch]
 
 
 # -----------------------------------------------------------------------------------------------------------
 # crops
 
 
-def noise_picture(width: int, height: int) -> Image.Image:
+def noise_image(width: int, height: int) -> Image.Image:
     coarse = np.random.default_rng(width * height).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3))
     return Image.fromarray(coarse.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize("size", [(40, 60), (64, 64), (333, 131), (517, 1031), (20, 33)])
 def test_centre_crop_is_that_of_the_evaluations(size):
-    image = picture = noise_picture(*size)
-    while min(picture.size) >= 64:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    width, height = (round(side * 32 / min(picture.size)) for side in picture.size)
-    pixels = np.array(picture.resize((width, height), Image.Resampling.BICUBIC))
+    image = smaller = noise_image(*size)
+    while min(smaller.size) >= 64:
+        smaller = smaller.resize((smaller.width // 2, smaller.height // 2), Image.Resampling.BOX)
+    width, height = (round(side * 32 / min(smaller.size)) for side in smaller.size)
+    pixels = np.array(smaller.resize((width, height), Image.Resampling.BICUBIC))
     top, left = (height - 32) // 2, (width - 32) // 2
     np.testing.assert_array_equal(data.centre_crop(image, 32), pixels[top : top + 32, left : left + 32])
 
 
 @pytest.mark.parametrize("size", [(40, 60), (333, 131), (517, 1031), (20, 33)])
-def test_random_crop_is_a_square_of_the_resized_picture(size):
-    image = noise_picture(*size)
+def test_random_crop_is_a_square_of_the_resized_image(size):
+    image = noise_image(*size)
     width, height = (round(side * 48 / min(size)) for side in size)
     resized = np.array(image.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
     for across, down in ((0.0, 0.0), (0.999999, 0.999999), (0.3, 0.8)):
@@ -266,8 +268,8 @@ def test_the_nano_world_is_neither_cropped_nor_mirrored():
 def test_a_strip_is_refused():
     file = io.BytesIO()
     Image.new("RGB", (4, 201)).save(file, "PNG")
-    with pytest.raises(data.Unusable, match="strip of 4 x 201"):
-        data.open_picture(file.getvalue())
+    with pytest.raises(data.SkipSample, match="strip of 4 x 201"):
+        data.open_image(file.getvalue())
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -279,7 +281,7 @@ def everything(names: str, limit=None, worlds=1, workers=0, batch=5) -> dict[tup
     samples = []
     for rank in range(worlds):
         source = data.open_source(names, SIZE, seed=0)
-        for part in data.Once(source, batch, limit, workers, rank, worlds):
+        for part in data.OnePass(source, batch, limit, workers, rank, worlds):
             assert part["image"].shape[1:] == (3, SIZE, SIZE) and len(part["image"]) <= batch
             samples += zip(map(tuple, part["index"]), part["caption"], strict=True)
     assert len(dict(samples)) == len(samples)
@@ -289,7 +291,7 @@ def everything(names: str, limit=None, worlds=1, workers=0, batch=5) -> dict[tup
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_finite_pass_has_every_sample_once_however_it_is_split(kind, sources):
     whole = everything(str(sources / kind))
-    assert sorted(whole.values()) == sorted(f"picture {i}" for i in range(48))
+    assert sorted(whole.values()) == sorted(f"image {i}" for i in range(48))
     for worlds, workers in ((2, 0), (3, 2), (11, 0)):  # 11: more than there are shards
         assert everything(str(sources / kind), None, worlds, workers) == whole
     some = everything(str(sources / kind), 20)
@@ -303,7 +305,7 @@ def test_a_finite_pass_has_every_sample_once_however_it_is_split(kind, sources):
 def test_a_finite_pass_over_a_mixture(sources):
     names = f"{sources}/tar=3,{sources}/folder=1"
     whole = everything(names)
-    assert Counter(whole.values()) == Counter([f"picture {i}" for i in range(48)] * 2)
+    assert Counter(whole.values()) == Counter([f"image {i}" for i in range(48)] * 2)
     part = everything(names, 40, worlds=2)
     assert part.items() <= whole.items() and len(part) == 40
     assert sum(owner == 0 for owner, *_ in part) > 20
@@ -323,7 +325,7 @@ def test_a_finite_pass_leaves_out_and_names_what_is_damaged(tmp_path):
     (tmp_path / "tar/01.tar").write_bytes(content[:700])
     for kind, left, messages in (("folder", 5, ["0.png", "6.png", "7.png"]), ("tar", 4, ["rest of shard 1"])):
         for workers in (0, 2):
-            batches = data.Once(data.open_source(str(tmp_path / kind), SIZE, 0), 2, workers=workers)
+            batches = data.OnePass(data.open_source(str(tmp_path / kind), SIZE, 0), 2, workers=workers)
             assert sum(len(batch["index"]) for batch in batches) == left
             assert len(batches.skipped) == len(messages)
             assert all(any(m in s for s in batches.skipped) for m in messages), batches.skipped
@@ -352,9 +354,9 @@ KINDS = ("request", "question", "text")
 
 
 def talk(i: int) -> list[dict]:
-    """A request for picture i, a question about it, or neither, after a system turn that is dropped."""
+    """A request for image i, a question about it, or neither, after a system turn that is dropped."""
     human, gpt = {
-        "request": (f"Can you draw picture {i}?", "Here you go:\n<image>"),
+        "request": (f"Can you draw image {i}?", "Here you go:\n<image>"),
         "question": (f"<image>\nwhich of {i}?", f"number {i}"),
         "text": (f"say {i}", f"it is {i}"),
     }[KINDS[i % 3]]
@@ -371,10 +373,10 @@ def write_lines(path: Path, rows: list) -> str:
 def write_jsonl(root: Path, count: int) -> str:
     rows = []
     for i in range(count):
-        (root / "pictures").mkdir(parents=True, exist_ok=True)
-        (root / f"pictures/{i}.png").write_bytes(png(i))
+        (root / "images").mkdir(parents=True, exist_ok=True)
+        (root / f"images/{i}.png").write_bytes(png(i))
         none = ({}, {"image": None}, {"image": ""}, {"image": []})[i % 4]
-        some = {"image": [f"pictures/{i}.png"] if i % 2 else f"pictures/{i}.png"}
+        some = {"image": [f"images/{i}.png"] if i % 2 else f"images/{i}.png"}
         rows.append({"conversations": talk(i), "metadata": {"id": i}} | (none if i % 3 == 2 else some))
     return write_lines(root / "talks.jsonl", rows)
 
@@ -402,22 +404,22 @@ def write_talking_tables(root: Path, shards: int, rows: int) -> str:
     (root / "tables").mkdir()
     for shard in range(shards):
         numbers = range(shard * rows, (shard + 1) * rows)
-        pictures = [{"bytes": png(i), "path": None} if i % 3 < 2 else None for i in numbers]
-        Dataset.from_dict({"image": pictures, "conversations": [talk(i) for i in numbers]}).to_parquet(
+        images = [{"bytes": png(i), "path": None} if i % 3 < 2 else None for i in numbers]
+        Dataset.from_dict({"image": images, "conversations": [talk(i) for i in numbers]}).to_parquet(
             root / f"tables/{shard:02d}.parquet"
         )
     return str(root / "tables")
 
 
 def check_talks(batch: dict) -> Counter:
-    """Every picture of a batch belongs to the conversation whose number it shows. How many of each kind."""
-    assert len(batch["image"]) == len(batch["pictures"]) and batch["image"].shape[1:] == (3, SIZE, SIZE)
-    shown, counts = dict(zip(batch["pictures"], batch["image"], strict=True)), Counter()
+    """Every image of a batch belongs to the conversation whose number it shows. How many of each kind."""
+    assert len(batch["image"]) == len(batch["image_index"]) and batch["image"].shape[1:] == (3, SIZE, SIZE)
+    shown, counts = dict(zip(batch["image_index"], batch["image"], strict=True)), Counter()
     for index, caption, turns in zip(batch["index"], batch["caption"], batch["conversation"], strict=True):
         if caption is None:  # not of the nano world or a caption of a tar
             i = int("".join(c for c in turns[0][1] if c.isdigit()))
             assert turns == [["user", talk(i)[-2]["value"]], ["assistant", talk(i)[-1]["value"]]]
-            assert data.wish(turns) == (f"picture {i}" if KINDS[i % 3] == "request" else None)
+            assert data.requested_caption(turns) == (f"image {i}" if KINDS[i % 3] == "request" else None)
             assert (index in shown) == (i % 3 < 2)
             if index in shown:
                 assert (shown[index][0] == i).all()
@@ -439,19 +441,19 @@ def test_conversations_of_every_format(kind, tmp_path):
     assert len({turns[0][1] for batch in batches for turns in batch["conversation"]}) == 48
     assert loader.skipped == []
 
-    source = data.open_source(name, SIZE, 0)  # where pictures are needed, text is left out and counted
+    source = data.open_source(name, SIZE, 0)  # where images are needed, text is left out and counted
     loader = data.Loader(source, 8, workers=1)
     for batch in itertools.islice(loader, 12):
-        assert batch["pictures"] == batch["index"] and set(check_talks(batch)) == {"request", "question"}
-    assert loader.skipped and all("no picture" in message for message in loader.skipped)
-    once = data.Once(source, 5)
+        assert batch["image_index"] == batch["index"] and set(check_talks(batch)) == {"request", "question"}
+    assert loader.skipped and all("no image" in message for message in loader.skipped)
+    once = data.OnePass(source, 5)
     assert sum(len(batch["image"]) for batch in once) == 32 and len(once.skipped) == 16
 
 
 def test_mixed_conversations_are_the_same_for_any_number_of_processes_and_workers(tmp_path):
     write_jsonl(tmp_path, 48), write_manifest(tmp_path, 8, 6), write_tars(tmp_path / "captions", 8, 6)
     names = f"{tmp_path}/talks.jsonl=3,{tmp_path}/wds_manifest.json=3,{tmp_path}/captions=1,nano:text=1"
-    names += f",{tmp_path}/words.jsonl=4"  # text alone, so that some workers have no picture at all
+    names += f",{tmp_path}/words.jsonl=4"  # text alone, so that some workers have no image at all
     write_lines(tmp_path / "words.jsonl", [{"conversations": talk(i)} for i in range(2, 60, 3)])
 
     def open_loader(rank=0, world=1, **kwargs) -> data.Loader:
@@ -461,7 +463,7 @@ def test_mixed_conversations_are_the_same_for_any_number_of_processes_and_worker
     def run(loaders: list[data.Loader], steps: int) -> list[dict]:
         """The global batches of all processes."""
         parts = [list(itertools.islice(loader, steps)) for loader in loaders]
-        keys = ("index", "pictures", "conversation", "caption")
+        keys = ("index", "image_index", "conversation", "caption")
         return [
             {key: [x for batch in batches for x in batch[key]] for key in keys}
             | {"image": torch.cat([batch["image"] for batch in batches])}
@@ -478,12 +480,12 @@ def test_mixed_conversations_are_the_same_for_any_number_of_processes_and_worker
     counts = Counter()
     for batch in first + second:
         counts += check_talks(batch)
-        assert batch["pictures"] == [
+        assert batch["image_index"] == [
             number for number, turns in zip(batch["index"], batch["conversation"], strict=True)
             if "<image>" in turns[0][1] + turns[1][1]
         ]  # fmt: skip
     assert counts["text"] > 96 * 0.4 and min(counts["request"], counts["question"]) > 10
-    assert len({len(batch["pictures"]) for batch in first + second}) > 3
+    assert len({len(batch["image_index"]) for batch in first + second}) > 3
     for world, workers in ((1, 3), (2, 0), (4, 2)):
         same(run([open_loader(rank, world, workers=workers) for rank in range(world)], 6), first)
 
@@ -494,13 +496,13 @@ def test_mixed_conversations_are_the_same_for_any_number_of_processes_and_worker
     same(run([open_loader(r, 4, start=6, positions=positions, workers=0) for r in range(4)], 6), second)
 
 
-def test_a_batch_without_a_picture(tmp_path):
+def test_a_batch_without_a_image(tmp_path):
     rows = [{"conversations": talk(i)} for i in (2, 5, 8)]
     source = data.open_source(write_lines(tmp_path / "t.jsonl", rows), SIZE, 0, text_only=True)
     batch = next(data.Loader(source, 4, workers=2))
     assert batch["image"].shape == (0, 3, SIZE, SIZE) and batch["image"].dtype == torch.uint8
-    assert batch["pictures"] == [] and len(batch["conversation"]) == 4 and check_talks(batch)["text"] == 4
-    noise, u, v = data.flow_draws((16, 24), 0, batch["pictures"], torch.device("cpu"))
+    assert batch["image_index"] == [] and len(batch["conversation"]) == 4 and check_talks(batch)["text"] == 4
+    noise, u, v = data.flow_draws((16, 24), 0, batch["image_index"], torch.device("cpu"))
     assert noise.shape == (0, 16, 24) and len(u) == len(v) == 0
 
 
@@ -509,15 +511,15 @@ def say(*texts: str, speakers=("human", "gpt")) -> list[dict]:
 
 
 BAD = {
-    "a picture without placeholder": ("p.png", say("draw", "here"), "0 <image> for 1 pictures"),
-    "a placeholder without picture": (None, say("draw", "<image>"), "1 <image> for 0 pictures"),
-    "two placeholders": ("p.png", say("<image>", "<image>"), "2 <image> for 1 pictures"),
+    "an image without placeholder": ("p.png", say("draw", "here"), "0 <image> for 1 images"),
+    "a placeholder without image": (None, say("draw", "<image>"), "1 <image> for 0 images"),
+    "two placeholders": ("p.png", say("<image>", "<image>"), "2 <image> for 1 images"),
     "a placeholder in the dropped turn": (
-        "p.png", [{"from": "system", "value": "<image>"}, *say("a", "b")], "0 <image> for 1 pictures"),
-    "two pictures": (["p.png", "p.png"], say("<image>", "b"), "its image is not one path"),
-    "a number for a picture": (3, say("<image>", "b"), "its image is not one path"),
-    "a missing picture": ("q.png", say("<image>", "b"), "no picture at"),
-    "a damaged picture": ("junk.png", say("<image>", "b"), "no picture that can be read"),
+        "p.png", [{"from": "system", "value": "<image>"}, *say("a", "b")], "0 <image> for 1 images"),
+    "two images": (["p.png", "p.png"], say("<image>", "b"), "its image is not one path"),
+    "a number for an image": (3, say("<image>", "b"), "its image is not one path"),
+    "a missing image": ("q.png", say("<image>", "b"), "no image at"),
+    "a damaged image": ("junk.png", say("<image>", "b"), "no image that can be read"),
     "a zero in its path": ("a\0b", say("<image>", "b"), "is damaged"),
     "no conversation": (None, None, "no list of turns"),
     "an empty conversation": (None, [], "by turns"),
@@ -530,7 +532,7 @@ BAD = {
     "unknown speakers": (None, say("a", "b", speakers=["user", "assistant"]), "by turns"),
     "an empty turn": (None, say("a", " \n"), "a turn is empty"),
     "a turn's end": (None, say("a<|im_end|>\n", "b"), "special token <|im_end|>"),
-    "a picture's start": (None, say("a", "b <im_start>"), "special token <im_start>"),
+    "an image's start": (None, say("a", "b <im_start>"), "special token <im_start>"),
     "too long": (None, say("x" * 2**15, "b"), "32,769 characters, the limit is 32,768"),
     "too many tokens": (None, say("y" * 600, "b"), "its conversation has 601 tokens, the limit is 600"),
 }  # fmt: skip
@@ -553,11 +555,11 @@ def test_bad_conversations_are_left_out_and_named(kind, tmp_path):
         write_tar(tmp_path / "tars/0.tar", files)
         names.append((str(tmp_path / "tars"), "0.tar: b"))
     limit = {"length": lambda turns: sum(len(text) for _, text in turns), "longest": 600}
-    for name, where in names:
+    for name, dist_ctx in names:
         loader = data.Loader(data.open_source(name, SIZE, 0, text_only=True, **limit), 2, workers=0)
         [conversations] = take(loader, 6, "conversation")
         assert conversations == [[["user", "<image>\na ? <b>"], ["assistant", "fine"]]] * 12
-        assert loader.skipped and all(where in m and reason in m for m in loader.skipped), loader.skipped
+        assert loader.skipped and all(dist_ctx in m and reason in m for m in loader.skipped), loader.skipped
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", "null", "3", "[" * 100_000, '{"image": "p.png"}', "\0\0\0"])
@@ -575,7 +577,7 @@ def test_no_conversation_that_can_be_used_is_an_error(tmp_path):
     (tmp_path / "wds.json").write_text('{"tars": ["tars/0.tar"]}')
     (tmp_path / "gone.json").write_text('{"tars": ["tars/1.tar"]}')
     lines = write_lines(tmp_path / "t.jsonl", rows)
-    for name, message in ((lines, "100 pictures or conversations.*1 <image> for 0 pictures"),
+    for name, message in ((lines, "100 images or conversations.*1 <image> for 0 images"),
                           (tmp_path / "wds.json", "nothing in it can be used.*1 <image> for 0"),
                           (tmp_path / "gone.json", "nothing in it can be used.*FileNotFound")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
@@ -592,9 +594,9 @@ def test_no_conversation_that_can_be_used_is_an_error(tmp_path):
 
 def test_the_wish_of_a_request():
     for uniform in (0.0, 0.3, 0.6, 0.9):
-        assert data.wish(data.request("a star?", uniform)) == "a star?"
-    assert data.wish([("user", "A cat, please"), ("assistant", "<image>")]) == "A cat, please"
-    assert data.wish([("user", "<image>\nwhat is it?"), ("assistant", "a cat")]) is None
+        assert data.requested_caption(data.request("a star?", uniform)) == "a star?"
+    assert data.requested_caption([("user", "A cat, please"), ("assistant", "<image>")]) == "A cat, please"
+    assert data.requested_caption([("user", "<image>\nwhat is it?"), ("assistant", "a cat")]) is None
     assert data.clean("half a pair \ud800") == "half a pair ?"
 
 
@@ -608,14 +610,14 @@ def test_the_wish_of_a_request():
         ("nowhere", "no data source"), ("./no/where", "no data source"), ("nano:birds", "no domain"),
         ("nano:text=x", "above zero"), ("nano:text=0", "above zero"), ("nano=nan", "above zero"),
         ("nano,nowhere", "no data source"), ("EMPTY", "contain any data file"),
-        ("CAPTIONS", "no column of pictures"),
+        ("CAPTIONS", "no column of images"),
         ("nano:text=5000,nano:scenes", "differ too much"),
     ],
 )  # fmt: skip
 def test_bad_sources(name, message, tmp_path):
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "CAPTIONS").mkdir()
-    Dataset.from_dict({"text": ["no picture"]}).to_parquet(tmp_path / "CAPTIONS/0.parquet")
+    Dataset.from_dict({"text": ["no image"]}).to_parquet(tmp_path / "CAPTIONS/0.parquet")
     with pytest.raises((ValueError, OSError), match=message):
         data.open_source(str(tmp_path / name) if name.isupper() else name, 48, 0)
 
@@ -635,7 +637,7 @@ def test_batches_and_shards_that_cannot_be_split(sources):
 # what is wrong with some samples
 
 
-def test_five_per_cent_of_damaged_pictures_are_left_out_and_named(tmp_path):
+def test_five_per_cent_of_damaged_images_are_left_out_and_named(tmp_path):
     write_folder(tmp_path / "folder", 40)
     write_tars(tmp_path / "tar", 4, 10)
     write_tables(tmp_path / "parquet", 4, 10)
@@ -643,10 +645,10 @@ def test_five_per_cent_of_damaged_pictures_are_left_out_and_named(tmp_path):
         (tmp_path / f"folder/{i}.png").write_bytes(content)
     (tmp_path / "folder/9.png").unlink()
     write_tar(
-        tmp_path / "tar/01.tar", {"x.jpg": b"junk", "x.txt": b"bad", "y.jpg": png(10), "y.txt": b"picture 10"}
+        tmp_path / "tar/01.tar", {"x.jpg": b"junk", "x.txt": b"bad", "y.jpg": png(10), "y.txt": b"image 10"}
     )
     rows = {"image": [{"bytes": b"junk", "path": None}, {"bytes": png(10), "path": None}, None]}
-    Dataset.from_dict(rows | {"text": ["bad", "picture 10", "none"]}).to_parquet(
+    Dataset.from_dict(rows | {"text": ["bad", "image 10", "none"]}).to_parquet(
         tmp_path / "parquet/01.parquet"
     )
     for kind, names in (
@@ -667,9 +669,9 @@ def test_nothing_usable_is_an_error(tmp_path):
     write_folder(tmp_path / "folder", 3)
     for i in range(3):
         (tmp_path / f"folder/{i}.png").write_bytes(b"junk")
-    write_tar(tmp_path / "tar/0.tar", {"x.jpg": b"junk", "y.txt": b"no picture"})
+    write_tar(tmp_path / "tar/0.tar", {"x.jpg": b"junk", "y.txt": b"no image"})
     write_tar(tmp_path / "empty/0.tar", {})
-    for kind, message in (("folder", "100 pictures"), ("tar", "y: no picture"), ("empty", "empty")):
+    for kind, message in (("folder", "100 images"), ("tar", "y: no image"), ("empty", "empty")):
         loader = data.Loader(data.open_source(str(tmp_path / kind), SIZE, 0), 2, workers=0)
         with pytest.raises(ValueError, match=message):
             next(loader)
@@ -696,7 +698,7 @@ def test_a_whole_tar_is_never_taken_for_a_damaged_one(tmp_path):
         assert [row["name"][-1] for row in data.tar_rows(str(tmp_path / "x.tar"))] == ["a", "b"]
 
 
-class Stalled(data.Nano):
+class Stalled(data.NanoSource):
     def __getitem__(self, number: int) -> dict:
         if number == 9:
             time.sleep(60)
@@ -737,7 +739,7 @@ def test_hostile_files(tmp_path, monkeypatch):
     loader = data.Loader(data.open_source(str(tmp_path / "t"), SIZE, 0), 1, workers=0)
     [captions] = take(loader, 9, "caption")
     messages = "\n".join(loader.skipped)
-    for reason in ("outside: an unsafe name", "absolute: an unsafe name", "bomb is no picture",
+    for reason in ("outside: an unsafe name", "absolute: an unsafe name", "bomb is no image",
                    "deep: damaged json", "list: damaged json", "large.png has 2,097,153 bytes"):  # fmt: skip
         assert reason in messages
     assert set(tmp_path.rglob("*")) == before and not (tmp_path.parent / "outside.png").exists()
@@ -753,16 +755,16 @@ def test_fuzz(tmp_path):
     write_tables(tmp_path / "parquet", 1, 4)
     write_folder(tmp_path / "folder", 2)
     files = [tmp_path / "tar/00.tar", tmp_path / "parquet/00.parquet", tmp_path / "folder/metadata.jsonl"]
-    pictures = [png(1), png(1, format="JPEG"), png(1, format="WEBP"), png(1, format="GIF")]
+    images = [png(1), png(1, format="JPEG"), png(1, format="WEBP"), png(1, format="GIF")]
     outcomes = Counter()
     for trial in range(400):
-        content = bytearray(chance.choice(pictures))
+        content = bytearray(chance.choice(images))
         for _ in range(chance.randint(0, 8)):
             content[chance.randrange(len(content))] = chance.randrange(256)
         content = bytes(content[: chance.randint(0, len(content))] if trial % 2 else content)
         try:
-            outcomes[data.open_picture(content, "x").mode] += 1
-        except data.Unusable:
+            outcomes[data.open_image(content, "x").mode] += 1
+        except data.SkipSample:
             outcomes["unusable"] += 1
     assert outcomes["RGB"] > 20 and outcomes["unusable"] > 100
     for trial in range(60):

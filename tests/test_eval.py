@@ -20,7 +20,7 @@ import eval as evaluation
 from eval import Config, Features, FeatureSums, Gaussian, frechet_distance
 
 SIZE = 32
-CPU = common.Launch(torch.device("cpu"), 0, 1, torch.float32)
+CPU = common.DistContext(torch.device("cpu"), 0, 1, torch.float32)
 
 
 def pixels(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,8 +30,8 @@ def pixels(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 PIXELS = Features("pixels", 12, 4, pixels)  # of uint8 (B, 3, H, W)
 
 
-def write_pictures(folder: Path, count: int, first: int = 0) -> Path:
-    """Pictures of the nano world, a little larger than the autoencoder takes."""
+def write_images(folder: Path, count: int, first: int = 0) -> Path:
+    """Images of the nano world, a little larger than the autoencoder takes."""
     source = data.open_source("nano", 40, seed=5)
     folder.mkdir()
     for i in range(count):
@@ -47,20 +47,20 @@ def recon(world, parts, out: Path, *flags, processes=1, code=0) -> dict[str, dic
 
 
 def write_npz(path: Path, count: int, first: int = 0, side: int = 40, **statistics) -> Path:
-    """Pictures of the nano world as ADM keeps them."""
+    """Images of the nano world as ADM keeps them."""
     source = data.open_source("nano", side, seed=5)
-    pictures = [source[first + i]["image"] for i in range(count)]
-    np.savez(path, arr_0=np.stack(pictures), **statistics)
+    images = [source[first + i]["image"] for i in range(count)]
+    np.savez(path, arr_0=np.stack(images), **statistics)
     return path
 
 
-def fid_of(samples, reference, *, features: Features = PIXELS, where=CPU, **flags) -> dict[str, float]:
+def fid_of(samples, reference, *, features: Features = PIXELS, dist_ctx=CPU, **flags) -> dict[str, float]:
     """As `eval.py fid` in this process, with any features."""
     flags = {"batch": 4, "workers": 0} | flags
     config = Config(samples=str(samples), reference=str(reference), **flags)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "load_features", lambda *args: features)
-        results = evaluation.fid(config, where)
+        results = evaluation.fid(config, dist_ctx)
     values = {}
     for result in results:
         name, _, column = result["metric"].partition("/")
@@ -116,10 +116,10 @@ def test_sums_give_the_mean_and_covariance_whatever_the_batch(batch):
     assert gaussian.count == 50
 
 
-def test_one_picture_has_no_covariance():
+def test_one_image_has_no_covariance():
     sums = FeatureSums(PIXELS.width)
     sums.add(torch.zeros(1, 12))
-    with pytest.raises(ValueError, match="at least 2 pictures, but only 1"):
+    with pytest.raises(ValueError, match="at least 2 images, but only 1"):
         sums.gaussian()
 
 
@@ -195,7 +195,7 @@ def test_inception_files_that_are_none(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_lpips_takes_unit_pictures_and_downloads_its_backbone(monkeypatch):
+def test_lpips_takes_unit_images_and_downloads_its_backbone(monkeypatch):
     untrained = functools.partial(lpips.LPIPS, pnet_rand=True)
     monkeypatch.setattr(lpips, "LPIPS", untrained)
     metric, one = evaluation.load_lpips("alex", CPU), torch.rand(3, 3, 64, 64)
@@ -257,8 +257,8 @@ def test_reference_files(tmp_path):
     np.testing.assert_allclose(load().covariance, sums.gaussian().covariance, rtol=1e-9)
 
     inception = PIXELS._replace(name="inception")
-    pictures = np.zeros((2, 4, 4, 3), np.uint8)
-    np.savez(path, mu=gaussian.mean, sigma=gaussian.covariance, arr_0=pictures)  # as ADM's
+    black = np.zeros((2, 4, 4, 3), np.uint8)
+    np.savez(path, mu=gaussian.mean, sigma=gaussian.covariance, arr_0=black)  # as ADM's
     assert (load(features=inception).mean == gaussian.mean).all()
     with pytest.raises(ValueError, match="of inception features, not of pixels"):
         load()
@@ -287,7 +287,7 @@ def test_reference_files(tmp_path):
 
 
 def test_a_file_that_ends_early(tmp_path):
-    """Its header promises more pictures than there are."""
+    """Its header promises more images than there are."""
     with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive, archive.open("arr_0.npy", "w") as entry:
         header = {"descr": "|u1", "fortran_order": False, "shape": (4, 2, 2, 3)}
         np.lib.format.write_array_header_1_0(entry, header)
@@ -301,45 +301,45 @@ def test_a_file_that_ends_early(tmp_path):
 
 
 def test_processes_and_batches_do_not_change_the_result(world, parts, tmp_path):
-    write_pictures(tmp_path / "val", 11)
+    write_images(tmp_path / "val", 11)
     (tmp_path / "val/03.png").write_bytes(b"junk")
-    flags = ["--data", f"val={tmp_path}/val", "--npz", tmp_path / "pictures.npz"]
+    flags = ["--data", f"val={tmp_path}/val", "--npz", tmp_path / "images.npz"]
     outcomes = []
     for processes, batch, workers in ((1, 64, 0), (2, 3, 0), (1, 2, 2)):
         more = ["--batch", batch, "--workers", workers]
         results = recon(world, parts, tmp_path / "r.json", *flags, *more, processes=processes)
         strip = np.array(Image.open(tmp_path / "r.png"))
-        outcomes.append((results, np.load(tmp_path / "pictures.npz")["arr_0"], strip))
-    results, pictures, strip = outcomes[0]
+        outcomes.append((results, np.load(tmp_path / "images.npz")["arr_0"], strip))
+    results, images, strip = outcomes[0]
     assert set(results) == {"psnr/val", "ssim/val", "rfid-encoder/val"}
     assert {result["n"] for result in results.values()} == {10}
-    assert pictures.shape == (10, SIZE, SIZE, 3) and pictures.dtype == np.uint8
+    assert images.shape == (10, SIZE, SIZE, 3) and images.dtype == np.uint8
     assert strip.shape == (2 * 128 + 2, 8 * 128 + 7 * 2, 3)
     original = data.centre_crop(Image.open(tmp_path / "val/04.png"), SIZE)  # the fourth that can be read
     assert (strip[:128:4, 3 * 130 : 3 * 130 + 128 : 4] == original).all()
-    assert (strip[130::4, 3 * 130 : 3 * 130 + 128 : 4] == pictures[3]).all()
-    for others, other_pictures, other_strip in outcomes[1:]:
+    assert (strip[130::4, 3 * 130 : 3 * 130 + 128 : 4] == images[3]).all()
+    for others, other_images, other_strip in outcomes[1:]:
         for name, result in results.items():
             assert others[name]["value"] == pytest.approx(result["value"], rel=1e-4, abs=1e-6), name
             assert others[name]["n"] == result["n"]
-        assert (np.abs(other_pictures.astype(int) - pictures) <= 1).all()
+        assert (np.abs(other_images.astype(int) - images) <= 1).all()
         assert (np.abs(other_strip.astype(int) - strip) <= 1).all()
 
 
 def test_references_are_saved_and_used_again(world, parts, tmp_path):
-    write_pictures(tmp_path / "val", 6)
-    write_pictures(tmp_path / "other", 6, first=6)
+    write_images(tmp_path / "val", 6)
+    write_images(tmp_path / "other", 6, first=6)
     flags, file, out = ["--data", f"{tmp_path}/val"], tmp_path / "reference.npz", tmp_path / "r.json"
 
     def rfid(*more, processes=1) -> float:
         return recon(world, parts, out, *flags, *more, processes=processes)["rfid-encoder/val"]["value"]
 
-    own = rfid("--save-reference", file, "--npz", tmp_path / "pictures.npz")
+    own = rfid("--save-reference", file, "--npz", tmp_path / "images.npz")
     assert own > 0.01
     assert rfid("--reference", file) == pytest.approx(own, rel=1e-9)
     assert rfid("--reference", tmp_path / "val") == pytest.approx(own, rel=1e-6)
-    assert rfid("--reference", tmp_path / "pictures.npz") == pytest.approx(0, abs=1e-5)
-    assert rfid("--reference", tmp_path / "pictures.npz", processes=2) == pytest.approx(0, abs=1e-5)
+    assert rfid("--reference", tmp_path / "images.npz") == pytest.approx(0, abs=1e-5)
+    assert rfid("--reference", tmp_path / "images.npz", processes=2) == pytest.approx(0, abs=1e-5)
     assert rfid("--reference", tmp_path / "other") != pytest.approx(own, rel=0.01)
 
 
@@ -434,20 +434,20 @@ def test_fid_is_that_of_torch_fidelity():
     assert frechet_distance(*gaussians) == pytest.approx(expected, rel=1e-4)
 
 
-def test_fid_between_files_of_pictures(tmp_path):
+def test_fid_between_files_of_images(tmp_path):
     """Against numpy and scipy, on features that are pixels, with a classifier of them."""
     classes = torch.randn(5, 12, generator=torch.Generator().manual_seed(0)) / 200
     samples, reference = (write_npz(tmp_path / f"{i}.npz", 24, first=50 * i) for i in range(2))
     values = fid_of(samples, reference, features=PIXELS._replace(classifier=classes))
     assert list(values) == ["fid", "sfid", "inception-score", "precision", "recall"]
-    pictures = [torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2) for path in (samples, reference)]
+    images = [torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2) for path in (samples, reference)]
     for key, i in (("fid", 0), ("sfid", 1)):
-        x, y = (pixels(part)[i].double().numpy() for part in pictures)
+        x, y = (pixels(part)[i].double().numpy() for part in images)
         roots = np.sqrt(np.linalg.eigvals(np.cov(x.T) @ np.cov(y.T)).astype(complex)).real.sum()
         traces = np.trace(np.cov(x.T)) + np.trace(np.cov(y.T))
         expected = np.square(x.mean(axis=0) - y.mean(axis=0)).sum() + traces - 2 * roots
         assert values[key] == pytest.approx(expected, rel=1e-6)
-    x, y = (pixels(part)[0] for part in pictures)
+    x, y = (pixels(part)[0] for part in images)
     assert values["precision"] == pytest.approx(brute_force(x.numpy(), y.numpy()))
     assert values["recall"] == pytest.approx(brute_force(y.numpy(), x.numpy()))
     theirs = metric_isc.isc_features_to_metric(x @ classes.T, splits=1, shuffle=False)
@@ -474,14 +474,14 @@ def test_what_files_cannot_give_is_left_out_and_said(tmp_path, capsys):
     found, printed = names("samples.npz", "old.npz")
     assert found == ["fid", "inception-score"]
     assert "left out sFID: no mu_s and sigma_s in" in printed
-    assert "left out precision and recall: no pictures in" in printed
+    assert "left out precision and recall: no images in" in printed
     assert names("samples.npz", "adm.npz")[0] == ["fid", "sfid", "inception-score", "precision", "recall"]
     found, printed = names("few.npz", "adm.npz")
     assert found == ["fid", "sfid", "inception-score"]
-    assert "need 4 pictures" in printed and "3 pictures are few for a FID of 12 features" in printed
-    assert "Inception score: no pictures in" in names("only.npz", "adm.npz")[1]
+    assert "need 4 images" in printed and "3 images are few for a FID of 12 features" in printed
+    assert "Inception score: no images in" in names("only.npz", "adm.npz")[1]
 
-    values = fid_of(samples, tmp_path / "adm.npz", features=features)  # statistics go before pictures
+    values = fid_of(samples, tmp_path / "adm.npz", features=features)  # statistics go before images
     expected = fid_of(samples, tmp_path / "only.npz", features=features)
     assert {key: values[key] for key in expected} == expected
 
@@ -499,15 +499,15 @@ def test_of_a_large_reference_a_part_is_drawn(tmp_path, monkeypatch):
     assert (kept[0] == kept[1]).all()
 
 
-def test_pictures_of_a_reference_are_cropped_and_samples_are_not(tmp_path):
-    folder = write_pictures(tmp_path / "samples", 8)  # of 40 px
+def test_images_of_a_reference_are_cropped_and_samples_are_not(tmp_path):
+    folder = write_images(tmp_path / "samples", 8)  # of 40 px
     write_npz(tmp_path / "samples.npz", 8)
     assert fid_of(folder, tmp_path / "samples.npz")["fid"] == pytest.approx(0, abs=1e-6)
     Image.fromarray(np.zeros((90, 120, 3), np.uint8)).save(folder / "large.png")
     fid_of(tmp_path / "samples.npz", folder)
     Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(folder / "large.png")
     for workers in (0, 1):
-        with pytest.raises(ValueError, match="pictures of mixed sizes: one has .* pixels, the first"):
+        with pytest.raises(ValueError, match="images of mixed sizes: one has .* pixels, the first"):
             fid_of(folder, folder, workers=workers)
 
 
@@ -534,13 +534,13 @@ def test_mistakes_of_fid(tmp_path):
     cases = [
         ("", samples, "give both --samples and --reference"),
         (samples, "", "give both --samples and --reference"),
-        (samples, small, "pictures of 40 x 40 pixels, .*small.npz of 32 x 32: compare those of one size"),
-        (tmp_path / "wide.npz", samples, "pictures of 6 x 8 pixels: no squares"),
+        (samples, small, "images of 40 x 40 pixels, .*small.npz of 32 x 32: compare those of one size"),
+        (tmp_path / "wide.npz", samples, "images of 6 x 8 pixels: no squares"),
         (samples, tmp_path / "other.npz", "of encoder features, not of pixels"),
         (samples, tmp_path / "half.npz", "cannot read .*sigma_s"),
         (samples, tmp_path / "spatial.npz", r"mu_s \(12,\) and sigma_s \(12, 12\) of 4 pixels features"),
-        (tmp_path / "one.npz", samples, "at least 2 pictures, but only 1"),
-        (tmp_path / "broken", samples, "holds no picture that can be used"),
+        (tmp_path / "one.npz", samples, "at least 2 images, but only 1"),
+        (tmp_path / "broken", samples, "holds no image that can be used"),
         (tmp_path / "missing.npz", samples, "cannot read"),
         (samples, "nowhere", "no data source"),
     ]
@@ -552,7 +552,7 @@ def test_mistakes_of_fid(tmp_path):
 
 def test_processes_do_not_change_fid(world, tmp_path):
     """As a user runs it, with the encoder in nano/weights."""
-    folder = write_pictures(tmp_path / "samples", 11)
+    folder = write_images(tmp_path / "samples", 11)
     (folder / "03.png").write_bytes(b"junk")
     write_npz(tmp_path / "reference.npz", 14, first=20)
     out, outcomes = tmp_path / "r.json", []
@@ -560,7 +560,7 @@ def test_processes_do_not_change_fid(world, tmp_path):
         flags = ["--samples", folder, "--reference", tmp_path / "reference.npz", "--batch", batch]
         run = world(processes, "eval.py", "fid", *flags, "--workers", 0, "--out", out)
         printed = run.wait()
-        assert "left out 1 pictures" in printed and "10 pictures are few for a FID of 96" in printed
+        assert "left out 1 images" in printed and "10 images are few for a FID of 96" in printed
         outcomes.append({r["metric"]: r for r in json.loads(out.read_text())})
     one, two = outcomes
     keys = [f"{name}-encoder/samples" for name in ("fid", "sfid", "precision", "recall")]

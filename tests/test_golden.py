@@ -300,7 +300,7 @@ def test_discriminator(case, tolerance):
 
 @pytest.mark.parametrize("case", ["I1", "I6"])
 def test_adaptive_weight(case):
-    """The gradients of the last layer come from those of the pictures, not from autograd."""
+    """The gradients of the last layer come from those of the images, not from autograd."""
     given, expected = inputs(case), GOLDEN[case]["adaptive"]
     decoder = rae.from_official(official(case, "decoder"), heads=4)
     mean, std = (torch.tensor(GOLDEN["H1"]["config"][name]) for name in ("pix_mean", "pix_std"))
@@ -308,9 +308,9 @@ def test_adaptive_weight(case):
     last_layer = train_decoder.LastLayer(model)
     decoded = decoder(given.z) * model.image_std + mean.view(3, 1, 1)
     check(decoded, GOLDEN[case]["outputs"]["adaptive_image"], 1e-6)
-    pictures = decoded.detach().requires_grad_()
-    l1, gan = F.l1_loss(pictures, given.target), -discriminator(case)(2 * pictures - 1).mean()
-    gradients = [torch.autograd.grad(loss, pictures)[0] for loss in (l1, gan)]
+    images = decoded.detach().requires_grad_()
+    l1, gan = F.l1_loss(images, given.target), -discriminator(case)(2 * images - 1).mean()
+    gradients = [torch.autograd.grad(loss, images)[0] for loss in (l1, gan)]
     of_l1, of_gan = (last_layer.gradient(gradient) for gradient in gradients)
     weight = train_decoder.adaptive_weight(of_l1, of_gan)
     decoded.backward(gradients[0] + 0.75 * weight * gradients[1])
@@ -479,7 +479,7 @@ def our_name(name):
 
 
 def chat(model, ids, learned=False):
-    """One sequence; its picture is an answer if `learned`."""
+    """One sequence; its image is an answer if `learned`."""
     return model.collate([(ids, ids if learned else [rae.IGNORED] * len(ids))])
 
 
@@ -503,23 +503,23 @@ def generated(model, ids, noise):
 
 def test_generation(full_model):
     given, expected = inputs("SD"), GOLDEN["SD"]["outputs"]
-    picture = [rae.IMAGE] * 256
-    ids = [*given.ids, given.im_start, *picture]
+    image = [rae.IMAGE] * 256
+    ids = [*given.ids, given.im_start, *image]
     logits, condition, latents = generated(full_model, ids, pack(given.noise))
     check(condition, expected["cond"], 5e-6)
     check(logits[-1], expected["logits_last"], 5e-6)
     check(logits[len(given.ids)], expected["logits_im_start"], 5e-6)
     check(logits[len(given.ids) - 1], expected["logits_prompt_last"], 5e-6)
     check(latents, expected["latent"], 2e-5)
-    for name, picture_latents in (
+    for name, image_latents in (
         ("und", ramp(**GOLDEN["SD"]["inputs"]["und_latent"])),
         ("und_generated", latents),
     ):
-        _, logits = logits_of(full_model, [*given.und_before, *picture, *given.und_after], picture_latents)
+        _, logits = logits_of(full_model, [*given.und_before, *image, *given.und_after], image_latents)
         check(logits[-1], expected[f"{name}_logits_last_noround"], 1e-5)
 
 
-def test_greedy_text_then_picture(full_model):
+def test_greedy_text_then_image(full_model):
     given, expected, greedy = inputs("SD"), GOLDEN["SD"]["outputs"], GOLDEN["SD"]["greedy"]
     ids = list(greedy["ids"])
     while ids[-1] != greedy["im_start"]:
@@ -541,11 +541,11 @@ def test_verdicts(full_model):
     """Both scores of test-time scaling and the four that they keep. The reference rounds some activations of
     the question to bf16, which its answers show; its prompt confidence is known without."""
     given, expected = inputs("SD"), GOLDEN["SD"]["verdicts"]
-    latents, picture = torch.cat([ramp(**x) for x in given.question_latents]), [rae.IMAGE] * 256
+    latents, image = torch.cat([ramp(**x) for x in given.question_latents]), [rae.IMAGE] * 256
     with torch.no_grad():
-        question = [*given.question_before, *picture, *given.question_after]
+        question = [*given.question_before, *image, *given.question_after]
         answers = full_model.answer_logits(question, latents, given.yes, given.no, given.eos, 4)
-        description = [*given.describe_before, *picture, *given.describe_after]
+        description = [*given.describe_before, *image, *given.describe_after]
         confidence = full_model.prompt_confidence(description, given.prompt, latents).tolist()
     assert answers[0] == expected["answer"]
     for name, found in zip(("yes_logit", "no_logit"), answers[1:], strict=True):
@@ -557,7 +557,7 @@ def test_verdicts(full_model):
 
 
 def with_patches(ids, labels):
-    """16 of them where the picture is."""
+    """16 of them where the image is."""
     if "IMG" not in ids:
         return ids, labels
     at = ids.index("IMG")
@@ -569,10 +569,10 @@ def with_patches(ids, labels):
 def test_training_step():
     model, given, expected = text_to_image("SE"), inputs("SE"), GOLDEN["SE"]["outputs"]
     encoded = [with_patches(ids, labels) for ids, labels in zip(given.ids, given.labels, strict=True)]
-    batch, pictures = model.collate(encoded), [0, 1, 3]  # the samples with one
+    batch, images = model.collate(encoded), [0, 1, 3]  # the samples with one
     assert batch.context_index.tolist() == [0] and batch.answer_index.tolist() == [1, 2]
-    latents = F.layer_norm(given.features, (1152,), eps=1e-6)[pictures]
-    noise, t = pack(given.noise)[pictures], torch.tensor(given.t)[pictures]
+    latents = F.layer_norm(given.features, (1152,), eps=1e-6)[images]
+    noise, t = pack(given.noise)[images], torch.tensor(given.t)[images]
     cross_entropy, flow = model(batch, latents, noise, t, torch.zeros(3, dtype=torch.bool))
     check(flow, {"first5": GOLDEN["SE"]["per_image"]}, 2e-6)
     cross_entropy, diffusion = cross_entropy / len(batch.targets), flow.mean()
@@ -590,15 +590,15 @@ def test_training_step():
 @torch.no_grad()
 def test_weak_full_model():
     """Case D."""
-    model, picture = text_to_image("SD", weak=True), [rae.IMAGE] * 256
+    model, image = text_to_image("SD", weak=True), [rae.IMAGE] * 256
     noise = pack(ramp((1, 1152, 16, 16)))
-    logits, condition, latents = generated(model, [5, 7, 9, 11, 13, 15, 97, *picture], noise)
+    logits, condition, latents = generated(model, [5, 7, 9, 11, 13, 15, 97, *image], noise)
     first5 = [-0.668100, -0.763616, -0.474324, 0.048443, 0.536297]
     check(condition, {"first5": first5, "last": -0.513319, "sum_abs": 5586.27371}, 5e-6)
     check(logits[-1], {"first5": [-0.141198, 0.446951, 0.809469, 0.763352, 0.331878]}, 5e-6)
     first5 = [0.216534, -0.480045, -0.997640, -0.730462, 0.310336]
     check(latents, {"first5": first5, "last": 1.316817, "sum_abs": 202223.5}, 2e-5)
-    _, logits = logits_of(model, [3, 4, *picture, 8, 9], latents)
+    _, logits = logits_of(model, [3, 4, *image, 8, 9], latents)
     check(logits[-1], {"first5": [0.487174, 0.434012, 0.161752, -0.192164, -0.449071]}, 1e-3)  # of bf16
 
 

@@ -1,4 +1,4 @@
-"""The synthetic world: pictures are what their captions, questions and requests say, on every machine."""
+"""The synthetic world: images are what their captions, questions and requests say, on every machine."""
 
 import hashlib
 import re
@@ -29,17 +29,17 @@ def prompts():
 
 
 @pytest.fixture(scope="module")
-def pictures(prompts):
+def images(prompts):
     return {task: [shapes.render(p, i) for i, p in enumerate(some)] for task, some in prompts.items()}
 
 
-def accuracy(pictures, prompts):
-    pairs = {task: zip(pictures[task], prompts[task], strict=True) for task in shapes.TASKS}
+def accuracy(images, prompts):
+    pairs = {task: zip(images[task], prompts[task], strict=True) for task in shapes.TASKS}
     return overall({task: [score(*pair)[0] for pair in some] for task, some in pairs.items()})
 
 
 def degraded(image, blur=0.6, noise=6.0):
-    """A picture as a decoder would give it: soft and a little noisy."""
+    """An image as a decoder would give it: soft and a little noisy."""
     grain = np.random.default_rng(0).normal(0, noise, image.shape)
     soft = ndimage.gaussian_filter(image.astype(np.float64), (blur, blur, 0))
     return np.clip(np.round(soft + grain), 0, 255).astype(np.uint8)
@@ -129,22 +129,22 @@ def test_prompts_are_another_stream_than_training():
     assert sum(one == other for one, other in zip(of_tasks, asked, strict=True)) < 10
 
 
-def test_true_pictures_score(pictures, prompts):
-    assert accuracy(pictures, prompts)["overall"] >= 0.99
+def test_true_images_score(images, prompts):
+    assert accuracy(images, prompts)["overall"] >= 0.99
 
 
-def test_true_pictures_score_at_another_size(prompts):
-    pictures = {task: [shapes.render(p, i, 64) for i, p in enumerate(some)] for task, some in prompts.items()}
-    assert accuracy(pictures, prompts)["overall"] >= 0.99
+def test_true_images_score_at_another_size(prompts):
+    images = {task: [shapes.render(p, i, 64) for i, p in enumerate(some)] for task, some in prompts.items()}
+    assert accuracy(images, prompts)["overall"] >= 0.99
 
 
-def test_soft_and_noisy_pictures_score(pictures, prompts):
-    soft = {task: [degraded(image) for image in some] for task, some in pictures.items()}
+def test_soft_and_noisy_images_score(images, prompts):
+    soft = {task: [degraded(image) for image in some] for task, some in images.items()}
     assert accuracy(soft, prompts)["overall"] >= 0.97
 
 
-def test_pictures_of_other_prompts_fail(pictures, prompts):
-    shifted = {task: some[1:] + some[:1] for task, some in pictures.items()}
+def test_images_of_other_prompts_fail(images, prompts):
+    shifted = {task: some[1:] + some[:1] for task, some in images.items()}
     assert accuracy(shifted, prompts)["overall"] < 0.12
 
 
@@ -226,7 +226,7 @@ def answered(question, sample):
     return shapes.an(other.shape) if relation in relations(boxed(other), boxed(things[0])) else None
 
 
-def test_pictures_are_asked_what_verifiers_ask(parts, monkeypatch):
+def test_images_are_asked_what_verifiers_ask(parts, monkeypatch):
     (align, _), (describe, _), *_ = shapes.draw("objects", 5, 0).questions
     model, asked = rae.TextToImage.from_pretrained(parts / "t2i").eval(), []
     encode = model.encode_chat
@@ -312,7 +312,7 @@ def test_rule_places():
     assert "no target" in judge([found("star")], {"include": include})[1]
 
 
-def test_rule_on_pictures():
+def test_rule_on_images():
     red = {"tag": "colors", "include": [{"class": "star", "count": 1, "color": "red"}]}
     blue = {"tag": "colors", "include": [{"class": "star", "count": 1, "color": "yellow"}]}
     assert score(shapes.render(red, 0), red)[0] and not score(shapes.render(red, 0), blue)[0]

@@ -72,7 +72,7 @@ def test_tokenizer_spells_capitals_and_loses_nothing(parts):
     )
 
 
-def test_conversations_ask_for_pictures_or_about_captions():
+def test_conversations_ask_for_images_or_about_captions():
     chats = [prepare.conversation(0, i) for i in range(60)]
     assert {len(chat) for chat in chats} == {3} and chats[0] == prepare.conversation(0, 0)
     asked = [chat for chat in chats if chat[2]["content"].startswith("Here you go:\n")]

@@ -258,23 +258,23 @@ def test_every_encoder_family_gives_one_normalised_token_per_patch(family):
 
 @pytest.mark.parametrize("family", ENCODERS)
 def test_tokens_are_in_raster_order(family):
-    model, picture = tiny_rae(family), torch.rand(1, 3, 32, 32)
-    changed = picture.clone()
+    model, image = tiny_rae(family), torch.rand(1, 3, 32, 32)
+    changed = image.clone()
     changed[:, :, 8:16, 16:24] = 0  # patch of row 1, column 2
-    difference = model.encode(changed) - model.encode(picture)
+    difference = model.encode(changed) - model.encode(image)
     assert difference.square().sum(dim=-1).argmax().item() == 1 * 4 + 2
 
 
 def test_latent_statistics_are_inverted_by_decode_and_saved(tmp_path):
-    model, picture = tiny_rae(), torch.rand(2, 3, 32, 32)
-    raw, decoded = model.encode(picture), model.decode(model.encode(picture))
+    model, image = tiny_rae(), torch.rand(2, 3, 32, 32)
+    raw, decoded = model.encode(image), model.decode(model.encode(image))
     model.latent_mean.normal_()
     model.latent_std.uniform_(0.5, 2)
-    torch.testing.assert_close(model.encode(picture), (raw - model.latent_mean) / model.latent_std)
-    torch.testing.assert_close(model.decode(model.encode(picture)), decoded, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.encode(image), (raw - model.latent_mean) / model.latent_std)
+    torch.testing.assert_close(model.decode(model.encode(image)), decoded, atol=1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path)
     again = rae.RAE.from_pretrained(tmp_path)
-    assert torch.equal(again.encode(picture), model.encode(picture))
+    assert torch.equal(again.encode(image), model.encode(image))
     assert torch.equal(again.decode(raw), model.decode(raw))
 
 

@@ -63,11 +63,11 @@ def save(content, path) -> str:
 def check_decoder(model: rae.RAE, parts, decoder: dict, stats: dict) -> None:
     """The encoder with its own weights, and this decoder between these statistics."""
     assert not model.training and model.image_size == 16 and model.encoder_size == 32
-    picture = torch.rand(2, 3, 40, 30)
-    tokens = rae.RAE(str(parts / "encoder"), DECODER).encode(picture)
+    image = torch.rand(2, 3, 40, 30)
+    tokens = rae.RAE(str(parts / "encoder"), DECODER).encode(image)
     mean = torch.zeros(16, 24) if stats.get("mean") is None else stats["mean"].flatten(1).T
     std = torch.ones(16, 24) if stats.get("var") is None else (stats["var"].flatten(1).T + 1e-5).sqrt()
-    latents = model.encode(picture)
+    latents = model.encode(image)
     torch.testing.assert_close(latents, (tokens - mean) / std)
     module = rae.from_official(decoder, heads=2)
     torch.testing.assert_close(model.decode(latents), module(tokens) * 0.5 + 0.5, atol=1e-5, rtol=0)
@@ -99,8 +99,8 @@ def test_published_name(parts, decoder, hub, monkeypatch):
             (hub / given["decoder"] / "config.json").write_text(json.dumps({"decoder_hidden_size": 1}))
         monkeypatch.setitem(rae.RELEASED, name, given | {"encoder": str(parts / "encoder")})
         check_decoder(rae.RAE.from_pretrained(name), parts, decoder, STATISTICS if collection else {})
-    where = common.Launch(torch.device("cpu"), 0, 1, torch.float32)
-    check_decoder(common.load_autoencoder(name, where), parts, decoder, {})
+    dist_ctx = common.DistContext(torch.device("cpu"), 0, 1, torch.float32)
+    check_decoder(common.load_autoencoder(name, dist_ctx), parts, decoder, {})
 
 
 def test_scale_rae_repository(parts, decoder, tmp_path):
@@ -222,8 +222,8 @@ def maps(tokens: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def check_same(ours: rae.RAE, theirs: diffusers.AutoencoderRAE) -> None:
-    picture = torch.rand(1, 3, 230, 220)
-    latents, wanted = ours.encode(picture), theirs.encode(picture).latent
+    image = torch.rand(1, 3, 230, 220)
+    latents, wanted = ours.encode(image), theirs.encode(image).latent
     torch.testing.assert_close(maps(latents), wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours.decode(latents), theirs.decode(wanted).sample, atol=1e-5, rtol=0)
 
@@ -242,8 +242,8 @@ def test_to_diffusers_and_back(kind, old_siglip, tmp_path):
             torch.testing.assert_close(again.state_dict()[name], tensor, atol=1e-6, rtol=0)
         else:
             assert torch.equal(again.state_dict()[name], tensor), name
-    picture = torch.rand(1, 3, 224, 224)
-    assert torch.equal(again.encode(picture), model.encode(picture))
+    image = torch.rand(1, 3, 224, 224)
+    assert torch.equal(again.encode(image), model.encode(image))
 
 
 @pytest.mark.parametrize("kind", rae.DIFFUSERS_ENCODERS)
@@ -401,8 +401,8 @@ def test_text_to_image_with_a_vae(vae_folder, parts, tmp_path):
         str(vae_folder),
     )
     model.save_pretrained(tmp_path / "t2i")
-    where = common.Launch(torch.device("cpu"), 0, 1, torch.float32)
-    model = common.load_model(rae.TextToImage, str(tmp_path / "t2i"), "", where)
+    dist_ctx = common.DistContext(torch.device("cpu"), 0, 1, torch.float32)
+    model = common.load_model(rae.TextToImage, str(tmp_path / "t2i"), "", dist_ctx)
     assert isinstance(model.autoencoder, rae.VAE)
 
 

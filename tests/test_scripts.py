@@ -50,18 +50,16 @@ def run(monkeypatch, capsys):
         signal.signal(number, handler)
 
 
-def test_sample_writes_pictures_with_their_settings(run, parts, tmp_path):
+def test_sample_writes_images_with_their_settings(run, parts, tmp_path):
     flags = ["--model", parts / "t2i", "--steps", 2, "--out", tmp_path]
     out = run("sample.py", "a red star", "two rings", "--n", 2, "--seed", 5, *flags).split()
     assert [Path(line).name for line in out] == [
         "a-red-star-5.png", "a-red-star-6.png", "two-rings-5.png", "two-rings-6.png", "grid.png",
     ]  # fmt: skip
-    picture = Image.open(tmp_path / "two-rings-6.png")
-    assert picture.size == (32, 32)
-    assert (
-        picture.text["prompt"] == "two rings" and picture.text["seed"] == "6" and picture.text["steps"] == "2"
-    )
-    before = picture.tobytes()
+    image = Image.open(tmp_path / "two-rings-6.png")
+    assert image.size == (32, 32)
+    assert image.text["prompt"] == "two rings" and image.text["seed"] == "6" and image.text["steps"] == "2"
+    before = image.tobytes()
     run("sample.py", "two rings", "--n", 1, "--seed", 6, *flags)
     assert Image.open(tmp_path / "two-rings-6.png").tobytes() == before  # whatever else is drawn
 
@@ -112,8 +110,8 @@ def test_best_of_keeps_what_the_verifier_prefers(run, parts, tmp_path):
         assert [row["prompt_confidence"] for row in rows] == pytest.approx(
             [verdict.prompt_confidence for verdict in verdicts], rel=1e-4
         )
-        picture = Image.open(tmp_path / f"{name}-{3 + expected[0]}.png")
-        assert float(picture.text["prompt_confidence"]) == rows[expected[0]]["prompt_confidence"]
+        image = Image.open(tmp_path / f"{name}-{3 + expected[0]}.png")
+        assert float(image.text["prompt_confidence"]) == rows[expected[0]]["prompt_confidence"]
     assert len(list(tmp_path.glob("two-rings-*.png"))) == 2  # the others are not decoded
     again = [*best, "--resume", *flags]
     assert run("sample.py", "a red star", "two rings", *again).split() == out
@@ -126,19 +124,19 @@ def test_best_of_keeps_what_the_verifier_prefers(run, parts, tmp_path):
     assert "is of seed 3, not 4" in run("sample.py", *few, "--seed", 4, code=1)
 
 
-def test_own_pictures(parts, tmp_path):
+def test_own_images(parts, tmp_path):
     """The script of the README on 200 captioned PNGs."""
     readme = (ROOT / "README.md").read_text()
-    [script] = [block for block in readme.split("```") if block.startswith("sh\n# own pictures\n")]
+    [script] = [block for block in readme.split("```") if block.startswith("sh\n# own images\n")]
     chance, lines = np.random.default_rng(0), []
-    (tmp_path / "my_pictures").mkdir()
+    (tmp_path / "my_images").mkdir()
     for i in range(200):
         color, ramp = chance.integers(256, size=3), np.linspace(0, 1, 40)[None, :, None]
         Image.fromarray((ramp * color * np.ones((30, 1, 1))).astype(np.uint8)).save(
-            tmp_path / f"my_pictures/{i}.png"
+            tmp_path / f"my_images/{i}.png"
         )
         lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a ramp to {color[0]} red"}))
-    (tmp_path / "my_pictures/metadata.jsonl").write_text("\n".join(lines))
+    (tmp_path / "my_images/metadata.jsonl").write_text("\n".join(lines))
     small = {"ENCODER": parts / "encoder", "LANGUAGE_MODEL": parts / "language-model", "DECODER": "nano",
              "DIT": "nano", "STEPS": 4, "BATCH": 8, "PROMPT": "a ramp to 9 red"}  # fmt: skip
     paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -160,7 +158,7 @@ def test_chat_draws_or_answers(run, parts, tmp_path, monkeypatch):
 
 
 def test_eval_writes_the_result_format(run, parts, tmp_path):
-    flags = ["--model", parts / "t2i", "--autoencoder", parts / "rae", "--steps", 2, "--pictures", 1]
+    flags = ["--model", parts / "t2i", "--autoencoder", parts / "rae", "--steps", 2, "--images", 1]
     out = run("eval.py", "--limit", 2, *flags, "--out", tmp_path / "results.json")
     results = {r["metric"]: r for r in json.loads((tmp_path / "results.json").read_text())}
     assert {"psnr/objects", "ssim/text", "shapes/model/overall", "shapes/decoded/counting"} <= set(results)
@@ -233,9 +231,9 @@ def test_help_and_unknown_flags(script, run):
         (["sample.py", "a star", "--model", "nowhere/at/all"], "no model at"),
         (["sample.py", "a star", "--model", "DAMAGED"], "cannot load"),
         (["sample.py", "a star", "--model", "EMPTY"], "no config.json"),
-        (["sample.py", "--reconstruct", "nothing.png"], "no picture at"),
-        (["sample.py", "--reconstruct", "README.md"], "no picture that can be read"),
-        (["sample.py", "--ask", "nothing.png", "what?"], "no picture at"),
+        (["sample.py", "--reconstruct", "nothing.png"], "no image at"),
+        (["sample.py", "--reconstruct", "README.md"], "no image that can be read"),
+        (["sample.py", "--ask", "nothing.png", "what?"], "no image at"),
         (["sample.py", "a star", "--n", "0"], "at least 1"),
         (["train_t2i.py", "--batch", "0", "--out", "OUT"], "at least 1"),
         (["train_t2i.py", "--data", "nano:text=0", "--out", "OUT"], "above zero"),
@@ -270,7 +268,7 @@ def test_mistakes_end_in_one_line(command, message, run, parts, tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_file_or_folder(tmp_path, monkeypatch):
-    file, folder = tmp_path / "picture.png", tmp_path / "model"
+    file, folder = tmp_path / "image.png", tmp_path / "model"
     file.write_text("good")
     folder.mkdir()
     (folder / "config.json").write_text("good")
@@ -280,17 +278,17 @@ def test_a_full_disk_leaves_the_old_file_or_folder(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="cannot write"), common.replacing(folder):
         pass  # nothing was written: the last renaming fails
     assert file.read_text() == (folder / "config.json").read_text() == "good"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "picture.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "image.png"]
 
 
 def test_a_missing_tensor_is_no_model(parts, tmp_path):
-    where = common.launch()
+    dist_ctx = common.init_distributed()
     shutil.copytree(parts / "t2i", tmp_path / "t2i")
     weights = load_file(tmp_path / "t2i/model.safetensors")
     del weights["dit.final_layer.linear.bias"]
     save_file(weights, tmp_path / "t2i/model.safetensors")
     with pytest.raises(ValueError, match="cannot load"):
-        common.load_model(rae.TextToImage, str(tmp_path / "t2i"), "", where)
+        common.load_model(rae.TextToImage, str(tmp_path / "t2i"), "", dist_ctx)
 
 
 def test_learning_rate_and_average():
@@ -300,18 +298,18 @@ def test_learning_rate_and_average():
     model, average = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     model.weight.data.fill_(1.0)
     average.weight.data.fill_(0.0)
-    common.update_average(average, model, decay=0.75, step=0)
+    common.update_ema(average, model, decay=0.75, step=0)
     assert average.weight.item() == pytest.approx(0.9)  # the decay starts at 0.1
-    common.update_average(average, model, decay=0.75, step=1000)
+    common.update_ema(average, model, decay=0.75, step=1000)
     assert average.weight.item() == pytest.approx(0.925)
 
 
-def test_latent_statistics_are_those_of_all_pictures(parts):
-    model, where = rae.RAE.from_pretrained(parts / "rae").eval(), common.launch()
-    pictures = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
-    batches = iter([{"image": part} for part in pictures.split(4)])
-    mean, std = train_decoder.latent_statistics(model, batches, 12, where)
-    latents = model.encode(pictures / 255).double()
+def test_latent_statistics_are_those_of_all_images(parts):
+    model, dist_ctx = rae.RAE.from_pretrained(parts / "rae").eval(), common.init_distributed()
+    images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
+    batches = iter([{"image": part} for part in images.split(4)])
+    mean, std = train_decoder.latent_statistics(model, batches, 12, dist_ctx)
+    latents = model.encode(images / 255).double()
     torch.testing.assert_close(mean, latents.mean(dim=0).float(), atol=1e-6, rtol=0)
     expected = (latents.var(dim=0, correction=0) + 1e-5).sqrt()
     torch.testing.assert_close(std, expected.float(), atol=1e-5, rtol=0)
@@ -323,7 +321,7 @@ def test_prompts_of_the_same_name_do_not_overwrite_each_other(run, parts, tmp_pa
     assert len(set(out)) == 3 and all(Path(path).is_file() for path in out)
 
 
-def test_pictures_without_captions_do_not_train_text_to_image(run, parts, tmp_path):
+def test_images_without_captions_do_not_train_text_to_image(run, parts, tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     flags = ["--autoencoder", parts / "rae", "--language-model", parts / "language-model"]
     error = run("train_t2i.py", *flags, "--data", tmp_path, "--out", tmp_path / "out", "--batch", 4, code=1)
@@ -338,6 +336,6 @@ def test_plot_draws_every_loss(run, tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
     assert run("plot.py", tmp_path / "a").strip() == str(tmp_path / "a/plot.png")
     run("plot.py", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "both.png")
-    picture = Image.open(tmp_path / "both.png")
-    assert picture.width > 500 and len(picture.convert("RGB").getcolors(2**20)) > 20
+    image = Image.open(tmp_path / "both.png")
+    assert image.width > 500 and len(image.convert("RGB").getcolors(2**20)) > 20
     assert "no metrics.jsonl" in run("plot.py", tmp_path, code=1)

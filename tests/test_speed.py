@@ -107,7 +107,7 @@ def learn(
     value = loss(model)
     common.backward(value)
     norm = stepper.step()
-    common.update_average(average, model, 0.999, 200)
+    common.update_ema(average, model, 0.999, 200)
     assert norm.shape == () and all(p.grad is None for p in learned)
     waits = RuntimeError if value.is_cuda else DataDependentOutputException
     for read in (stepper.check, value.item):  # what a log line does, and a step must not
@@ -118,13 +118,13 @@ def learn(
 def text_loss(
     model: rae.TextToImage, models: dict, noise: torch.Tensor, u: torch.Tensor, v: torch.Tensor
 ) -> torch.Tensor:
-    """As train_t2i.py has it, of three pictures with two draws each."""
+    """As train_t2i.py has it, of three images with two draws each."""
     device = models["device"]
     images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8).pin_memory()  # as the loader does
     chat = models["chat"].to(device)
     with torch.autocast(device.type, torch.bfloat16):
         latents = models["autoencoder"][0].encode(data.to_unit(images, device))
-        t, dropped = rae.send(rae.sample_time(u, model.alpha), device), rae.send(v < 0.1, device)
+        t, dropped = rae.to_device(rae.sample_time(u, model.alpha), device), rae.to_device(v < 0.1, device)
         cross_entropy, errors = model(chat, latents, noise, t, dropped)
     assert errors.shape == (4,)
     return cross_entropy / len(chat.targets) + 2 * errors.sum() / 4
@@ -143,8 +143,8 @@ def test_a_step_with_classes_waits_for_nothing(models):
 
 
 def test_a_step_of_a_decoder_waits_for_nothing(models):
-    pictures = torch.rand(2, 3, 32, 32, device=models["device"])
-    learn(*models["autoencoder"], lambda model: F.l1_loss(model.decode(model.encode(pictures)), pictures))
+    images = torch.rand(2, 3, 32, 32, device=models["device"])
+    learn(*models["autoencoder"], lambda model: F.l1_loss(model.decode(model.encode(images)), images))
 
 
 def test_sampling_waits_for_nothing(models):
@@ -205,16 +205,16 @@ def test_a_step_on_a_card_takes_its_batch_there_and_waits_for_nothing(card):
     with Transfers() as transfers:
         loss = text_loss(card["text"][0], card, noise, u, v)
     assert loss.device == CARD
-    assert transfers.found == 10 * ["cpu to cuda, at once"]  # seven of a chat, pictures, times, dropout
+    assert transfers.found == 10 * ["cpu to cuda, at once"]  # seven of a chat, images, times, dropout
     with torch.autocast("cuda", torch.bfloat16):
         assert card["text"][0].dit.blocks[0].mlp(noise.new_empty(1, 1, 32)).dtype == torch.bfloat16
 
 
 def test_the_losses_of_a_decoder_stay_on_a_card(card):
-    pictures, draws = torch.empty(2, 3, 32, 32, device=CARD), torch.rand(7, 2)
+    images, draws = torch.empty(2, 3, 32, 32, device=CARD), torch.rand(7, 2)
     with Transfers() as transfers, torch.autocast("cuda", torch.bfloat16):
-        fake = card["autoencoder"][0].decode(card["autoencoder"][0].encode(pictures))
-        maps = [card["perceptual"].features(2 * images - 1) for images in (pictures, fake)]
+        fake = card["autoencoder"][0].decode(card["autoencoder"][0].encode(images))
+        maps = [card["perceptual"].features(2 * pair - 1) for pair in (images, fake)]
         distances = card["perceptual"].distance(*maps) + train_decoder.gram_distance(*maps)
         logits = card["discriminator"](train_decoder.augment(2 * fake - 1, draws, cutout=0.2))
     assert distances.device == logits.device == CARD
@@ -236,13 +236,13 @@ def test_drawing_on_a_card_takes_the_noise_there_and_waits_for_nothing(card):
     model, condition = card["text"][0].eval(), torch.empty(2, 16, 20, device=CARD)
     with Transfers() as transfers, torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         latents = model.generate(condition, 3, 2.0, noise=torch.empty(2, 16, 24), solver="heun", skip=1)
-        pictures = card["autoencoder"][0].decode(latents)
-    assert pictures.device == CARD
+        images = card["autoencoder"][0].decode(latents)
+    assert images.device == CARD
     assert transfers.found == ["cpu to cuda, at once"]
 
 
-@pytest.mark.parametrize(("pictures", "hidden"), [(2, 85), (3, 88)])
-def test_products_of_many_rows_have_rows_of_16_bytes(card, pictures, hidden):
+@pytest.mark.parametrize(("images", "hidden"), [(2, 85), (3, 88)])
+def test_products_of_many_rows_have_rows_of_16_bytes(card, images, hidden):
     """On a card: of a width of 32 SwiGLU's is 85, filled up to 88 for more than 32 tokens."""
     layer, widths = card["classes"][0].dit.blocks[0].mlp, set()
 
@@ -253,8 +253,8 @@ def test_products_of_many_rows_have_rows_of_16_bytes(card, pictures, hidden):
             return operation(*args, **(kwargs or {}))
 
     with Products(), torch.no_grad():
-        layer(torch.empty(pictures, 16, 32, device=CARD))
-    assert widths == {16 * pictures, 32, hidden, 2 * hidden}
+        layer(torch.empty(images, 16, 32, device=CARD))
+    assert widths == {16 * images, 32, hidden, 2 * hidden}
 
 
 def test_a_padded_width_changes_nothing(monkeypatch):
@@ -300,15 +300,15 @@ def test_a_cuda_graph_draws_the_same(parts, dtype, kind, compiled, how):
     for each in (model, guide):
         shake(each)
         each.to(CARD)
-    where = common.Launch(CARD, 0, 1, dtype)
-    common.cast_linear(model.dit.blocks, where)
-    common.compile_blocks(model.dit.blocks, compiled, where)
+    dist_ctx = common.DistContext(CARD, 0, 1, dtype)
+    common.cast_linear(model.dit.blocks, dist_ctx)
+    common.compile_blocks(model.dit.blocks, compiled, dist_ctx)
     how = how | {"guide": guide} if kind == "classes" else how
     inputs = {"text": ["a star", "a ring"], "classes": [1, 2]}[kind]
     for seed in range(2):
         noise, drawn = torch.randn(2, 16, 24, generator=torch.Generator().manual_seed(seed)), []
         for graph in (True, False):
-            with where.autocast():
+            with dist_ctx.autocast():
                 drawn.append(model.generate(inputs, 5, 2.0, noise=noise, graph=graph, **how))
         torch.testing.assert_close(*drawn)
 
@@ -362,16 +362,16 @@ def test_compiled_sampling_draws_the_same(world, parts, tmp_path):
 def test_linear_layers_in_the_dtype_of_the_compute_change_nothing(parts):
     model = rae.TextToImage.from_pretrained(parts / "t2i").eval()
     shake(model)
-    where = common.Launch(torch.device("cpu"), 0, 1, torch.bfloat16)
+    dist_ctx = common.DistContext(torch.device("cpu"), 0, 1, torch.bfloat16)
     size = sum(p.nbytes for p in model.dit.parameters())
 
     def draw() -> torch.Tensor:
-        with torch.no_grad(), where.autocast():
+        with torch.no_grad(), dist_ctx.autocast():
             latents = model.generate(["a star"], 3, 2.0, generator=torch.Generator().manual_seed(0))
             return model.autoencoder.decode(latents)
 
     before = draw()
-    common.cast_linear([*model.dit.blocks, *model.autoencoder.decoder.decoder_layers], where)
+    common.cast_linear([*model.dit.blocks, *model.autoencoder.decoder.decoder_layers], dist_ctx)
     assert torch.equal(draw(), before)
     assert sum(p.nbytes for p in model.dit.parameters()) < 0.7 * size
 
@@ -384,12 +384,12 @@ def test_blocks_compile_without_a_break(name, parts):
     model = make(name, parts)
     shake(model)
     pair = torch.randn(2, 2, 16, 24)
-    pictures = torch.rand(2, 3, 32, 32)
+    images = torch.rand(2, 3, 32, 32)
     t, dropped = torch.rand(2), torch.tensor([False, True])
     run = {
         "text": lambda: model(model.chat([WISH, WISH]), *pair, t, dropped)[1],
         "classes": lambda: model(torch.tensor([1, 2]), *pair, t, dropped),
-        "autoencoder": lambda: model.decode(model.encode(pictures)),
+        "autoencoder": lambda: model.decode(model.encode(images)),
     }[name]
     blocks = model.blocks if name != "autoencoder" else [*model.decoder.decoder_layers, *model.encoder.blocks]
     plain, calls = run(), []

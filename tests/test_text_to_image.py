@@ -1,4 +1,4 @@
-"""The unified model: tokens and labels, which pictures are answers, both losses, guidance, answering, its
+"""The unified model: tokens and labels, which images are answers, both losses, guidance, answering, its
 folder."""
 
 import copy
@@ -48,14 +48,14 @@ def test_labels_are_the_assistants_turn_and_the_turn_markers_everywhere(model):
     assert all(label in (i, rae.IGNORED) for i, label in zip(ids, labels, strict=True))
 
 
-def test_answer_pictures_are_those_whose_start_token_is_learned(model):
+def test_answer_images_are_those_whose_start_token_is_learned(model):
     chat = model.chat([QUESTION, REQUEST, QUESTION])
     assert chat.answer_index.tolist() == [1] and chat.context_index.tolist() == [0, 2]
     flat = chat.ids.flatten()
     assert (flat[chat.answers] == rae.IMAGE).all() and (flat[chat.contexts] == rae.IMAGE).all()
     assert torch.equal(chat.targets, flat[chat.predict + 1])
-    two_pictures = model.chat([[("user", "<image>\nsame?"), ("assistant", "<image>")]])
-    assert two_pictures.answer_index.tolist() == [1] and two_pictures.context_index.tolist() == [0]
+    two_images = model.chat([[("user", "<image>\nsame?"), ("assistant", "<image>")]])
+    assert two_images.answer_index.tolist() == [1] and two_images.context_index.tolist() == [0]
 
 
 def test_new_tokens_start_as_the_mean_row(parts):
@@ -105,7 +105,7 @@ def test_losses_of_a_batch_are_the_losses_of_its_samples(model):
     assert tokens == sum(a[2] for a in alone) and len(flow) == 2
 
 
-def test_draws_of_a_picture_are_as_if_it_came_that_often(model):
+def test_draws_of_a_image_are_as_if_it_came_that_often(model):
     torch.manual_seed(0)
     chats = [REQUEST, [("user", "<image>\nwhat is this?"), ("assistant", "two")], REQUEST]
     latents, noise, t = torch.randn(3, 16, 24), torch.randn(6, 16, 24), torch.rand(6)
@@ -168,8 +168,8 @@ def test_a_model_without_a_block_guides_the_whole(model):
     with torch.no_grad():
         for t, dt in rae.time_grid(3, model.alpha):
             time = torch.full((2,), t)
-            asked, any_picture = (model.dit(expected, time, each) for each in (condition, None))
-            guided = any_picture + 1.5 * (asked - any_picture)
+            asked, any_image = (model.dit(expected, time, each) for each in (condition, None))
+            guided = any_image + 1.5 * (asked - any_image)
             expected = expected + dt * (2 * guided - smaller(expected, time, condition))
     made = model.generate(prompts, 3, 1.5, noise=noise, skip=1)
     torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-4)
@@ -178,7 +178,7 @@ def test_a_model_without_a_block_guides_the_whole(model):
         model.generate(prompts, 3, noise=noise, skip=2)
 
 
-def test_guidance_changes_the_picture_and_prompts_matter(model):
+def test_guidance_changes_the_image_and_prompts_matter(model):
     noise = torch.randn(1, 16, 24).expand(2, -1, -1)
     plain = model.generate(["a star", "a ring"], steps=3, noise=noise)
     guided = model.generate(["a star", "a ring"], steps=3, noise=noise, guidance=3.0)
@@ -188,10 +188,10 @@ def test_guidance_changes_the_picture_and_prompts_matter(model):
     assert torch.equal(seeded[0], seeded[1]) and not torch.equal(seeded[0], seeded[2])
 
 
-def test_answer_reads_pictures_and_latents(model):
-    picture = torch.rand(3, 32, 32)
-    latents = model.autoencoder.encode(picture[None])[0]
-    assert model.answer(picture, "what?", max_tokens=4) == model.answer(latents, "what?", max_tokens=4)
+def test_answer_reads_images_and_latents(model):
+    image = torch.rand(3, 32, 32)
+    latents = model.autoencoder.encode(image[None])[0]
+    assert model.answer(image, "what?", max_tokens=4) == model.answer(latents, "what?", max_tokens=4)
     chat = model.chat([QUESTION])
     seen = [model.hidden_states(model.embed(chat, z[None]))[-1] for z in (latents, -latents)]
     assert (seen[0] - seen[1]).abs().max() > 1e-3  # what it says depends on what it sees
@@ -224,7 +224,7 @@ def test_a_dialogue_reads_only_what_is_new(model):
 
 
 def test_the_model_decides_to_draw(model, monkeypatch):
-    """Where it says <im_start>, the picture's condition is that of a training on this very conversation."""
+    """Where it says <im_start>, the image's condition is that of a training on this very conversation."""
     said = [*model.tokens("Here you go:\n"), model.im_start]
     script = iter([*said, *model.tokens("fine"), model.tokenizer.convert_tokens_to_ids("<|im_end|>")])
     width = model.language_model.config.vocab_size

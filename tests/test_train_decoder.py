@@ -20,7 +20,7 @@ import rae
 import train_decoder
 from train_decoder import Backbone, Discriminator, Perceptual, augment, latent_statistics, noise_scale
 
-CPU = common.Launch(torch.device("cpu"), 0, 1, torch.float32)
+CPU = common.DistContext(torch.device("cpu"), 0, 1, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +39,11 @@ def backbone(parts):
 @pytest.mark.parametrize("per", ["token", "channel"])
 def test_statistics_are_exact(model, per):
     """Whatever the batches are: torch.var over everything at once."""
-    pictures = torch.randint(256, (23, 3, 32, 32), dtype=torch.uint8)
-    latents = model.encode(pictures / 255).double()
+    images = torch.randint(256, (23, 3, 32, 32), dtype=torch.uint8)
+    latents = model.encode(images / 255).double()
     axes = (0,) if per == "token" else (0, 1)
     for sizes in ([23], [5, 5, 5, 5, 3]):
-        batches = ({"image": part} for part in pictures.split(sizes))
+        batches = ({"image": part} for part in images.split(sizes))
         mean, std = latent_statistics(model, batches, per, CPU)
         expected = (latents.var(dim=axes, unbiased=False, keepdim=True) + 1e-5).sqrt().float()
         torch.testing.assert_close(std, expected[0].expand_as(std), atol=1e-6, rtol=1e-6)
@@ -213,7 +213,7 @@ def test_presets_fit_together(name, monkeypatch):
     assert config.decoder == "ViT-S" and config.disc_start <= config.gan_start < config.steps
     grid = {"dinov2": 14, "siglip2-base": 16, "mae": 16, "so400m": 14, "webssl": 14}
     patch = next((patch for part, patch in grid.items() if part in config.encoder), None)
-    if patch:  # 16 x 16 tokens, and the papers' picture sizes
+    if patch:  # 16 x 16 tokens, and the papers' image sizes
         assert (config.encoder_size or {14: 224, 16: 256}[patch]) == 16 * patch
         assert config.patch_size * 16 == (224 if name.startswith("scale") else 256)
 
@@ -258,14 +258,14 @@ def test_what_is_shown_and_saved_is_the_average(world, parts, tmp_path):
     average = rae.RAE.from_pretrained(tmp_path / "model")
     [file] = (tmp_path / "checkpoints/0000003").glob("*.safetensors")
     online = {k.removeprefix("model."): v for k, v in load_file(file).items() if k.startswith("model.")}
-    pictures = next(data.Loader(data.open_source("nano", 32, 1), 16, workers=0))["image"] / 255
+    images = next(data.Loader(data.open_source("nano", 32, 1), 16, workers=0))["image"] / 255
     saved = np.array(Image.open(tmp_path / "samples/0000003.png")).astype(int)
     differences = []
     for weights in (average.state_dict(), average.state_dict() | online):
         average.load_state_dict(weights)
         with torch.no_grad():
-            pairs = torch.stack([pictures, average.decode(average.encode(pictures))], dim=1).flatten(0, 1)
-        common.save_picture(tmp_path / "own.png", common.picture_grid(pairs, 8, scale=2))
+            pairs = torch.stack([images, average.decode(average.encode(images))], dim=1).flatten(0, 1)
+        common.save_image(tmp_path / "own.png", common.image_grid(pairs, 8, scale=2))
         own = np.array(Image.open(tmp_path / "own.png")).astype(int)
         differences.append(np.abs(own - saved).max())
     assert differences[0] <= 1 and differences[1] > 5
@@ -288,10 +288,10 @@ def test_starting_from_another_model(world, parts, tmp_path):
 
 
 def test_a_generator_needs_captions(world, parts, tmp_path):
-    common.save_picture(tmp_path / "pictures/0.png", torch.zeros(3, 32, 32))
-    flags = ["--data", tmp_path / "pictures", "--out", tmp_path / "out", "--batch", 1, "--workers", 0]
+    common.save_image(tmp_path / "images/0.png", torch.zeros(3, 32, 32))
+    flags = ["--data", tmp_path / "images", "--out", tmp_path / "out", "--batch", 1, "--workers", 0]
     printed = world(1, "train_decoder.py", *flags, "--generator", parts / "t2i").wait(1)
-    assert "has pictures without captions" in printed and "Traceback" not in printed
+    assert "has images without captions" in printed and "Traceback" not in printed
 
 
 def test_latents_remade(parts):
@@ -342,7 +342,7 @@ def test_a_damaged_encoder_is_refused(parts, tmp_path):
 
 
 def test_the_size_of_an_encoders_input(tmp_path):
-    """DINOv2's table of positions is larger than the pictures that its processor makes."""
+    """DINOv2's table of positions is larger than the images that its processor makes."""
     config = transformers.Dinov2WithRegistersConfig(
         hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
     )

@@ -111,7 +111,7 @@ def test_processes_shards_and_accumulation_change_nothing(script, world, parts, 
 
 
 def test_nor_do_they_with_requests_questions_and_text_mixed(world, parts, tmp_path):
-    """Batches of unequal counts, some parts without a picture, stopped in the middle of a pass."""
+    """Batches of unequal counts, some parts without an image, stopped in the middle of a pass."""
     flags = [*EVERY, "--data", write_jsonl(tmp_path, 11), "--steps", 4, "--save-every", 2]
     runs = {
         "one": world(1, "train_t2i.py", *t2i_flags(parts, tmp_path / "one"), *flags, patch=plain_sgd),
@@ -138,11 +138,11 @@ def test_nor_do_they_with_requests_questions_and_text_mixed(world, parts, tmp_pa
 @pytest.mark.parametrize(
     ("script", "more_flags", "matrix", "bound"),
     [
-        ("train_t2i.py", ["--draws", 3], "average.dit.blocks.0.mlp.w12", 0.5),
+        ("train_t2i.py", ["--draws", 3], "ema.dit.blocks.0.mlp.w12", 0.5),
         ("train_decoder.py", [], "model.decoder.decoder_layers.0.intermediate.dense", 0.75),
     ],
 )
-def test_nor_do_they_with_muon_and_more_draws_a_picture(
+def test_nor_do_they_with_muon_and_more_draws_a_image(
     script, more_flags, matrix, bound, world, parts, tmp_path
 ):
     """Muon makes the smallest directions of a gradient, which are rounding, as large as the others: the
@@ -168,7 +168,7 @@ def test_nor_do_they_with_muon_and_more_draws_a_picture(
         for step, values in logged(tmp_path / name, "loss", "grad_norm").items():
             assert values == pytest.approx(expected[step], rel=1e-5 if step == 1 else 5e-3), (name, step)
         for key, tensor in weights(tmp_path / name).items():
-            moved = (kept[key] - first.get(f"average.{key}", kept[key])).norm()  # tables are not trained
+            moved = (kept[key] - first.get(f"ema.{key}", kept[key])).norm()  # tables are not trained
             assert (tensor - kept[key]).norm() <= bound * moved + 1e-6, (name, key)
 
 
@@ -191,9 +191,9 @@ def test_without_an_average_the_weights_themselves_are_saved(world, parts, tmp_p
     newest = state(tmp_path / "checkpoints/0000004")
     assert not [name for name in newest if name.startswith("model.")]
     saved = weights(tmp_path)
-    trained = {name for name in saved if f"average.{name}" in newest}  # the rest is frozen: tables
+    trained = {name for name in saved if f"ema.{name}" in newest}  # the rest is frozen: tables
     assert "latent_queries" in trained and len(trained) > 0.9 * len(saved)
-    assert all(torch.equal(saved[name], newest[f"average.{name}"]) for name in trained)
+    assert all(torch.equal(saved[name], newest[f"ema.{name}"]) for name in trained)
     shutil.rmtree(tmp_path / "checkpoints/0000004")
     world(1, "train_t2i.py", "--out", tmp_path, "--resume").wait()
     assert_same(weights(tmp_path), saved)
@@ -218,8 +218,8 @@ def test_what_is_frozen_stays_as_it_is(freeze, moved, world, parts, tmp_path):
     assert {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])} == moved
 
 
-def test_pictures_are_read_by_another_encoder(world, parts, tmp_path):
-    """Half of the tokens' channels to draw, all to read; a batch without a picture to draw too."""
+def test_images_are_read_by_another_encoder(world, parts, tmp_path):
+    """Half of the tokens' channels to draw, all to read; a batch without an image to draw too."""
     torch.manual_seed(0)
     write_encoder(tmp_path / "encoder", width=12, hidden=16, layers=1)
     small = {"patch_size": 8, "width": 16, "depth": 1, "heads": 2, "mlp_width": 16}
@@ -229,9 +229,9 @@ def test_pictures_are_read_by_another_encoder(world, parts, tmp_path):
     world(1, "train_t2i.py", *flags).wait()
     model = rae.TextToImage.from_pretrained(tmp_path / "run/model").eval()
     assert (model.latent_shape, model.read_shape) == ((16, 12), (16, 24))
-    picture = torch.rand(3, 32, 32)
-    expected = rae.RAE.from_pretrained(parts / "rae").encode(picture[None])[0]
-    assert model.answer(picture, "what?", 4) == model.answer(expected, "what?", 4)
+    image = torch.rand(3, 32, 32)
+    expected = rae.RAE.from_pretrained(parts / "rae").encode(image[None])[0]
+    assert model.answer(image, "what?", 4) == model.answer(expected, "what?", 4)
     assert model.autoencoder.latent_shape == (16, 12) and model.reader.latent_shape == (16, 24)
     wrong = [*flags, "--out", tmp_path / "wrong", "--init", parts / "t2i"]
     assert "has latents (16, 24), not (16, 12)" in world(1, "train_t2i.py", *wrong).wait(code=1)
@@ -247,11 +247,11 @@ def test_a_vae_is_trained_on_samples_of_its_posterior(world, vae_folder, tmp_pat
     world(1, "train_t2i.py", *flags, *EVERY, "--out", tmp_path / "run").wait()
     vae, numbers = rae.VAE(vae_folder), list(range(4))
     images = torch.stack(
-        [torch.from_numpy(data.Nano("objects", vae.image_size, 0)[i]["image"]) for i in numbers]
+        [torch.from_numpy(data.NanoSource("objects", vae.image_size, 0)[i]["image"]) for i in numbers]
     )
     noise, of_posterior = (
         data.flow_draws(vae.latent_shape, seed, numbers, torch.device("cpu"), draws)[0]
-        for seed, draws in ((0, 2), (data.mix(0, "posterior"), 1))
+        for seed, draws in ((0, 2), (data.hash_seed(0, "posterior"), 1))
     )
     pixels = data.to_unit(images.permute(0, 3, 1, 2), torch.device("cpu"))
     sampled, mean = (
@@ -425,7 +425,7 @@ def told_to_stop_while_asking() -> None:
         return result
 
     def patched(self) -> bool:
-        common.global_sum = late_signal if self.where.main else global_sum
+        common.global_sum = late_signal if self.dist_ctx.is_main else global_sum
         stop = stopping(self)
         common.global_sum = global_sum
         return stop
@@ -588,7 +588,7 @@ def test_a_step_that_is_not_finite_is_left_out(size, world, parts, tmp_path):
     assert [v for [v] in logged(tmp_path, "skipped_steps").values()] == [0, 0, 1, 1]
     if size == 1:
         second, third, fourth = (state(tmp_path / f"checkpoints/000000{s}") for s in (2, 3, 4))
-        ours = {key for key in second if not key.startswith("average.")}
+        ours = {key for key in second if not key.startswith("ema.")}
         assert_same({k: second[k] for k in ours}, {k: third[k] for k in ours})
         assert any(not torch.equal(third[key], fourth[key]) for key in ours)
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
@@ -605,14 +605,14 @@ def test_the_average_differs_from_the_model_and_is_what_is_saved(compiled, world
     world(1, "train_t2i.py", *flags, patch=compiled_cheaply).wait()
     saved, exported = state(tmp_path / "checkpoints/0000003"), weights(tmp_path)
     pairs = [
-        (saved[f"model.{key}"], saved[f"average.{key}"], exported[key])
+        (saved[f"model.{key}"], saved[f"ema.{key}"], exported[key])
         for key in exported
         if f"model.{key}" in saved
     ]
     assert len(pairs) > 20 and all(torch.equal(average, sampled) for _, average, sampled in pairs)
     assert any(not torch.equal(model, average) for model, average, _ in pairs)
     model = rae.TextToImage.from_pretrained(tmp_path / "model")
-    assert torch.equal(model.latent_queries, saved["average.latent_queries"])
+    assert torch.equal(model.latent_queries, saved["ema.latent_queries"])
 
 
 def test_a_full_disk_ends_the_run_in_one_line(world, parts, tmp_path):

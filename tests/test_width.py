@@ -36,7 +36,7 @@ def test_a_narrow_model_stays_above_the_bound_and_a_head_frees_it():
     assert losses[0] > width.lower_bound(latents, 8) > losses[1] + 0.2
 
 
-def test_run_writes_table_picture_and_results(parts, tmp_path, monkeypatch, capsys):
+def test_run_writes_table_image_and_results(parts, tmp_path, monkeypatch, capsys):
     flags = ["--autoencoder", parts / "rae", "--steps", 3, "--batch", 2]
     written = []
     for name in ("a", "b"):
