@@ -29,6 +29,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+import convert
 import rae
 
 WEIGHTS = Path(os.path.relpath(Path(__file__).parent / "nano" / "weights"))  # what the repository ships
@@ -130,7 +131,7 @@ class DistContext:
 
     device: torch.device
     rank: int
-    world: int
+    world_size: int
     dtype: torch.dtype  # of the compute; parameters are fp32
     mesh: "torch.distributed.DeviceMesh | None" = None  # (replicate, shard), of several processes
 
@@ -148,7 +149,7 @@ class DistContext:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         copies, parts = self.mesh.shape
         return (
-            f"{self.device.type}, {self.world} processes ({backend}), {dtype} compute, fp32 weights in "
+            f"{self.device.type}, {self.world_size} processes ({backend}), {dtype} compute, fp32 weights in "
             f"{copies} copies of {parts} parts"
         )
 
@@ -430,7 +431,7 @@ def loading(source: str | Path):
     if folder.exists() and not file and not (folder / "config.json").is_file():
         raise ValueError(f"{source} is no model folder: it has no config.json")
     on_hub = str(source).count("/") == 1 and not str(source).startswith((".", "/"))
-    released = {**rae.RELEASED, **rae.RELEASED_DITS, **rae.RELEASED_TEXT_TO_IMAGE}
+    released = {**convert.RELEASED, **convert.RELEASED_DITS, **convert.RELEASED_TEXT_TO_IMAGE}
     if not (folder.exists() or on_hub or file or str(source) in released):
         raise ValueError(
             f"no model at {source}: give a folder made by save_pretrained, or a hub id like org/name"
@@ -485,14 +486,16 @@ class Run:
         self.out, self.config, self.dist_ctx = Path(config.out), config, dist_ctx
         self.checkpoints, self.metrics = self.out / "checkpoints", self.out / "metrics.jsonl"
         self.stop, self.pending, self.board, self.skipped = None, None, None, 0
-        self.group = dist.new_group(backend="gloo") if dist_ctx.world > 1 else None
+        self.group = dist.new_group(backend="gloo") if dist_ctx.world_size > 1 else None
         complete = sorted(p for p in self.checkpoints.glob("*") if p.name.isdigit())
         if complete and not config.resume:
             raise ValueError(
                 f"{self.out} already holds a training: go on with --resume, or choose another --out"
             )
         self.source = complete[-1] if complete else None
-        if dist_ctx.world > 1:  # file systems may show a new folder to one machine earlier than to another
+        if (
+            dist_ctx.world_size > 1
+        ):  # file systems may show a new folder to one machine earlier than to another
             shared = [self.source]
             dist.broadcast_object_list(shared)
             self.source = shared[0]
@@ -542,7 +545,7 @@ class Run:
         self.count_skipped(loader)
         everyone = [loader.positions]
         if self.group:
-            everyone = [None] * self.dist_ctx.world
+            everyone = [None] * self.dist_ctx.world_size
             dist.all_gather_object(everyone, loader.positions, group=self.group)
         exported = self.export.state_dict() if self.dist_ctx.is_main else {}
         ema = self.modules["ema"].state_dict()

@@ -80,7 +80,9 @@ def write_share(
     dist_ctx: common.DistContext,
 ) -> int:
     """This process's share of the images; returns how many."""
-    batches = data.OnePass(source, config.batch, config.limit, config.workers, dist_ctx.rank, dist_ctx.world)
+    batches = data.OnePass(
+        source, config.batch, config.limit, config.workers, dist_ctx.rank, dist_ctx.world_size
+    )
     rows = Rows(folder / f"{dist_ctx.rank:05d}.npy", (1 + config.flip, *autoencoder.latent_shape))
     with (folder / f"{dist_ctx.rank:05d}.jsonl").open("w") as about:
         for batch in tqdm(batches, desc="encode", unit="batch", disable=not dist_ctx.is_main):

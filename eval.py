@@ -106,9 +106,7 @@ class Config:
     questions: str = flag("dpg_bench.csv", "DPG-Bench's table")
     vqa: str = flag("Salesforce/blip-vqa-base", "what answers them")
     sets: str = flag(",".join(benchmarks.ASKED), "of understanding, comma separated")
-    local: str = flag(
-        "", "read them from LOCAL/NAME/*.parquet with the hub's columns, instead of from there"
-    )
+    local: str = flag("", "read them from LOCAL/NAME/*.parquet with the hub's columns, instead of from there")
     clip: str = flag("openai/clip-vit-large-patch14", "CLIP of geneval's colours, and of clipscore")
     reference: str = flag(
         "", "for fid, and for rFID instead of the originals: a .npz as ADM's, or a source of images"
@@ -364,7 +362,7 @@ def open_compared(
         return Compared(source, statistics, shape[1:3], npz_batches(source, shape, limit, config, dist_ctx))
     opened = data.open_source(source, size or 48, config.seed)
     found = (size, size) if size else take_whole(source, opened, limit)
-    once = data.OnePass(opened, config.batch, limit, config.workers, dist_ctx.rank, dist_ctx.world)
+    once = data.OnePass(opened, config.batch, limit, config.workers, dist_ctx.rank, dist_ctx.world_size)
     return Compared(source, {}, found, source_batches(source, once))
 
 
@@ -400,7 +398,7 @@ def npz_batches(
         for number, start in enumerate(range(0, count, config.batch)):
             rows = range(start, min(start + config.batch, count))
             content = entry.read(len(rows) * int(np.prod(shape[1:])))
-            if number % dist_ctx.world == dist_ctx.rank:
+            if number % dist_ctx.world_size == dist_ctx.rank:
                 images = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(len(rows), *shape[1:])
                 yield rows, rearrange(images, "b h w c -> b c h w")
 
@@ -505,8 +503,8 @@ def limit_of(source: str, config: Config) -> int | None:
 def in_order(items: list[tuple], dist_ctx: common.DistContext) -> list[tuple]:
     """Tuples (index, ...) of all processes, sorted, on the main process; elsewhere nothing."""
     parts = [items]
-    if dist_ctx.world > 1:
-        parts = [None] * dist_ctx.world if dist_ctx.is_main else None
+    if dist_ctx.world_size > 1:
+        parts = [None] * dist_ctx.world_size if dist_ctx.is_main else None
         dist.gather_object(items, parts)
     return (
         sorted((item for part in parts for item in part), key=lambda item: item[0])
@@ -557,7 +555,7 @@ def reconstruct(
     """One data set, of which every process takes its share: means of the metrics and the FID, the number of
     images, and the first originals and reconstructions (2, n, 3, H, W) uint8, on the main process."""
     opened, limit = data.open_source(source, model.image_size, config.seed), limit_of(source, config)
-    batches = data.OnePass(opened, config.batch, limit, config.workers, dist_ctx.rank, dist_ctx.world)
+    batches = data.OnePass(opened, config.batch, limit, config.workers, dist_ctx.rank, dist_ctx.world_size)
     sums, first, written = dict.fromkeys(metrics, 0.0), [], []
     originals, decoded_sums = FeatureSums(features.width), FeatureSums(features.width)
     for batch in tqdm(batches, desc=f"recon {name}", leave=False, disable=not dist_ctx.is_main):
@@ -805,7 +803,7 @@ def scored(
             if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
                 file.write(b"\n")
     common.global_sum(0)  # all have read before one writes
-    left = [each for each in jobs.items() if each[0] not in done][dist_ctx.rank :: dist_ctx.world]
+    left = [each for each in jobs.items() if each[0] not in done][dist_ctx.rank :: dist_ctx.world_size]
     if left:
         score = open_networks()
         with rows.open("a") as file:
@@ -917,7 +915,7 @@ def clipscore(config: Config, dist_ctx: common.DistContext) -> list[dict]:
         raise ValueError(f"{without} has no images with a prompt in their metadata")
     with common.loading(config.clip):
         clip = benchmarks.Clip(config.clip, dist_ctx.device)
-    own = list(zip(paths, texts, strict=True))[dist_ctx.rank :: dist_ctx.world]
+    own = list(zip(paths, texts, strict=True))[dist_ctx.rank :: dist_ctx.world_size]
     total = 0.0
     for start in tqdm(range(0, len(own), config.batch), desc="clipscore", disable=not dist_ctx.is_main):
         files, prompts = zip(*own[start : start + config.batch], strict=True)

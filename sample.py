@@ -346,7 +346,7 @@ def draw_all(
     guide: rae.LatentModel | None,
     settings: dict,
 ) -> None:
-    own = jobs[dist_ctx.rank :: dist_ctx.world]
+    own = jobs[dist_ctx.rank :: dist_ctx.world_size]
     own = missing(own, config, settings) if config.resume else own
     with ThreadPoolExecutor() as pool:  # writes a batch while the next one is drawn
         saved = iter(())
@@ -395,7 +395,9 @@ def draw_best(
     about = {name: str(getattr(config, name)) for name in ("best_of", "keep", "verifier", "verify_pixels")}
     about |= {name: str(value) for name, value in settings.items()}
 
-    for group in tqdm(groups[dist_ctx.rank :: dist_ctx.world], desc="draw", disable=not dist_ctx.is_main):
+    for group in tqdm(
+        groups[dist_ctx.rank :: dist_ctx.world_size], desc="draw", disable=not dist_ctx.is_main
+    ):
         about |= {"prompt": group[0].input, "seed": str(group[0].seed)}
         if config.resume and scores_of(group, config).exists():
             found = json.loads(scores_of(group, config).read_text())["settings"]

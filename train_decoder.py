@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import common
+import convert
 import data
 import rae
 from common import flag
@@ -205,7 +206,7 @@ def latent_statistics(
         latents = model.encode(data.to_unit(batch["image"], dist_ctx.device)).cpu().double()
         total += torch.stack([latents.sum(dim=0), latents.square().sum(dim=0)])
         count += len(latents)
-    if dist_ctx.world > 1:
+    if dist_ctx.world_size > 1:
         dist.all_reduce(total)
     [count] = common.global_sum(count)
     if not count:
@@ -426,7 +427,7 @@ class Discriminator(nn.Module):
             raise ValueError(f"heads={heads}, layers={layers}: this backbone has its own")
         elif isinstance(backbone, str):
             backbone = Backbone.from_pretrained(backbone, layers)
-        return rae.load_official(cls(backbone), heads_dict)
+        return convert.load_official(cls(backbone), heads_dict)
 
     def forward(self, images: Tensor) -> Tensor:
         maps = self._backbone[0](images)
@@ -460,7 +461,7 @@ def official_dino(weights: dict[str, Tensor], heads: int | None, layers: Sequenc
                 renamed[name.replace("attn.qkv", f"attention.{part}_proj")] = micro_batch
         elif not name.startswith("norm."):  # the last norm is not used
             renamed[name] = value
-    rae.load_official(encoder.model, renamed)
+    convert.load_official(encoder.model, renamed)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return Backbone(encoder, size, mean, std, layers)
 
@@ -576,12 +577,12 @@ def main() -> None:
 
     def batches(start: int, positions: dict) -> data.Loader:
         return data.Loader(
-            source, config.batch, config.workers, start, dist_ctx.rank, dist_ctx.world, positions
+            source, config.batch, config.workers, start, dist_ctx.rank, dist_ctx.world_size, positions
         )
 
     if run.source is None and not (generator or config.init) and config.normalise != "none":
         centres = data.open_source(config.data, model.image_size, config.seed)
-        limit, world = config.statistics or None, dist_ctx.world
+        limit, world = config.statistics or None, dist_ctx.world_size
         measured = data.OnePass(centres, config.batch, limit, config.workers, dist_ctx.rank, world)
         bar = tqdm(measured, "statistics", disable=not dist_ctx.is_main)
         statistics = latent_statistics(model, bar, config.normalise, dist_ctx)

@@ -333,7 +333,7 @@ def main() -> None:
     state = run.load(modules, [stepper], export)
     start = state["step"]
     loader = data.Loader(
-        source, config.batch, config.workers, start, dist_ctx.rank, dist_ctx.world, state["positions"]
+        source, config.batch, config.workers, start, dist_ctx.rank, dist_ctx.world_size, state["positions"]
     )
 
     def prepare(micro_batch: dict) -> tuple:

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import common
+import convert
 import data
 import rae
 import sample
@@ -436,8 +437,8 @@ def test_released_files(layout, parts, tmp_path):
 def test_presets_name_what_is_released():
     for name in ("rae-256", "rae-512"):
         preset = sample.PRESETS[name]
-        file, autoencoder = rae.RELEASED_DITS[preset["model"]]
-        guide, same = rae.RELEASED_DITS[preset["guide"]]
+        file, autoencoder = convert.RELEASED_DITS[preset["model"]]
+        guide, same = convert.RELEASED_DITS[preset["guide"]]
         assert file.endswith("stage2_model.pt") and "DiTDH-S" in guide
-        assert autoencoder == same and autoencoder in rae.RELEASED
+        assert autoencoder == same and autoencoder in convert.RELEASED
     assert (sample.PRESETS["rae-256"]["guidance"], sample.PRESETS["rae-512"]["guidance"]) == (1.42, 1.5)

@@ -16,6 +16,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 import common
+import convert
 import rae
 
 DECODER = {"patch_size": 4, "width": 32, "depth": 2, "heads": 2, "mlp_width": 48}
@@ -90,14 +91,14 @@ def test_decoder_file(parts, decoder, stats, tmp_path):
 
 def test_published_name(parts, decoder, hub, monkeypatch):
     monkeypatch.setitem(rae.DECODERS, "tiny", {k: v for k, v in DECODER.items() if k != "patch_size"})
-    for name, given in rae.RELEASED.items():
+    for name, given in convert.RELEASED.items():
         collection = name.startswith("rae-")
         save(decoder, hub / given["decoder"] / ("" if collection else "model.pt"))
         if collection:
             save(STATISTICS, hub / given["stats"])
         else:
             (hub / given["decoder"] / "config.json").write_text(json.dumps({"decoder_hidden_size": 1}))
-        monkeypatch.setitem(rae.RELEASED, name, given | {"encoder": str(parts / "encoder")})
+        monkeypatch.setitem(convert.RELEASED, name, given | {"encoder": str(parts / "encoder")})
         check_decoder(rae.RAE.from_pretrained(name), parts, decoder, STATISTICS if collection else {})
     dist_ctx = common.DistContext(torch.device("cpu"), 0, 1, torch.float32)
     check_decoder(common.load_autoencoder(name, dist_ctx), parts, decoder, {})
@@ -572,7 +573,7 @@ def test_scale_rae_folder(layout, scale_rae, tmp_path):
     check_equal(model, wanted)
     assert (model.im_start, model.im_end) == (516, 517) == (wanted.im_start, wanted.im_end)
     assert tokenizer.convert_ids_to_tokens([516, 517]) == ["<im_start>", "<im_end>"]
-    assert model.autoencoder_path == "scale-rae-siglip2-so400m" in rae.RELEASED
+    assert model.autoencoder_path == "scale-rae-siglip2-so400m" in convert.RELEASED
     assert model.alpha == rae.default_alpha((16, 24))
     assert model.language_model.model.rotary_emb.config.rope_parameters["rope_theta"] == 1000000
     latents = model.generate(["a red star"], steps=2, guidance=2.0, noise=torch.ones(1, 16, 24))
@@ -796,7 +797,7 @@ def test_scale_rae_with_latents_of_a_vae(scale_rae, tmp_path):
 def test_released_text_to_image_by_name(scale_rae, tmp_path, hub, monkeypatch):
     config, weights, tokenizer = scale_rae
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
-    for name, source in rae.RELEASED_TEXT_TO_IMAGE.items():
+    for name, source in convert.RELEASED_TEXT_TO_IMAGE.items():
         assert source.startswith("nyu-visionx/Scale-RAE-Qwen")
         write(hub / source, config, tokenizer)
         save_shards(weights, hub / source)
@@ -806,7 +807,7 @@ def test_released_text_to_image_by_name(scale_rae, tmp_path, hub, monkeypatch):
 def test_published_paths():
     """As the collection on the hub names them."""
     path = "nyu-visionx/RAE-collections"
-    assert {(given["decoder"], given.get("stats")) for given in rae.RELEASED.values()} == {
+    assert {(given["decoder"], given.get("stats")) for given in convert.RELEASED.values()} == {
         (f"{path}/decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
          f"{path}/stats/dinov2/wReg_base/imagenet1k/stat.pt"),
         (f"{path}/decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt",
