@@ -36,7 +36,7 @@ from common import flag
 # presets
 
 EPOCH = 2502  # steps of one epoch of ImageNet at batch 512
-RAE_RECIPE = {  # RAE's code, the same for all encoders; the discriminator's cosine never reaches its end there
+RAE_RECIPE = {  # RAE's code, for all encoders; its discriminator's cosine never reaches the end
     "decoder": "ViT-XL",
     "patch_size": 16,
     "crop": "random",
@@ -103,84 +103,42 @@ PRESETS = {
 
 
 @dataclass
-class Config:
+class Config(common.TrainConfig):
     out: str = flag("runs/decoder", "folder of this run")
-    resume: str = flag(
-        "",
-        "continue from the newest checkpoint of OUT, if there is one (auto), or from a checkpoint folder",
-        nargs="?",
-        const="auto",
-    )
-    seed: int = flag(0, "seed of weights, data order, crops, noise and augmentations")
     # model
     encoder: str = flag(str(common.WEIGHTS / "encoder"), "frozen encoder: transformers folder or hub id")
-    encoder_size: int | None = flag(
-        None, "side of the encoder's input in pixels (default: that of its config)"
-    )
+    encoder_size: int | None = flag(None, "side of its input in pixels (default: that of its config)")
     decoder: str = flag("nano", "size of the decoder", choices=rae.DECODERS)
-    patch_size: int | None = flag(
-        None, "output pixels per token and side (default: the encoder's patch size)"
-    )
+    patch_size: int | None = flag(None, "side in pixels of a token's output (default: the encoder's patch)")
     init: str = flag("", "start from this RAE (folder, hub id or name) instead of a new decoder")
-    generator: str = flag(
-        "", "text-to-image model: decode latents that it made anew from noised ones, with its mistakes"
-    )
-    statistics: int = flag(
-        8192,
-        "images to measure the latent statistics on (0: latents are not normalised; -1: the whole data set)",
-    )
+    generator: str = flag("", "text-to-image model: decode latents that it regenerated from noised ones")
+    statistics: int = flag(8192, "images to measure latent mean and std on (0: do not normalise; -1: all)")
     # data
     data: str = flag("nano", "source of images, or several with weights, see data.py")
     crop: str = flag(
-        "centre", "centre square, or random square at 1.5 times the size", choices=["centre", "random"]
+        "centre", "centre square, or a random one at 1.5 x the size", choices=["centre", "random"]
     )
-    workers: int = flag(1, "data loading processes per rank", at_least=0)
     # losses
-    tau: float = flag(0.0, "noise-augmented decoding: sigma of each image is uniform in [0, tau)", at_least=0)
+    tau: float = flag(0.0, "noise-augmented decoding: an image's sigma is uniform in [0, tau)", at_least=0)
     perceptual: str = flag(
-        "none",
-        "perceptual loss on features of VGG16 (lpips) or the encoder",
-        choices=["lpips", "encoder", "none"],
+        "none", "its features: VGG16's or the encoder's", choices=["lpips", "encoder", "none"]
     )
     gram_weight: float = flag(0.0, "weight of the distance of the features' Gram matrices", at_least=0)
     gan_weight: float = flag(0.0, "weight of the adversarial loss (0: no discriminator)", at_least=0)
-    adaptive: bool = flag(True, "scale the adversarial gradient to the norm of the other losses' (VQGAN)")
-    discriminator: str = flag(
-        str(common.WEIGHTS / "encoder"), "its frozen backbone: transformers folder or hub id"
-    )
+    adaptive: bool = flag(True, "scale the adversarial gradient to that of the other losses (VQGAN)")
+    discriminator: str = flag(str(common.WEIGHTS / "encoder"), "its frozen backbone: folder or hub id")
     disc_lr: float = flag(2e-4, "peak learning rate of the discriminator")
     disc_warmup: int = flag(100, "its steps of linear warm-up, before the cosine decay", at_least=0)
     disc_start: int = flag(0, "step at which the discriminator starts to train", at_least=0)
     gan_start: int = flag(0, "step at which the adversarial loss is added", at_least=0)
     # optimization
     steps: int = flag(3000, "optimizer steps", at_least=1)
-    batch: int = flag(64, "images per step, over all ranks", at_least=1)
     lr: float = flag(1e-3, "peak learning rate")
     muon: float = flag(0.0, "peak learning rate of Muon for the decoder's matrices (0: AdamW)", at_least=0)
     warmup: int = flag(100, "steps of linear warm-up, before the cosine decay", at_least=0)
     final_lr: float = flag(0.02, "final learning rate, as a fraction of the peak")
     clip: float = flag(1.0, "gradient norm to clip to (0: no clipping)", at_least=0)
     ema: float = flag(0.998, "EMA decay of the weights that are saved")
-    # system
-    dtype: str = flag(
-        "auto", "compute dtype (auto: bf16 on CUDA, else fp32)", choices=["auto", "bf16", "fp32"]
-    )
-    shard: str = flag(
-        "none",
-        "FSDP2 sharding: none (replicate), full (across all ranks) or hybrid (within a node)",
-        choices=["none", "full", "hybrid"],
-    )
-    grad_accum: int = flag(
-        1,
-        "gradient accumulation: micro-batches per step and rank; each has its own adaptive weight",
-        at_least=1,
-    )
-    activation_checkpointing: bool = flag(False, "recompute the decoder's layers in backward, to save memory")
-    compile: bool | None = flag(None, "torch.compile the layers of all networks (default: on CUDA)")
-    log_every: int = flag(50, "steps between log lines", at_least=1)
-    save_every: int = flag(500, "steps between checkpoints, each with a grid of reconstructions", at_least=1)
-    keep: int = flag(2, "newest checkpoints to keep", at_least=1)
-    wandb: str = flag("", "also log to this Weights & Biases project", metavar="PROJECT")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -388,8 +346,12 @@ class Discriminator(nn.Module):
             heads.append(nn.Sequential(convolution(channels, 1), residual, SpectralConv1d(channels, 1, 1)))
         self.heads = nn.ModuleList(heads)
 
+    @property
+    def backbone(self) -> Backbone:
+        return self._backbone[0]
+
     def _apply(self, fn, recurse: bool = True) -> "Discriminator":
-        self._backbone[0]._apply(fn)  # .to(device) moves the backbone too
+        self.backbone._apply(fn)  # .to(device) moves the backbone too
         return super()._apply(fn, recurse)
 
     @classmethod
@@ -404,7 +366,8 @@ class Discriminator(nn.Module):
         be a state dict of DINO's own release; then `heads` (attention heads) and `layers` (of the maps) say
         what it cannot tell, if it is not a small DINO. Raises ValueError for dicts that do not fit."""
         if isinstance(backbone, dict):
-            backbone = official_dino(backbone, heads, layers)
+            encoder, size = convert.official_dino(backbone, heads, DINO_CHANGES)
+            backbone = Backbone(encoder, size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), layers)
         elif heads or layers and not isinstance(backbone, str):
             raise ValueError(f"heads={heads}, layers={layers}: this backbone has its own")
         elif isinstance(backbone, str):
@@ -412,51 +375,9 @@ class Discriminator(nn.Module):
         return convert.load_official(cls(backbone), heads_dict)
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = self._backbone[0](images)
+        maps = self.backbone(images)
         pairs = zip(self.heads, [maps[-1], *maps], strict=True)
         return torch.cat([head(x).flatten(1) for head, x in pairs], dim=1)
-
-
-def official_dino(weights: dict[str, Tensor], heads: int | None, layers: Sequence[int]) -> Backbone:
-    """A DINO of its own release, with the changes of `Backbone.from_pretrained`."""
-    try:
-        width, patch = weights["patch_embed.proj.weight"].shape[::3]
-        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-        size = patch * math.isqrt(weights["pos_embed"].shape[1] - 1)
-        hidden = len(weights["blocks.0.mlp.fc1.bias"])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"not a state dict of a DINO: {error} is missing") from error
-    config = {
-        "model_type": "vit",
-        "hidden_size": width,
-        "num_hidden_layers": depth,
-        "intermediate_size": hidden,
-        "num_attention_heads": heads or width // 64,
-        "image_size": size,
-        "patch_size": patch,
-    }
-    encoder = rae.Encoder(config, DINO_CHANGES)
-    names = {
-        "blocks.": "layers.",
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "attn.proj": "attention.o_proj",
-        "patch_embed.proj": "embeddings.patch_embeddings.projection",
-        "cls_token": "embeddings.cls_token",
-        "pos_embed": "embeddings.position_embeddings",
-    }
-    renamed = {}
-    for name, value in weights.items():
-        for theirs, ours in names.items():
-            name = name.replace(theirs, ours)
-        if "attn.qkv" in name:
-            for letter, part in zip("qkv", value.chunk(3), strict=True):
-                renamed[name.replace("attn.qkv", f"attention.{letter}_proj")] = part
-        elif not name.startswith("norm."):  # the final norm is not used
-            renamed[name] = value
-    convert.load_official(encoder.model, renamed)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return Backbone(encoder, size, mean, std, layers)
 
 
 def augment(images: Tensor, uniform: Tensor, cutout: float = 0.0) -> Tensor:
@@ -577,6 +498,11 @@ def discriminator_loss(
     return {"disc_loss": loss, "real_logits": real_logits.mean(), "fake_logits": fake_logits.mean()}
 
 
+def add_losses(totals: dict[str, Tensor], losses: dict[str, Tensor], share: float) -> None:
+    for name, value in losses.items():
+        totals[name] += value.detach() * share
+
+
 # -----------------------------------------------------------------------------------------------------------
 # set-up
 
@@ -605,6 +531,21 @@ def build_model(config: Config, dist_ctx: common.DistContext) -> tuple[rae.RAE, 
     return model, generator
 
 
+def build_loss_networks(
+    config: Config, model: rae.RAE, dist_ctx: common.DistContext
+) -> tuple[Perceptual | None, Discriminator | None]:
+    perceptual = discriminator = None
+    if config.perceptual != "none" or config.gram_weight:
+        backbone = Backbone(model.encoder, model.encoder_size, model.image_mean, model.image_std)
+        perceptual = Perceptual(config.perceptual, backbone).to(dist_ctx.device)
+    if config.gan_weight:
+        with common.loading(config.discriminator):
+            backbone = Backbone.from_pretrained(config.discriminator)
+        torch.manual_seed(config.seed)  # the same heads on every rank
+        discriminator = Discriminator(backbone).to(dist_ctx.device).eval()
+    return perceptual, discriminator
+
+
 def measure_statistics(config: Config, model: rae.RAE, run: common.Run, dist_ctx: common.DistContext) -> None:
     """Sets the model's latent statistics, from centre crops."""
     source = data.open_source(config.data, model.image_size, config.seed)
@@ -617,7 +558,7 @@ def measure_statistics(config: Config, model: rae.RAE, run: common.Run, dist_ctx
     model.latent_std.copy_(std)
 
 
-def make_optimizers(config: Config, model: rae.RAE) -> common.Optimizers:
+def make_optimizer(config: Config, model: rae.RAE) -> common.Optimizers:
     """AdamW; with --muon, the matrices of the decoder's layers go to Muon."""
     matrices, rest = [], []
     for name, parameter in model.decoder.named_parameters():
@@ -672,18 +613,7 @@ def main() -> None:
     if run.source is None and config.statistics and not (generator or config.init):
         measure_statistics(config, model, run, dist_ctx)
 
-    # ---- frozen networks of the losses ---------------------------------------------------------------------
-    perceptual = discriminator = None
-    if config.perceptual != "none" or config.gram_weight:
-        backbone = Backbone(model.encoder, model.encoder_size, model.image_mean, model.image_std)
-        perceptual = Perceptual(config.perceptual, backbone).to(device)
-    frozen_blocks = [*model.encoder.blocks, *(generator.dit.blocks if generator else [])]
-    if config.gan_weight:
-        with common.loading(config.discriminator):
-            backbone = Backbone.from_pretrained(config.discriminator)
-        torch.manual_seed(config.seed)  # the same heads on every rank
-        discriminator = Discriminator(backbone).to(device).eval()
-        frozen_blocks += backbone.encoder.blocks
+    perceptual, discriminator = build_loss_networks(config, model, dist_ctx)
 
     # ---- model -> EMA -> shard -> compile -> optimizer -----------------------------------------------------
     if dist_ctx.peak_flops():
@@ -694,20 +624,26 @@ def main() -> None:
     )  # stays unsharded, to write OUT/model with
     for module in (model, ema):
         common.shard_model(module.decoder, module.decoder.decoder_layers, dist_ctx)
-    common.compile_blocks([*model.decoder.decoder_layers, *frozen_blocks], config.compile, dist_ctx)
+    blocks = [
+        *model.decoder.decoder_layers,
+        *model.encoder.blocks,
+        *(generator.dit.blocks if generator else []),
+    ]
+    blocks += discriminator.backbone.encoder.blocks if discriminator else []
+    common.compile_blocks(blocks, config.compile, dist_ctx)
     if config.activation_checkpointing:
         common.checkpoint_blocks(model.decoder.decoder_layers)
     last_layer = LastLayer(model)
-    optimizers = make_optimizers(config, model)
-    modules, all_optimizers = {"model": model, "ema": ema}, [optimizers]
+    optimizer = make_optimizer(config, model)
+    modules, optimizers = {"model": model, "ema": ema}, [optimizer]
     if discriminator:
-        adamw = torch.optim.AdamW(
-            discriminator.parameters(), config.disc_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        adamw = {"lr": config.disc_lr, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+        disc_optimizer = common.Optimizers(
+            torch.optim.AdamW(discriminator.parameters(), **adamw), clip=config.clip
         )
-        disc_optimizers = common.Optimizers(adamw, clip=config.clip)
         modules["discriminator"] = discriminator
-        all_optimizers.append(disc_optimizers)
-    state = run.load(modules, all_optimizers, export)
+        optimizers.append(disc_optimizer)
+    state = run.load(modules, optimizers, export)
     start = step = state["step"]
     val_source = data.open_source(config.data, model.image_size, config.seed + 1)
     grid_images = data.to_unit(next(data.Loader(val_source, 16, workers=0))["image"], device)
@@ -720,7 +656,7 @@ def main() -> None:
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not dist_ctx.is_main)
     for step in bar:
         lr_factor = common.cosine(step, config.steps, config.warmup, config.final_lr)
-        optimizers.set_lr(lr_factor)
+        optimizer.set_lr(lr_factor)
         is_adversarial = discriminator is not None and step >= config.gan_start
         totals = defaultdict(float)  # this rank's part of each loss
         encoded = []
@@ -767,15 +703,14 @@ def main() -> None:
                 losses |= {"gan_loss": gan_loss, "gan_weight": gan_weight}
 
             reconstruction.backward(gradient * nan_unless_finite(loss))
-            for name, value in {"loss": loss, **losses}.items():
-                totals[name] += value.detach() * share
-        grad_norm = optimizers.step()
+            add_losses(totals, {"loss": loss, **losses}, share)
+        grad_norm = optimizer.step()
         common.update_ema(ema, model, config.ema, step)
 
         # ---- discriminator: on reconstructions of the updated decoder, without noise
         if discriminator and step >= config.disc_start:
             disc_step, disc_steps = step - config.disc_start, config.steps - config.disc_start
-            disc_optimizers.set_lr(common.cosine(disc_step, disc_steps, config.disc_warmup, config.final_lr))
+            disc_optimizer.set_lr(common.cosine(disc_step, disc_steps, config.disc_warmup, config.final_lr))
             for number, (images, latents, index) in enumerate(encoded):
                 with dist_ctx.autocast():
                     with torch.no_grad():
@@ -783,27 +718,20 @@ def main() -> None:
                     losses = discriminator_loss(
                         config, discriminator, 2 * images - 1, fake, index, update=number == 0
                     )
-                share = len(images) / config.batch
-                (losses["disc_loss"] * share).backward(nan_unless_finite(losses["disc_loss"]))
-                for name, value in losses.items():
-                    totals[name] += value.detach() * share
-            common.sum_gradients(disc_optimizers.parameters)
-            disc_optimizers.step()
+                loss, share = losses["disc_loss"], len(images) / config.batch
+                (loss * share).backward(nan_unless_finite(loss))
+                add_losses(totals, losses, share)
+            common.sum_gradients(disc_optimizer.parameters)
+            disc_optimizer.step()
 
         # ---- log and save
         step += 1
-        is_last = step == config.steps
-        if step % 10 == 0:
-            for each in all_optimizers:
-                each.check_skipped()
-        if step % config.log_every == 0 or is_last:
+        if run.is_due(step, config.log_every):
             sums = common.global_sum(*[float(value) for value in totals.values()])
             values = dict(zip(totals, sums, strict=True))
-            values |= {"lr": config.lr * lr_factor, "grad_norm": grad_norm}
-            values["skipped_steps"] = sum(each.check_skipped() for each in all_optimizers)
-            run.log(step, bar.write, loader, **values)
-        stop = run.stopping()
-        if step % config.save_every == 0 or is_last or stop:
+            run.log(step, bar.write, loader, **values, lr=config.lr * lr_factor, grad_norm=grad_norm)
+        stop = run.stopping(step)
+        if run.is_due(step, config.save_every) or stop:
             run.save(step, loader)
             if not stop:
                 save_grid(run, ema, grid_images, dist_ctx, step)
