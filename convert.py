@@ -172,13 +172,12 @@ def load_official(model: nn.Module, weights: dict, rename=str, rope_tables: dict
 
 
 def swiglu_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Released shapes of the SwiGLU layers. rae.py rounds their hidden width up to a multiple of 8, and pads
-    weights of any smaller width as it loads them: the exact width is checked here."""
+    """Released shapes of the SwiGLU layers. These round their hidden width up to a multiple of 8 and pad weights
+    as they load. A damaged tensor of another width could be padded too, so the exact width is checked here."""
     shapes = {}
-    for name, module in model.named_modules():
-        if isinstance(module, rae.SwiGLU):
-            width = module.w3.out_features
-            hidden = rae.swiglu_width(width)
+    for name, layer in model.named_modules():
+        if isinstance(layer, rae.SwiGLU):
+            width, hidden = layer.w3.out_features, layer.hidden
             shapes |= {f"{name}.w12.weight": (2 * hidden, width), f"{name}.w12.bias": (2 * hidden,)}
             shapes |= {f"{name}.w3.weight": (width, hidden)}
     return shapes
@@ -361,6 +360,7 @@ class ReleasedDiT:
             "readd_time": self.wide and not self.scale_rae,
             "xavier": self.scale_rae or not self.wide,
             "qk_norm": any(".q_norm." in name for name in self.weights),
+            "swiglu": not any(".mlp.fc1." in name for name in self.weights),
         }
 
     def reshaped(self) -> dict[str, Tensor]:
