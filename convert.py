@@ -82,15 +82,15 @@ def from_official(state_dict: dict[str, Tensor], **options) -> nn.Module:
     """Build the model of a released state dict, in eval mode. Its keys tell which one it is:
 
     - RAE's decoder -> Decoder
-    - a whole RAE -> RAE; needs encoder= (config or model of `transformers`), image_mean= and image_std=; takes
-      encoder_size= (default: from the number of tokens) and stats= ({"mean", "var"}, each (C, h, w) or None)
+    - a whole RAE -> RAE; needs encoder= (config or model of `transformers`), image_mean= and image_std=;
+      takes encoder_size= (default: from the number of tokens) and stats= ({"mean", "var"}, (C, h, w) or None)
     - LightningDiT, DiT-DH, or Scale-RAE's DiT without its prefix `diff_head.model.` -> DiT
     - a whole Scale-RAE model -> TextToImage; needs language_model= (config or model of `transformers`); takes
       im_start= and im_end=, ids of the tokens around an image. Set its tokenizer and autoencoder afterwards
 
     heads= is needed for a decoder whose size is not in `rae.DECODERS`, and for a DiT without its RoPE tables.
     All other sizes are read from the tensors, and checked against options such as width= and depth=. With the
-    wide head, heads, width and depth are pairs (backbone, head); a single number stands for both.
+    DDT head, heads, width and depth are pairs (backbone, head); a single number stands for both.
 
     Prefixes of DDP, FSDP and torch_xla are removed from the keys. Raises ValueError for an unknown or damaged
     state dict, naming the first keys that do not fit, and for options that contradict it.
@@ -147,8 +147,9 @@ def load_official(model: nn.Module, weights: dict, rename=str, rope_tables: dict
     rename: function, our key -> the released key. rope_tables: what the RoPE tables must be, by released key.
     A file may leave all of them out. Raises ValueError with the first keys that do not fit.
     """
-    released_key = {name: rename(name) for name in model.state_dict()}
-    shapes = {released_key[name]: [tensor.shape] for name, tensor in model.state_dict().items()}
+    ours = model.state_dict()
+    released_key = {name: rename(name) for name in ours}
+    shapes = {released_key[name]: [tensor.shape] for name, tensor in ours.items()}
     for name, shape in swiglu_shapes(model).items():
         shapes[released_key[name]].append(shape)
     rope_tables = rope_tables or {}
@@ -172,8 +173,8 @@ def load_official(model: nn.Module, weights: dict, rename=str, rope_tables: dict
 
 
 def swiglu_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Released shapes of the SwiGLU layers. These round their hidden width up to a multiple of 8 and pad weights
-    as they load. A damaged tensor of another width could be padded too, so the exact width is checked here."""
+    """Released shapes of the SwiGLU layers, which round their hidden width up to a multiple of 8 and pad
+    weights as they load. They would pad a damaged tensor too, so the exact width is checked here."""
     shapes = {}
     for name, layer in model.named_modules():
         if isinstance(layer, rae.SwiGLU):
@@ -239,13 +240,11 @@ def build_rae(
             f"encoder_size {encoder_size}: give the encoder that it was trained with"
         )
     # the authors' statistics are (C, h, w), ours (N, C)
-    side = math.isqrt(tokens)
+    expected = (channels, math.isqrt(tokens), math.isqrt(tokens))
     for name, value in (stats or {}).items():
         shape = tuple(getattr(value, "shape", ()))
-        if name not in ("mean", "var") or (value is not None and shape != (channels, side, side)):
-            raise ValueError(
-                f"statistics: give mean and var, {(channels, side, side)} or None; not {name} {shape}"
-            )
+        if name not in ("mean", "var") or (value is not None and shape != expected):
+            raise ValueError(f"statistics: {name} is {shape}; give mean and var, {expected} or None")
         if value is not None and name == "mean":
             model.latent_mean.copy_(value.flatten(1).mT)
         elif value is not None:
@@ -269,8 +268,8 @@ def load_rae(model: rae.RAE, weights: dict[str, Tensor], prefix: str, rename=str
 
 
 def old_encoder_key(name: str, prefix: str) -> str:
-    """An encoder's key as transformers 4.56 has it, with which the files were made. 5.23 renamed the linear layers
-    of DINOv2 and MAE, and dropped `vision_model.` from SigLIP."""
+    """An encoder's key as in transformers 4.56, which the released files were made with. 5.23 renamed the
+    linear layers of DINOv2 and MAE, and dropped `vision_model.` from SigLIP."""
     if not name.startswith(prefix):
         return name
     key = name.removeprefix(prefix)
@@ -289,10 +288,10 @@ def old_encoder_key(name: str, prefix: str) -> str:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# DiT: LightningDiT, DiT-DH, and Scale-RAE's
+# DiT: LightningDiT, DiT-DH (with the DDT head), and Scale-RAE's
 
-# (Scale-RAE?, wide head?) -> latent embedders and RoPE tables, of the backbone and then of the head. Trap: the
-# two projects name the embedders of the wide head the other way round.
+# (Scale-RAE?, DDT head?) -> latent embedders and RoPE tables, of the backbone and then of the head. Trap: the
+# two projects name the embedders of the DDT head the other way round.
 DIT_NAMES = {
     (False, False): (["x_embedder"], ["feat_rope"]),
     (False, True): (["s_embedder", "x_embedder"], ["enc_feat_rope", "dec_feat_rope"]),
@@ -307,9 +306,9 @@ class ReleasedDiT:
     def __init__(self, weights: dict[str, Tensor], prefix: str = ""):
         self.weights, self.prefix = weights, prefix
         modules = {name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)}
-        self.scale_rae, self.wide = "dit_blocks" in modules, "s_embedder" in modules
+        self.scale_rae, self.ddt_head = "dit_blocks" in modules, "s_embedder" in modules
         self.blocks = "dit_blocks" if self.scale_rae else "blocks"
-        self.embedders, self.ropes = DIT_NAMES[self.scale_rae, self.wide]
+        self.embedders, self.ropes = DIT_NAMES[self.scale_rae, self.ddt_head]
 
     def rename(self, name: str) -> str:
         """Our key of a DiT -> the released key. Ours are RAE's, but for `.proj` of the embedders."""
@@ -325,7 +324,7 @@ class ReleasedDiT:
 
     def sizes(self, options: dict) -> dict:
         """The arguments of `rae.DiT`. Raises ValueError for options that contradict the tensors."""
-        # with the wide head there are two of each: (backbone, head)
+        # with the DDT head there are two of each: (backbone, head)
         options = dict(options)
         for name in ("width", "depth", "heads"):
             if isinstance(options.get(name), int):
@@ -333,8 +332,8 @@ class ReleasedDiT:
         width = tuple(self.size(f"{name}.proj.weight") for name in self.embedders)
         blocks = count_blocks(self.weights, self.prefix + self.blocks)
         in_head = sum(self.size(f"{self.blocks}.{i}.norm1.weight") == width[-1] for i in range(blocks))
-        depth = (blocks - in_head, in_head) if self.wide else (blocks,)
-        if self.wide and width[0] == width[1]:
+        depth = (blocks - in_head, in_head) if self.ddt_head else (blocks,)
+        if self.ddt_head and width[0] == width[1]:
             # widths do not tell where the head begins; it has two blocks in both papers
             depth = options.get("depth", (blocks - 2, 2))
         heads = options.get("heads", ())
@@ -355,10 +354,10 @@ class ReleasedDiT:
             "width": width[0],
             "depth": depth[0],
             "heads": heads[0],
-            "head": (width[1], depth[1], heads[1]) if self.wide else None,
-            "silu_condition": self.scale_rae or self.wide,
-            "readd_time": self.wide and not self.scale_rae,
-            "xavier": self.scale_rae or not self.wide,
+            "head": (width[1], depth[1], heads[1]) if self.ddt_head else None,
+            "silu_condition": self.scale_rae or self.ddt_head,
+            "readd_time": self.ddt_head and not self.scale_rae,
+            "xavier": self.scale_rae or not self.ddt_head,
             "qk_norm": any(".q_norm." in name for name in self.weights),
             "swiglu": not any(".mlp.fc1." in name for name in self.weights),
         }
@@ -384,7 +383,7 @@ class ReleasedDiT:
     def rope_tables(self, dit: rae.DiT) -> dict[str, Tensor]:
         """Released key -> the RoPE table that it must be. These are in the authors' files, not in ours."""
         tables = {}
-        ours = [dit.rope, dit.head_rope] if self.wide else [dit.rope]
+        ours = [dit.rope, dit.head_rope] if self.ddt_head else [dit.rope]
         for name, rope in zip(self.ropes, ours, strict=True):
             tables[f"{self.prefix}{name}.freqs_cos"], tables[f"{self.prefix}{name}.freqs_sin"] = rope
         return tables
@@ -394,7 +393,9 @@ class ReleasedDiT:
 # Scale-RAE: language model + latent queries + DiT
 
 
-def build_text_to_image(weights, language_model=None, im_start=None, im_end=None, **options):
+def build_text_to_image(
+    weights, language_model=None, im_start=None, im_end=None, **options
+) -> rae.TextToImage:
     """A whole Scale-RAE model; options: of its DiT. Keys that no released file has are errors, such as
     statistics of the latents (`diff_head.data_mean`), heads of other losses or a vision tower."""
     if language_model is None:
@@ -402,25 +403,19 @@ def build_text_to_image(weights, language_model=None, im_start=None, im_end=None
     released = ReleasedDiT(weights, "diff_head.model.")
     dit = released.sizes(options)
     latent_shape = dit.pop("latent_shape")
-    # images are read through this layer: of other channels where images are generated in a VAE's latents
-    reader_channels = size_of(weights, "model.mm_projector.0.weight", 1)
-    model = rae.TextToImage(
-        {"model_type": "qwen2"} | config_of(language_model),
-        dit,
-        latent_shape,
-        reader_channels=None if reader_channels == latent_shape[1] else reader_channels,
-    )
+    # channels of the latents that are read; they differ where images are generated in a VAE's latents
+    channels = size_of(weights, "model.mm_projector.0.weight", 1)
+    reader_channels = None if channels == latent_shape[1] else channels
+    config = {"model_type": "qwen2"} | config_of(language_model)
+    model = rae.TextToImage(config, dit, latent_shape, reader_channels=reader_channels)
 
     weights = released.reshaped()
     if model.language_model.config.tie_word_embeddings:  # files hold one of the two tensors, or both
-        embed, head = (weights.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
-        if embed is not None and head is not None and not torch.equal(embed, head):
-            raise ValueError(
-                "language_model= ties lm_head.weight to model.embed_tokens.weight, but they differ"
-            )
-        tied = head if embed is None else embed
-        if tied is not None:
-            weights["model.embed_tokens.weight"] = weights["lm_head.weight"] = tied
+        tied = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in weights]
+        if len(tied) == 2 and not torch.equal(weights[tied[0]], weights[tied[1]]):
+            raise ValueError(f"language_model= ties {tied[1]} to {tied[0]}, but they differ")
+        if tied:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"] = weights[tied[0]]
 
     def released_key(name: str) -> str:
         if name.startswith("dit."):
@@ -438,12 +433,12 @@ def build_text_to_image(weights, language_model=None, im_start=None, im_end=None
     return model
 
 
-# their config.json is the language model's with more keys; these are Qwen2's
-SCALE_RAE_LANGUAGE_MODEL = """
-    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-    hidden_act max_position_embeddings rms_norm_eps rope_theta tie_word_embeddings attention_dropout
-    initializer_range
-""".split()
+# keys of their config.json that are Qwen2's
+SCALE_RAE_LANGUAGE_MODEL = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "hidden_act max_position_embeddings rms_norm_eps rope_theta tie_word_embeddings attention_dropout "
+    "initializer_range"
+).split()
 SCALE_RAE_DIT = {"width": "hidden_size", "depth": "depth", "heads": "heads"}  # after `diffusion_model_`
 SCALE_RAE_SWITCHES = {  # the only values that rae.py implements
     "mm_projector_type": "mlp2x_gelu",
@@ -461,20 +456,15 @@ def read_scale_rae(source: str, folder: str, config: dict, revision: str | None)
     """A whole Scale-RAE model. source: of the weights; folder: of the config and the tokenizer."""
     check_config(folder, config, SCALE_RAE_SWITCHES)
     language_model = {name: config[name] for name in SCALE_RAE_LANGUAGE_MODEL if name in config}
-    options = {}  # lists of two with the wide head
-    for option, key in SCALE_RAE_DIT.items():
-        if f"diffusion_model_{key}" in config:
-            options[option] = config[f"diffusion_model_{key}"]
+    options = {option: config.get(f"diffusion_model_{key}") for option, key in SCALE_RAE_DIT.items()}
+    options = {option: value for option, value in options.items() if value is not None}
     model = from_official(read_weights(source, revision), language_model=language_model, **options)
-    language_model = model.language_model.config
-    # given the config, AutoTokenizer does not read config.json, whose model type it does not know
-    model.set_tokenizer(
-        transformers.AutoTokenizer.from_pretrained(folder, config=language_model, revision=revision)
-    )
-    if len(model.tokenizer) > language_model.vocab_size:
-        raise ValueError(
-            f"{folder}: {len(model.tokenizer)} tokens, but weights for only {language_model.vocab_size}"
-        )
+    # with the config, AutoTokenizer does not read config.json, whose model type it does not know
+    config_lm = model.language_model.config
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config_lm, revision=revision)
+    if len(tokenizer) > config_lm.vocab_size:
+        raise ValueError(f"{folder}: {len(tokenizer)} tokens, but weights for only {config_lm.vocab_size}")
+    model.set_tokenizer(tokenizer)
 
     # the config names only the encoder, from which the released autoencoder follows
     encoder = next(iter(config.get("mm_vision_tower_aux_list") or []), None)
@@ -487,10 +477,9 @@ def read_scale_rae(source: str, folder: str, config: dict, revision: str | None)
         model.reader_path, model.autoencoder_path = model.autoencoder_path, re.sub(r"-res\d+$", "", vae)
     if config.get("diffusion_base_dim"):
         model.alpha = math.sqrt(math.prod(model.latent_shape) / config["diffusion_base_dim"])
-    # `save_pretrained` writes this dict as config.json
-    model._hub_mixin_config.update(
-        autoencoder=model.autoencoder_path, alpha=model.alpha, reader=model.reader_path
-    )
+    # `save_pretrained` writes these as config.json
+    saved = {"autoencoder": model.autoencoder_path, "reader": model.reader_path, "alpha": model.alpha}
+    model._hub_mixin_config.update(saved)
     return model
 
 
@@ -520,12 +509,9 @@ def exists(path: str, revision: str | None) -> bool:
 
 def read_config(source: str, revision: str | None = None) -> tuple[dict, str]:
     """The config.json of a model, and its subfolder: pipelines such as FLUX's keep their VAE in vae/."""
-    subfolder = ""
-    path = f"{source}/config.json"
-    if not exists(path, revision) and exists(f"{source}/vae/config.json", revision):
-        subfolder = "vae"
-        path = f"{source}/vae/config.json"
-    return json.loads(Path(fetch(path, revision)).read_text()), subfolder
+    in_vae = not exists(f"{source}/config.json", revision) and exists(f"{source}/vae/config.json", revision)
+    path = f"{source}/vae/config.json" if in_vae else f"{source}/config.json"
+    return json.loads(Path(fetch(path, revision)).read_text()), "vae" if in_vae else ""
 
 
 def read_tensors(path: str, revision: str | None) -> dict[str, Tensor]:
@@ -670,10 +656,8 @@ def write_diffusers(model: rae.RAE, folder: Path) -> None:
         # diffusers wants the unused pooling head too, and the names of transformers 4
         prefix = "encoder.vision_model."
         with torch.device("meta"):  # only its shapes are needed
-            encoder_config = transformers.AutoConfig.for_model(**diffusers_encoder(config))
-            head = transformers.SiglipVisionModel(encoder_config).head.state_dict(
-                prefix="encoder.model.head."
-            )
+            built = transformers.AutoConfig.for_model(**diffusers_encoder(config))
+            head = transformers.SiglipVisionModel(built).head.state_dict(prefix="encoder.model.head.")
         weights |= {name: torch.zeros(tensor.shape) for name, tensor in head.items()}
     weights = {re.sub(r"^encoder\.model\.", prefix, diffusers_key(name)): w for name, w in weights.items()}
     for name, value in statistics.items():
@@ -703,10 +687,11 @@ def diffusers_config(model: rae.RAE) -> dict:
     }
     # AutoencoderRAE has no arguments for these: a difference would silently give other latents
     built = transformers.AutoConfig.for_model(**diffusers_encoder(config))
-    for name in """
-        image_size num_attention_heads intermediate_size mlp_ratio hidden_act layer_norm_eps qkv_bias
-        num_register_tokens use_swiglu_ffn
-    """.split():
+    names = (
+        "image_size num_attention_heads intermediate_size mlp_ratio hidden_act layer_norm_eps qkv_bias "
+        "num_register_tokens use_swiglu_ffn"
+    )
+    for name in names.split():
         ours, theirs = getattr(encoder, name, None), getattr(built, name, None)
         if ours != theirs:
             raise ValueError(f"diffusers builds encoders with {name} {theirs} only; this one has {ours}")
@@ -723,10 +708,9 @@ def open_rae(source: str, revision: str | None, **options) -> rae.RAE | None:
     if source in RELEASED:
         options = {**RELEASED[source], **options}
         source = options.pop("decoder")
-    is_file = source.endswith(".pt")
-    config = {} if is_file else read_config(source, revision)[0]
-    class_name = config.get("_class_name")
-    if is_file or (class_name is None and "decoder_hidden_size" in config):
+    config = {} if source.endswith(".pt") else read_config(source, revision)[0]
+    class_name = config.get("_class_name")  # of diffusers
+    if not config or (class_name is None and "decoder_hidden_size" in config):
         return read_decoder(source, config, revision, options)
     if options:
         raise ValueError(f"{source} is a whole autoencoder: it has its own {', '.join(options)}")
