@@ -14,9 +14,9 @@
     torchrun --nproc-per-node 8 sample.py --preset rae-256 --classes all --n 50000 --out fid --npz fid.npz
 
 Writes a PNG per image, with prompt, seed and settings in its metadata, and for up to 256 images a grid with
-one row per prompt. --latents also saves the latents, which --ask and --reconstruct accept instead of an image.
-Image k of a prompt is drawn from seed + k, and image i of a run with class labels from seed + i. Images do not
-depend on the batch size or the number of processes.
+one row per prompt. --latents also saves latents, which --ask and --reconstruct accept instead of an image.
+Image k of a prompt is drawn from seed + k, and image i of a run with class labels from seed + i. Images do
+not depend on the batch size or the number of processes.
 """
 
 import json
@@ -110,27 +110,23 @@ def read_lines(path: str) -> list[str]:
     return [line for line in Path(path).read_text().splitlines() if line.strip()]
 
 
-def dpg_files(folder: str) -> list[Path]:
-    return sorted(Path(folder).glob("*.txt"))
+def dpg_files(config: Config) -> list[Path]:
+    return sorted(Path(config.file).glob("*.txt"))
 
 
 def read_prompts(config: Config) -> list[str]:
     """The prompts of the command line and of --file."""
-    if benchmark(config) != "none" and config.prompts:
-        raise ValueError(
-            f"--file {config.file} has all prompts of a benchmark: leave out {config.prompts[0]!r}"
-        )
-    if benchmark(config) == "dpg":
-        if not dpg_files(config.file) or config.best_of or config.n not in (None, 4):
-            raise ValueError(
-                f"--file {config.file}: DPG-Bench needs a folder of .txt, --n 4 and no --best-of"
-            )
-        return [file.read_text().strip() for file in dpg_files(config.file)]
-    lines = read_lines(config.file) if config.file else []
-    if benchmark(config) == "none":
-        return [*config.prompts, *lines]
+    layout = benchmark(config)
+    if layout == "none":
+        return [*config.prompts, *(read_lines(config.file) if config.file else [])]
+    if config.prompts:
+        raise ValueError(f"{config.file} is a whole set of prompts: leave out {config.prompts[0]!r}")
+    if layout == "dpg":
+        if not dpg_files(config) or config.best_of or config.n not in (None, 4):
+            raise ValueError(f"{config.file}: DPG-Bench is a folder of .txt, with --n 4, without --best-of")
+        return [file.read_text().strip() for file in dpg_files(config)]
     try:
-        return [json.loads(line)["prompt"] for line in lines]
+        return [json.loads(line)["prompt"] for line in read_lines(config.file)]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f'{config.file} is not a GenEval file: each line needs a "prompt"') from None
 
@@ -142,21 +138,19 @@ def file_name(prompt: str) -> str:
 def prompt_jobs(config: Config, count: int) -> list[list[Job]]:
     """`count` jobs for each prompt, in the layout of the benchmark or as PROMPT-SEED.png."""
     layout = benchmark(config)
-    names = [file_name(prompt) for prompt in config.prompts]
-    if len(set(names)) < len(names):
-        names = [f"{i:03d}-{name}" for i, name in enumerate(names)]
+    stems = [file_name(prompt) for prompt in config.prompts]
+    if len(set(stems)) < len(stems):
+        stems = [f"{i:03d}-{stem}" for i, stem in enumerate(stems)]
+    if layout == "dpg":
+        stems = [file.stem for file in dpg_files(config)]
     groups = []
     for i, prompt in enumerate(config.prompts):
-        group = []
-        for k in range(count):
-            if layout == "geneval":
-                name = f"{i:05d}/samples/{k:05d}"
-            elif layout == "dpg":
-                name = f"{dpg_files(config.file)[i].stem}/{k}"
-            else:
-                name = f"{names[i]}-{config.seed + k}"
-            group.append(Job(prompt, config.seed + k, name))
-        groups.append(group)
+        names = [f"{stems[i]}-{config.seed + k}" for k in range(count)]
+        if layout == "geneval":
+            names = [f"{i:05d}/samples/{k:05d}" for k in range(count)]
+        elif layout == "dpg":
+            names = [f"{stems[i]}/{k}" for k in range(count)]
+        groups.append([Job(prompt, config.seed + k, name) for k, name in enumerate(names)])
     return groups
 
 
@@ -164,18 +158,15 @@ def class_jobs(config: Config, num_classes: int | None) -> list[Job]:
     """--n jobs in total; image i is of class i modulo their number, so that all come equally often."""
     if (config.classes == "none") != (num_classes is None):
         raise ValueError(f"--classes {config.classes}: {config.model} has {num_classes or 'no'} classes")
-    if config.classes in ("all", "none"):
-        labels = list(range(num_classes or 1))
-    else:
+    labels = list(range(num_classes or 1))
+    if config.classes not in ("all", "none"):
         try:
             labels = [int(label) for label in config.classes.split(",")]
         except ValueError:
             raise ValueError(f"--classes {config.classes}: give labels like 3,17, or all") from None
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"--classes {config.classes}: name every class once")
     n = config.n or 4 * len(labels)
-    if n % len(labels):
-        raise ValueError(f"--n {n}: give a multiple of {len(labels)}, the number of classes")
+    if len(set(labels)) < len(labels) or n % len(labels):
+        raise ValueError(f"--classes {config.classes} --n {n}: name a class once, draw all equally often")
     return [Job(labels[i % len(labels)], config.seed + i, f"{i:06d}") for i in range(n)]
 
 
@@ -195,84 +186,83 @@ def sampler_settings(config: Config, guide: LatentModel | None = None) -> dict:
     return {name: getattr(config, name) for name in names} | {"guide": guide, "interval": (low, high)}
 
 
-@torch.no_grad()
-def draw_latents(jobs: list[Job], model: LatentModel, sampler: dict, dist_ctx: DistContext, condition=None):
-    """Latents (B, N, C), from the inputs of the jobs or from the condition vectors of a dialogue."""
-    noise = []
-    for job in jobs:  # on the CPU, so that a seed means the same image on every device
-        noise.append(torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(job.seed)))
-    inputs = [job.input for job in jobs] if condition is None else condition
-    with dist_ctx.autocast():
-        return model.generate(inputs, noise=torch.stack(noise), **sampler)
+def draw_noise(seed: int, latent_shape: tuple[int, int]) -> Tensor:
+    # on the CPU, so that a seed means the same image on every device
+    return torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed))
 
 
-@torch.no_grad()
-def decode(latents: Tensor, model: LatentModel, dist_ctx: DistContext) -> Tensor:
-    """(B, N, C) -> (B, 3, H, W)."""
-    with dist_ctx.autocast():
-        return model.autoencoder.decode(latents).float()
+def draw_latents(jobs: list[Job], model: LatentModel, sampler: dict, batch: int) -> Tensor:
+    """(B, N, C)."""
+    latents = []
+    for start in range(0, len(jobs), batch):
+        inputs = [job.input for job in jobs[start : start + batch]]
+        noise = [draw_noise(job.seed, model.latent_shape) for job in jobs[start : start + batch]]
+        latents.append(model.generate(inputs, noise=torch.stack(noise), **sampler))
+    return torch.cat(latents)
 
 
-def load_guide(config: Config, model: LatentModel, dist_ctx: DistContext) -> LatentModel | None:
+def load_guide(config: Config, model: LatentModel) -> LatentModel | None:
     if not config.guide or config.guidance == 1:
         return None
     with common.loading(config.guide):
-        guide = type(model).from_pretrained(config.guide).eval().to(dist_ctx.device)
-    classes, guide_classes = (getattr(m, "num_classes", None) for m in (model, guide))
-    if guide_classes not in (None, classes):  # an unconditional guide is fine
-        raise ValueError(f"--guide {config.guide} has {guide_classes} classes, {config.model} has {classes}")
+        guide = type(model).from_pretrained(config.guide).eval().to(model.device)
+    if config.classes and guide.num_classes not in (None, model.num_classes):
+        raise ValueError(f"--guide {config.guide} has {guide.num_classes} classes, not {model.num_classes}")
     return guide
-
-
-def batches(jobs: list[Job], size: int) -> list[list[Job]]:
-    return [jobs[start : start + size] for start in range(0, len(jobs), size)]
 
 
 def draw(config: Config, dist_ctx: DistContext) -> None:
     # ---- models -------------------------------------------------------------------------------------------
     model_class = rae.ClassToImage if config.classes else rae.TextToImage
     model = common.load_model(model_class, config.model, config.autoencoder, dist_ctx)
-    guide = load_guide(config, model, dist_ctx)
+    guide = load_guide(config, model)
     sampler = sampler_settings(config, guide)
     settings = describe_settings(config, model, guide, dist_ctx)
 
-    # ---- jobs: a mistake in any input shows before the work begins ----------------------------------------
+    # ---- speed --------------------------------------------------------------------------------------------
+    blocks = [*model.dit.blocks, *(guide.dit.blocks if guide else [])]
+    blocks += getattr(getattr(model.autoencoder, "decoder", None), "decoder_layers", [])  # a VAE has none
+    common.cast_linear(blocks, dist_ctx)
+    if config.compile:
+        options = {}
+        if dist_ctx.device.type == "cuda":
+            options["mode"] = "reduce-overhead"  # CUDA graphs: kernel launches limit small batches
+            # Without this every compiled block starts a new step, which frees the output of the one before.
+            model.dit.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+        for block in blocks:
+            block.forward = torch.compile(block.forward, **options)
+
+    # ---- jobs: mistakes in any input show before the work begins ------------------------------------------
     if config.classes:
         groups = [class_jobs(config, model.num_classes)]
         model.condition([job.input for job in groups[0]])
     else:
-        model.plain_text(config.prompts)
+        model.check_prompts(config.prompts)
         groups = prompt_jobs(config, config.best_of or config.n)
 
-    # ---- chunks of jobs for this process: batches, or with --best-of all candidates of a prompt -----------
+    # ---- chunks for this process: batches of jobs, or with --best-of all candidates of a prompt -----------
     rank, world_size = dist_ctx.rank, dist_ctx.world_size
     if config.best_of:
-        chunks = [
-            g for g in groups[rank::world_size] if not (config.resume and kept_jobs(g, settings, config))
-        ]
+        chunks = groups[rank::world_size]
+        if config.resume:
+            chunks = [group for group in chunks if not kept_jobs(group, settings, config)]
     else:
         jobs = [job for group in groups for job in group][rank::world_size]
-        jobs = [job for job in jobs if not (config.resume and is_drawn(job, settings, config))]
-        chunks = batches(jobs, config.batch)
-
-    # ---- speed --------------------------------------------------------------------------------------------
-    blocks = [*model.dit.blocks, *(guide.dit.blocks if guide else [])]
-    blocks += getattr(getattr(model.autoencoder, "decoder", None), "decoder_layers", [])  # not of a VAE
-    common.cast_linear(blocks, dist_ctx)
-    if config.compile:
-        compile_blocks(blocks, model, dist_ctx)
+        if config.resume:
+            jobs = [job for job in jobs if not is_drawn(job, settings, config)]
+        chunks = [jobs[start : start + config.batch] for start in range(0, len(jobs), config.batch)]
 
     # ---- draw; threads write the images of a chunk while the next one is drawn ----------------------------
     writes = []
-    with ThreadPoolExecutor() as pool:
+    with torch.no_grad(), dist_ctx.autocast(), ThreadPoolExecutor() as pool:
         for jobs in tqdm(chunks, "draw", disable=not dist_ctx.is_main):
-            latents = [draw_latents(batch, model, sampler, dist_ctx) for batch in batches(jobs, config.batch)]
-            latents, scores = torch.cat(latents), [{}] * len(jobs)
+            latents = draw_latents(jobs, model, sampler, config.batch)
+            scores = [{}] * len(jobs)
             if config.best_of:
-                jobs, latents, scores = keep_best(jobs, latents, settings, model, config, dist_ctx)
-            images = decode(latents, model, dist_ctx)
+                jobs, latents, scores = keep_best(jobs, latents, model, settings, config)
+            images = model.autoencoder.decode(latents).float()  # (B, 3, H, W)
             (images, latents), wait = common.to_host(images, latents)
-            for write in writes:  # of the chunk before: no more than two are in memory
+            for write in writes:  # of the chunk before, so that at most two are in memory
                 write.result()  # raises what went wrong in the thread
             writes = []
             for job, image, tokens, extra in zip(jobs, images, latents, scores, strict=True):
@@ -283,48 +273,31 @@ def draw(config: Config, dist_ctx: DistContext) -> None:
 
     # ---- grids and archives -------------------------------------------------------------------------------
     if dist_ctx.is_main:
-        finish([kept_jobs(group, settings, config) for group in groups] if config.best_of else groups, config)
-
-
-def compile_blocks(blocks: list[torch.nn.Module], model: LatentModel, dist_ctx: DistContext) -> None:
-    options = {}
-    if dist_ctx.device.type == "cuda":
-        options["mode"] = "reduce-overhead"  # CUDA graphs: launching kernels limits small batches
-        # Without this, every compiled block starts a new step, which frees the output of the block before.
-        model.dit.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
-    for block in blocks:
-        block.forward = torch.compile(block.forward, **options)
+        if config.best_of:
+            groups = [kept_jobs(group, settings, config) for group in groups]
+        finish(groups, config)
 
 
 # -----------------------------------------------------------------------------------------------------------
 # best-of-N: the language model ranks candidates (Scale-RAE section 5)
 
 
-def scores_path(group: list[Job], config: Config) -> Path:
-    return Path(config.out) / f"{group[0].name}-scores.json"
-
-
-def keep_best(
-    group: list[Job],
-    latents: Tensor,
-    settings: dict,
-    model: LatentModel,
-    config: Config,
-    dist_ctx: DistContext,
-) -> tuple[list[Job], Tensor, list[dict]]:
-    """The best --n candidates of a prompt, the best first: jobs, latents, scores. Writes the scores of all."""
+def keep_best(group: list[Job], latents: Tensor, model: LatentModel, settings: dict, config: Config):
+    """The best --n candidates of a prompt, best first: jobs, latents, scores. Saves the scores of all."""
     verdicts = []
     for batch in latents.split(config.batch):
-        if model.reader_path:  # it cannot read the latents that it draws: show it the images
-            batch = model.reader.encode(decode(batch, model, dist_ctx).clamp(0, 1))
-        # without autocast, because many candidates have the same logits in bf16
-        verdicts += model.verify(group[0].input, batch)
+        if model.reader_path:  # it cannot read the latents that it draws, so it looks at the images
+            batch = model.autoencoder.decode(batch).float().clamp(0, 1)
+        with torch.autocast(batch.device.type, enabled=False):  # in bf16 many candidates have equal logits
+            if model.reader_path:
+                batch = model.reader.encode(batch)
+            verdicts += rae.verify(model, group[0].input, batch)
     best = rae.best(verdicts, config.verifier, config.n)
     rows = []
     for i, (job, verdict) in enumerate(zip(group, verdicts, strict=True)):
         rank = best.index(i) if i in best else None
         rows.append({"seed": job.seed, "rank": rank, **verdict._asdict()})
-    with common.replacing(scores_path(group, config)) as temporary:
+    with common.replacing(Path(config.out) / f"{group[0].name}-scores.json") as temporary:
         scores = {"settings": describe(group[0], settings), "candidates": rows}
         temporary.write_text(json.dumps(scores, indent=1) + "\n")
     return [group[i] for i in best], latents[best], [verdicts[i]._asdict() for i in best]
@@ -332,7 +305,7 @@ def keep_best(
 
 def kept_jobs(group: list[Job], settings: dict, config: Config) -> list[Job]:
     """The candidates of a prompt that were kept, the best first; none if they are not all there."""
-    path = scores_path(group, config)
+    path = Path(config.out) / f"{group[0].name}-scores.json"
     if not path.exists():
         return []
     scores = json.loads(path.read_text())
@@ -403,7 +376,7 @@ def finish(groups: list[list[Job]], config: Config) -> None:
             with common.replacing(out / f"{i:05d}/metadata.jsonl") as temporary:
                 temporary.write_text(line + "\n")
     elif benchmark(config) == "dpg":  # ITEM.png: 2 x 2 images without gaps
-        for group, file in zip(groups, dpg_files(config.file), strict=True):
+        for group, file in zip(groups, dpg_files(config), strict=True):
             images = read_images([out / f"{job.name}.png" for job in group])
             grid = torch.from_numpy(rearrange(images, "(r c) h w ch -> ch (r h) (c w)", r=2)).float() / 255
             common.save_image(out / f"{file.stem}.png", grid, prompt=group[0].input)
@@ -440,9 +413,8 @@ def pack(npz: Path, paths: list[Path]) -> None:
 
 def crop_image(path: str, size: int) -> Tensor:
     """The centre square of an image, (1, 3, size, size) in [0, 1]."""
-    return (
-        torch.from_numpy(data.centre_crop(data.open_image(path), size)).permute(2, 0, 1)[None].float() / 255
-    )
+    pixels = data.centre_crop(data.open_image(path), size)  # (H, W, 3) uint8
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
 
 
 def load_latents(path: str, latent_shape: tuple[int, int]) -> Tensor:
@@ -456,20 +428,18 @@ def load_latents(path: str, latent_shape: tuple[int, int]) -> Tensor:
     return latents
 
 
-@torch.no_grad()
 def reconstruct(config: Config, dist_ctx: DistContext) -> None:
     model = common.load_autoencoder(config.autoencoder or common.WEIGHTS / "rae", dist_ctx)
-    if config.reconstruct.endswith(".safetensors"):
-        latents = load_latents(config.reconstruct, model.latent_shape)[None].to(dist_ctx.device)
-        with dist_ctx.autocast():
+    with torch.no_grad(), dist_ctx.autocast():
+        if config.reconstruct.endswith(".safetensors"):
+            latents = load_latents(config.reconstruct, model.latent_shape)[None].to(dist_ctx.device)
             image, note = model.decode(latents)[0], ""
-    else:
-        original = crop_image(config.reconstruct, model.image_size).to(dist_ctx.device)
-        with dist_ctx.autocast():
+        else:
+            original = crop_image(config.reconstruct, model.image_size).to(dist_ctx.device)
             decoded = model.decode(model.encode(original)).clamp(0, 1)
-        psnr = -10 * (decoded - original).square().mean().log10().item()
-        image = common.image_grid(torch.cat([original, decoded]), columns=2)
-        note = f"  (left original, right reconstruction; PSNR {psnr:.1f} dB)"
+            psnr = -10 * (decoded - original).square().mean().log10().item()
+            image = common.image_grid(torch.cat([original, decoded]), columns=2)
+            note = f"  (left original, right reconstruction; PSNR {psnr:.1f} dB)"
     path = Path(config.out) / f"{Path(config.reconstruct).stem}-reconstruction.png"
     common.save_image(path, image, source=config.reconstruct)
     print(f"{path}{note}")
@@ -486,18 +456,18 @@ def converse(config: Config, dist_ctx: DistContext) -> None:
         image = load_latents(config.ask, model.read_shape)
     elif config.ask:
         image = crop_image(config.ask, model.reader.image_size)[0]
-    dialogue = rae.Dialogue(model)
-    for turn, text in enumerate(config.prompts):
-        with dist_ctx.autocast():
+    with torch.no_grad(), dist_ctx.autocast():
+        dialogue = rae.Dialogue(model)
+        for turn, text in enumerate(config.prompts):
             words, condition = dialogue.say(text, image if turn == 0 else None)
-        print(words)
-        if condition is not None:
-            job = Job(text, config.seed, f"{turn}-{file_name(text)}-{config.seed}")
-            latents = draw_latents([job], model, sampler, dist_ctx, condition)
-            [drawn] = decode(latents, model, dist_ctx)
-            path = Path(config.out) / f"{job.name}.png"
-            common.save_image(path, drawn, **describe(job, settings))
-            print(path)
+            print(words)
+            if condition is not None:
+                job = Job(text, config.seed, f"{turn}-{file_name(text)}-{config.seed}")
+                noise = draw_noise(job.seed, model.latent_shape)[None]
+                latents = model.generate(condition, noise=noise, **sampler)
+                path = Path(config.out) / f"{job.name}.png"
+                common.save_image(path, model.autoencoder.decode(latents)[0], **describe(job, settings))
+                print(path)
 
 
 # -----------------------------------------------------------------------------------------------------------
