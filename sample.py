@@ -42,12 +42,13 @@ import rae
 from common import DistContext, flag
 from rae import LatentModel
 
-RAE = {"grid": "rae", "dtype": "fp32"}  # the sampling configs of RAE's released ImageNet models, AutoGuidance
+# RAE's configs for its released ImageNet models: AutoGuidance by a DiT-DH-S, 50 points, fp32
+IMAGENET = {"grid": "rae", "dtype": "fp32"}
 PRESETS = {
     "nano": {},
-    "scale-rae": {"guidance": 1.0, "grid": "scale-rae"},  # no guidance; 50 points, which are 49 evaluations
-    "rae-256": RAE | {"model": "rae-dit-dh-xl-256", "guide": "rae-dit-dh-s-256", "guidance": 1.42},
-    "rae-512": RAE | {"model": "rae-dit-dh-xl-512", "guide": "rae-dit-dh-s-512", "guidance": 1.5},
+    "scale-rae": {"guidance": 1.0, "grid": "scale-rae"},  # Scale-RAE: no guidance, 50 points
+    "rae-256": IMAGENET | {"model": "rae-dit-dh-xl-256", "guide": "rae-dit-dh-s-256", "guidance": 1.42},
+    "rae-512": IMAGENET | {"model": "rae-dit-dh-xl-512", "guide": "rae-dit-dh-s-512", "guidance": 1.5},
 }
 MAX_GRID = 256  # a run of more images makes no grid
 
@@ -220,17 +221,18 @@ def draw(config: Config, dist_ctx: DistContext) -> None:
     settings = describe_settings(config, model, guide, dist_ctx)
 
     # ---- speed --------------------------------------------------------------------------------------------
-    blocks = [*model.dit.blocks, *(guide.dit.blocks if guide else [])]
+    dits = [model.dit, guide.dit] if guide else [model.dit]
+    blocks = [block for dit in dits for block in dit.blocks]
     blocks += getattr(getattr(model.autoencoder, "decoder", None), "decoder_layers", [])  # a VAE has none
     common.cast_linear(blocks, dist_ctx)
-    if config.compile:
-        options = {}
-        if dist_ctx.device.type == "cuda":
-            options["mode"] = "reduce-overhead"  # CUDA graphs: kernel launches limit small batches
-            # Without this every compiled block starts a new step, which frees the output of the one before.
-            model.dit.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
-        for block in blocks:
-            block.forward = torch.compile(block.forward, **options)
+    if dist_ctx.device.type != "cuda":
+        common.compile_blocks(blocks, config.compile, dist_ctx)
+    elif config.compile:
+        # CUDA graphs, because small batches wait for kernel launches. They reuse memory from step to step:
+        # a step is one evaluation of a DiT, not one block, whose output the next block still reads.
+        common.compile_blocks(blocks, True, dist_ctx, mode="reduce-overhead")
+        for dit in dits:
+            dit.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
 
     # ---- jobs: mistakes in any input show before the work begins ------------------------------------------
     if config.classes:
@@ -283,7 +285,7 @@ def draw(config: Config, dist_ctx: DistContext) -> None:
 
 
 def keep_best(group: list[Job], latents: Tensor, model: LatentModel, settings: dict, config: Config):
-    """The best --n candidates of a prompt, best first: jobs, latents, scores. Saves the scores of all."""
+    """The best --n candidates of a prompt, best first: jobs, latents, scores. Writes the scores of all."""
     verdicts = []
     for batch in latents.split(config.batch):
         if model.reader_path:  # it cannot read the latents that it draws, so it looks at the images
@@ -304,7 +306,7 @@ def keep_best(group: list[Job], latents: Tensor, model: LatentModel, settings: d
 
 
 def kept_jobs(group: list[Job], settings: dict, config: Config) -> list[Job]:
-    """The candidates of a prompt that were kept, the best first; none if they are not all there."""
+    """The kept candidates of a prompt, best first; an empty list unless all of them are there."""
     path = Path(config.out) / f"{group[0].name}-scores.json"
     if not path.exists():
         return []

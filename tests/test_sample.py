@@ -17,8 +17,6 @@ import data
 import rae
 import sample
 
-TINY = {"width": 32, "depth": 2, "heads": 2}
-
 
 @pytest.fixture
 def run(monkeypatch, capsys):
@@ -34,10 +32,11 @@ def run(monkeypatch, capsys):
     return call
 
 
-def tiny(num_classes=48, seed=0, autoencoder=None, shape=(16, 24), **changes) -> rae.ClassToImage:
+def tiny(num_classes=48, seed=0, autoencoder=None, shape=(16, 24), width=32) -> rae.ClassToImage:
     """With random weights everywhere: a new DiT's velocity is zero."""
     torch.manual_seed(seed)
-    model = rae.ClassToImage(TINY | {"num_classes": num_classes} | changes, shape, autoencoder)
+    dit = {"width": width, "depth": 2, "heads": 2, "num_classes": num_classes}
+    model = rae.ClassToImage(dit, shape, autoencoder)
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.1)
@@ -59,18 +58,14 @@ def pixels(path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
-# -- jobs and files
-
-
 def test_images_carry_their_settings(run, parts, tmp_path):
     flags = ["--model", parts / "t2i", "--steps", 2, "--out", tmp_path]
     lines = run("a red star", "two rings", "--n", 2, "--seed", 5, *flags)
     names = ["a-red-star-5.png", "a-red-star-6.png", "two-rings-5.png", "two-rings-6.png", "grid.png"]
     assert lines == [str(tmp_path / name) for name in names]
-    expected = {"prompt": "two rings", "seed": "6", "steps": "2", "guidance": "3.0", "interval": "0,1"}
-    assert expected.items() <= data.open_metadata(lines[3]).items()
+    assert {"prompt": "two rings", "seed": "6", "steps": "2"}.items() <= data.open_metadata(lines[3]).items()
     before = pixels(lines[3])
-    run("two rings", "--n", 1, "--seed", 6, *flags)
+    run("two rings", "--n", 1, "--seed", 6, *flags)  # alone
     assert np.array_equal(pixels(lines[3]), before) and before.shape == (32, 32, 3)
     same_name = run("红色的星", "蓝色的圆", "--n", 1, *flags)
     assert len(set(same_name)) == 3 and all((tmp_path / line).is_file() for line in same_name)
@@ -98,9 +93,8 @@ def test_images_depend_on_neither_processes_nor_batch_nor_interruption(run, worl
     assert np.abs(one - other).max() <= 1  # another batch size rounds otherwise
     assert np.array_equal(one[12], pixels(a / "000012.png"))
     assert len(list(b.iterdir())) == 280 and (b / "000003.png").stat().st_mtime_ns == before
-    assert {"label": "4", "seed": "12"}.items() <= data.open_metadata(str(b / "000012.png")).items()
-    with pytest.raises(ValueError, match=r"000000.png was drawn with seed 0, not 1"):
-        run(*flags, "--seed", 1)
+    with pytest.raises(ValueError, match="000000.png was drawn with label 0, not 1"):
+        run(*flags, "--classes", "1,0")
 
 
 def test_resume_refuses_images_of_other_settings(run, parts, tmp_path):
@@ -128,19 +122,16 @@ def test_layouts_of_the_benchmarks(run, parts, tmp_path):
         assert sorted(path.name for path in folder.glob("samples/*")) == ["00000.png", "00001.png"]
     with pytest.raises(ValueError, match="with seed 0, not 1"):
         run(*geneval, "--n", 2, "--resume", "--seed", 1)
-    best_of = [*geneval, "--best-of", 2, "--n", 1, "--resume"]
-    run(*best_of)
-    with pytest.raises(ValueError, match=r"scores.json was drawn with seed 0, not 1"):
-        run(*best_of, "--seed", 1)
+    geneval += ["--best-of", 2, "--n", 1]
+    run(*geneval)
+    with pytest.raises(ValueError, match="scores.json was drawn with seed 0, not 1"):
+        run(*geneval, "--resume", "--seed", 1)
     (tmp_path / "dpg").mkdir()
     for item in "ab":
         (tmp_path / f"dpg/{item}.txt").write_text(f"an image of {item}\n")
     run("--file", tmp_path / "dpg", "--out", tmp_path / "out", *flags)
     one, two, three, four = (pixels(tmp_path / f"out/b/{k}.png") for k in range(4))
     assert np.array_equal(pixels(tmp_path / "out/b.png"), np.block([[[one], [two]], [[three], [four]]]))
-
-
-# -- best-of-N, reconstruct, ask, chat
 
 
 @pytest.mark.parametrize("reads_images", [False, True])
@@ -166,8 +157,7 @@ def test_best_of_keeps_what_the_verifier_prefers(reads_images, run, parts, tmp_p
         assert [row["seed"] for row in rows] == [*range(3, 9)] and [rows[i]["rank"] for i in best] == [0, 1]
         expected = [verdict.prompt_confidence for verdict in verdicts]
         assert [row["prompt_confidence"] for row in rows] == pytest.approx(expected, rel=1e-4)
-        confidence = data.open_metadata(shown[0])["prompt_confidence"]
-        assert float(confidence) == rows[best[0]]["prompt_confidence"]
+        assert data.open_metadata(shown[0])["prompt_confidence"] == str(rows[best[0]]["prompt_confidence"])
     (tmp_path / lines[0]).unlink()
     before = (tmp_path / lines[2]).stat().st_mtime_ns
     assert run("a red star", "two rings", *flags, "--n", 2, "--resume") == lines
@@ -192,9 +182,9 @@ def test_reconstruct_and_ask(run, parts, tmp_path):
     assert run("--ask", latents, "what is it?", *flags)
     with pytest.raises(ValueError, match=r"has latents \(16, 24\)"):
         run("--ask", latents, "what?")  # the nano model
-    (tmp_path / "no.safetensors").write_bytes(b"no")
+    latents.write_bytes(b"no")
     with pytest.raises(ValueError, match="cannot read latents"):
-        run("--ask", tmp_path / "no.safetensors", "what?", *flags)
+        run("--ask", latents, "what?", *flags)
 
 
 def test_chat_draws_or_answers(run, parts, tmp_path, monkeypatch):
@@ -205,9 +195,6 @@ def test_chat_draws_or_answers(run, parts, tmp_path, monkeypatch):
     lines = run("draw a star", *flags)
     assert lines == ["Here you go:", str(tmp_path / "0-draw-a-star-0.png")]
     assert data.open_metadata(lines[1])["prompt"] == "draw a star" and pixels(lines[1]).shape == (32, 32, 3)
-
-
-# -- sampler settings and guidance
 
 
 def test_every_flag_reaches_the_sampler(run, folders, tmp_path):
@@ -226,7 +213,6 @@ def test_guidance_is_the_formula_and_wastes_nothing():
     noise = torch.randn(2, 16, 24)
     for options, weaker in (
         ({}, partial(model.dit, condition=null)),
-        ({"guide": guide}, partial(guide.dit, condition=labels)),
         ({"guide": guide, "interval": (0.0, 0.9)}, partial(guide.dit, condition=labels)),
     ):
         x = noise
@@ -259,17 +245,11 @@ def test_presets_name_what_is_released(name, scale):
     assert autoencoder == same and autoencoder in convert.RELEASED
 
 
-# -- careless use
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [
         ("", "give a prompt"),
         ("a star| ", "empty prompt"),
-        ("star " * 500, "limit"),
-        ("a star|--model|nowhere/at/all", "no model at"),
-        ("--reconstruct|README.md", "no image that can be read"),
         ("--ask|nothing.png|what?", "no image at"),
         ("a star|--steps|1|--out|README.md", "README.md"),  # raised by a writing thread
         ("a star|--skip|9", "no block 9"),
@@ -280,11 +260,9 @@ def test_presets_name_what_is_released(name, scale):
         ("a star|--file|.ci", "whole set of prompts"),
         ("--file|.ci", "DPG-Bench is a folder of .txt"),
         ("--classes|3", "--classes needs --model"),
-        ("a star|--classes|3|--model|MODEL", "does not go with prompts"),
         ("--classes|3,8|--batch|1|--model|MODEL", "label 8: this model has the classes 0 to 7"),
         ("--classes|3,3|--model|MODEL", "name a class once"),
         ("--classes|3,x|--model|MODEL", "give labels like 3,17"),
-        ("--classes|none|--model|MODEL", "has 8 classes"),
         ("--classes|all|--n|9|--model|MODEL", "all equally often"),
         ("--classes|all|--guide|SMALL|--model|MODEL", r"latents \(4, 24\)"),
         ("--classes|all|--guide|FEW|--model|MODEL", "has 3 classes"),
@@ -292,10 +270,9 @@ def test_presets_name_what_is_released(name, scale):
 )
 def test_careless_use(flags, message, run, parts, folders, tmp_path):
     flags = [folders / flag if flag.isupper() else flag for flag in flags.split("|") if flag]
-    if not {"--model", "--classes"} & set(flags):
+    flags = ["--out", tmp_path / "out", *flags]  # unless it is among them
+    if "--classes" not in flags:
         flags += ["--model", parts / "t2i"]
-    if "--out" not in flags:
-        flags += ["--out", tmp_path / "out"]
     with pytest.raises((ValueError, OSError), match=message):
         run(*flags)
     assert not (tmp_path / "out").exists()
