@@ -147,11 +147,12 @@ def test_best_of_keeps_what_the_verifier_prefers(reads_images, run, parts, tmp_p
     noise = torch.stack([sample.draw_noise(seed, (16, 24)) for seed in range(3, 9)])
     for prompt, stem, shown in (("a red star", "a-red-star", lines), ("two rings", "two-rings", lines[2:])):
         latents = model.generate([prompt] * 6, 2, 3.0, noise=noise)
-        if reads_images:
-            latents = model.reader.encode(model.autoencoder.decode(latents).clamp(0, 1))
-        verdicts = rae.verify(model, prompt, latents)
+        images = model.autoencoder.decode(latents).detach().clamp(0, 1)
+        verdicts = rae.verify(model, prompt, model.reader.encode(images) if reads_images else latents)
         best = rae.best(verdicts, "prompt_confidence", 2)
         assert shown[:2] == [str(tmp_path / f"{stem}-{3 + i}.png") for i in best]
+        image = pixels(shown[1]).transpose(2, 0, 1)
+        assert np.abs(image - images[best[1]].numpy() * 255).max() < 1
         assert len(list(tmp_path.glob(f"{stem}-*.png"))) == 2  # the others are not decoded
         rows = json.loads((tmp_path / f"{stem}-3-scores.json").read_text())["candidates"]
         assert [row["seed"] for row in rows] == [*range(3, 9)] and [rows[i]["rank"] for i in best] == [0, 1]
