@@ -10,8 +10,9 @@
     python sample.py --chat "draw a red circle"                    # the model answers in words or draws
     torchrun --nproc-per-node 8 sample.py --file prompts.txt       # one prompt per line, on 8 GPUs
 
-    # 50,000 images for an FID with the settings of the RAE paper; --resume continues an interrupted run
-    torchrun --nproc-per-node 8 sample.py --preset rae-256 --classes all --n 50000 --out fid --npz fid.npz
+    # 50,000 images for an FID with the settings of the RAE paper; --resume continues an interrupted run.
+    # The "--" is needed, or torchrun takes --n for an abbreviation of its own flags.
+    torchrun --nproc-per-node 8 -- sample.py --preset rae-256 --classes all --n 50000 --out fid --npz fid.npz
 
 Writes a PNG per image, with prompt, seed and settings in its metadata, and for up to 256 images a grid with
 one row per prompt. --latents also saves latents, which --ask and --reconstruct accept instead of an image.
