@@ -1443,9 +1443,8 @@ class Dialogue:
     def __init__(self, model: TextToImage):
         self.model = model
         with torch.no_grad():
-            self.embeddings = read(
-                model, model.encode_turn("system", SYSTEM)
-            )  # (1, L, width), all turns so far
+            # (1, L, width), all turns so far
+            self.embeddings = read(model, model.encode_turn("system", SYSTEM))
 
     @torch.no_grad()
     def say(
