@@ -581,7 +581,7 @@ def measure_statistics(config: Config, model: rae.RAE, run: common.Run, dist_ctx
 def make_optimizers(
     config: Config, model: rae.RAE, discriminator: Discriminator | None
 ) -> list[common.Optimizers]:
-    """Of the decoder, and of the discriminator. AdamW; with --muon, the matrices of the decoder's layers go to
+    """Of the decoder, and of the discriminator. AdamW; with --muon, the matrices of the decoder go to
     Muon."""
     adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     matrices, rest = [], []
