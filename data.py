@@ -427,17 +427,17 @@ class LatentFolder:
     """
 
     def __init__(self, folder: Path, seed: int, transform: Transform):
-        self.about = json.loads((folder / "latents.json").read_text())
+        self.info = json.loads((folder / "latents.json").read_text())
         self.parts = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))]
         texts = [path.read_text().splitlines() for path in sorted(folder.glob("*.jsonl"))]
         self.rows = [json.loads(line) for lines in texts for line in lines]
         self.ends = np.cumsum([len(part) for part in self.parts])
-        if not self.rows or not self.ends[-1] == len(self.rows) == self.about["images"]:
+        if not self.rows or not self.ends[-1] == len(self.rows) == self.info["images"]:
             raise ValueError("the number of latents differs from that of captions: encode again")
         self.views = 2 if transform.flip else 1
         if self.views > self.parts[0].shape[1]:
             raise ValueError("it has no mirror images: encode with --flip, or train without it")
-        self.folder, self.seed, self.transform, self.classes = folder, seed, transform, self.about["classes"]
+        self.folder, self.seed, self.transform, self.classes = folder, seed, transform, self.info["classes"]
         self.shuffled = Shuffled(len(self.rows), seed)
 
     def __getitem__(self, number: int) -> dict:
@@ -642,7 +642,7 @@ class Mixture:
         running = np.cumsum(self.owners[:, None] == np.arange(len(sources)), axis=0)  # (1000, sources)
         self.earlier = running[np.arange(1000), self.owners] - 1
         classes = {source.classes for source in sources if source.classes}
-        self.latents = [source.about for source in sources if isinstance(source, LatentFolder)]
+        self.latents = [source.info for source in sources if isinstance(source, LatentFolder)]
         if len(classes) > 1 or len(self.latents) not in (0, len(sources)):
             raise ValueError("cannot mix sources with different classes, or latents with images")
         self.classes = classes.pop() if classes else None
