@@ -100,10 +100,8 @@ def request(caption: str, uniform: float) -> list[tuple[str, str]]:
 
 
 def requested_caption(conversation: list[tuple[str, str]]) -> str | None:
-    """The caption of the image that a conversation asks for, None if it asks for none.
-
-    It is the turn before the answer with the image, without the wording of `request`.
-    """
+    """The caption of the image that a conversation asks for (the turn before the answer with the image,
+    without the wording of `request`), or None."""
     for (_, text), (role, answer) in itertools.pairwise(conversation):
         if role == "assistant" and "<image>" in answer:
             for template in REQUESTS:
@@ -236,13 +234,11 @@ class Transform:
 
 
 def make_sample(row: dict, transform: Transform, uniform: np.ndarray) -> dict:
-    """{"image", "caption", "label", "conversation"} from a row and DRAWS uniform numbers.
+    """{"image", "caption", "label", "conversation"} from a row and DRAWS uniform numbers, or SkipSample.
 
-    row: "name" for messages; "image" (path or bytes), "conversations" or one of CAPTIONS, one of LABELS, all
-        optional; or "error", why the row cannot be used
-
-    Without an image the pixels are black, and `collate` drops them. A sample from conversations has no
-    caption. Raises SkipSample.
+    A row has a "name" for messages, and "image" (path or bytes), "conversations" or one of CAPTIONS, and one
+    of LABELS, all optional; or an "error", why it cannot be used. Without an image the pixels are black, and
+    `collate` drops them. A sample from conversations has no caption.
     """
     name, caption = row["name"], None
     if "error" in row:
@@ -420,11 +416,8 @@ class JsonLines:
 
 
 class LatentFolder:
-    """The output of encode.py, shuffled anew in every epoch.
-
-    latents.json describes the folder. Each process of encode.py wrote RANK.npy, (rows, 1 or 2, N, C) float16
-    with the mirrored image second, and RANK.jsonl with a caption, a label and perhaps a conversation per row.
-    """
+    """The output of encode.py, shuffled anew in every epoch: latents.json describes it, NAME.npy (rows, 1 or
+    2, N, C) float16 has the mirrored image second, NAME.jsonl a caption, a label, perhaps a conversation."""
 
     def __init__(self, folder: Path, seed: int, transform: Transform):
         self.info = json.loads((folder / "latents.json").read_text())
@@ -627,8 +620,8 @@ class Mixture:
     """Several sources with weights. Every thousand samples hold the exact share of each source, in an order
     that depends on the seed.
 
-    classes: number of classes, None if no source knows it.
-    latents: the latents.json of each source of latents; [] for images.
+    classes: number of classes, None if no source knows it
+    latents: the latents.json of each source of latents; [] for images
     """
 
     def __init__(self, sources: list, weights: list[float], seed: int):
@@ -745,7 +738,7 @@ def collate(samples: list[dict]) -> dict:
     caption, label, conversation, index: lists of B; index has the samples' numbers
     image_index: list of P, the numbers of the samples with an image
     image or latents: (P, 3, H, W) uint8 or (P, N, C) float32
-    positions, skipped: of the lanes, for a checkpoint; reasons for skipped samples
+    positions, skipped: those of the lanes, for a checkpoint; reasons for skipped samples
     """
     batch = {key: [sample[key] for sample in samples] for key in PER_SAMPLE}
     # Every source ensures one <image> in the conversation for an image, and none for none.
@@ -942,11 +935,8 @@ def flow_draws(
     latent_shape: tuple[int, int], seed: int, indices: list[int], device: torch.device, draws: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random numbers for flow matching: noise (B, N, C) on the device, and on the CPU two tensors (B,) in
-    [0, 1), for the timestep and for condition dropout.
-
-    A row depends on (seed, sample index) only, so neither the batch nor the number of processes matters.
-    With several draws per sample the results have draws * B rows: the first draws of all samples come first.
-    """
+    [0, 1), for the timestep and for condition dropout. A row depends on (seed, sample index) only, not on the
+    batch or the process. With several `draws` there are draws * B rows, the first of every sample first."""
     seeds = [seed, *(hash_seed(seed, "draw", k) for k in range(1, draws))]
     noise, generator = (
         torch.empty(draws * len(indices), *latent_shape, device=device),

@@ -52,40 +52,8 @@ def write_parquet(path: Path, **columns: list) -> None:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# captions: image i has the colour (i, 0, 0) and the caption "image i"
-
-
-def write_folder(path: Path, count: int) -> None:
-    path.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        (path / f"{i}.png").write_bytes(png(i))
-    write_lines(
-        path / "metadata.jsonl", [{"file_name": f"{i}.png", "text": f"image {i}"} for i in range(count)]
-    )
-
-
-def write_tars(path: Path, shards: int, rows: int) -> None:
-    """JPEG and PNG, with captions in txt and json files."""
-    for shard in range(shards):
-        files = {}
-        for i in range(shard * rows, (shard + 1) * rows):
-            files[f"a/{i:03d}.jpg" if i % 2 else f"a/{i:03d}.png"] = png(i, format="JPEG" if i % 2 else "PNG")
-            if i % 3:
-                files[f"a/{i:03d}.txt"] = f"image {i}".encode()
-            else:
-                files[f"a/{i:03d}.json"] = json.dumps({"caption": f"image {i}", "url": None}).encode()
-        write_tar(path / f"{shard:02d}.tar", files)
-
-
-def write_tables(path: Path, shards: int, rows: int) -> None:
-    for shard in range(shards):
-        numbers = range(shard * rows, (shard + 1) * rows)
-        images = [{"bytes": png(i), "path": None} for i in numbers]
-        write_parquet(path / f"{shard:02d}.parquet", image=images, text=[f"image {i}" for i in numbers])
-
-
-# -----------------------------------------------------------------------------------------------------------
-# conversations: by i % 3 a request for image i, a question about it, or text alone
+# rows in every format. Image i has the colour (i, 0, 0). It has the caption "image i", or ("talking") a
+# conversation: by i % 3 a request for it, a question about it, or text without the image.
 
 KINDS = ("request", "question", "text")
 
@@ -105,34 +73,52 @@ def talk(i: int) -> list[dict]:
     return [*system, {"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
 
 
+def write_folder(path: Path, count: int) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    rows = [{"file_name": f"{i}.png", "text": f"image {i}"} for i in range(count)]
+    for i in range(count):
+        (path / f"{i}.png").write_bytes(png(i))
+    write_lines(path / "metadata.jsonl", rows)
+
+
 def write_jsonl(path: Path, count: int) -> None:
     rows = []
     for i in range(count):
         image = ({}, {"image": None}, {"image": ""}, {"image": []})[i % 4]  # all of them mean none
         if i % 3 < 2:
-            image = {"image": [f"images/{i}.png"] if i % 2 else f"images/{i}.png"}
+            image = {"image": [f"{i}.png"] if i % 2 else f"{i}.png"}
+            (path.parent / f"{i}.png").write_bytes(png(i))
         rows.append({"conversations": talk(i), "metadata": {"id": i}} | image)
-        (path.parent / "images").mkdir(parents=True, exist_ok=True)
-        (path.parent / f"images/{i}.png").write_bytes(png(i))
     write_lines(path, rows)
 
 
-def write_talking_tars(path: Path, shards: int, rows: int) -> None:
+def write_tars(path: Path, shards: int, rows: int, talking=False) -> None:
+    """JPEG and PNG, with captions in txt and json files."""
     for shard in range(shards):
         files = {}
         for i in range(shard * rows, (shard + 1) * rows):
-            files[f"{i:03d}.json"] = json.dumps({"conversations": talk(i), "metadata": None}).encode()
-            if i % 3 < 2:
+            if talking:
+                files[f"{i:03d}.json"] = json.dumps({"conversations": talk(i), "metadata": None}).encode()
+            elif i % 3:
+                files[f"a/{i:03d}.txt"] = f"image {i}".encode()
+            else:
+                files[f"a/{i:03d}.json"] = json.dumps({"caption": f"image {i}", "url": None}).encode()
+            if talking and i % 3 < 2:
                 files[f"{i:03d}.png"] = png(i)
+            elif not talking:
+                extension, format = ("jpg", "JPEG") if i % 2 else ("png", "PNG")
+                files[f"a/{i:03d}.{extension}"] = png(i, format=format)
         write_tar(path / f"{shard:02d}.tar", files)
 
 
-def write_talking_tables(path: Path, shards: int, rows: int) -> None:
+def write_tables(path: Path, shards: int, rows: int, talking=False) -> None:
     for shard in range(shards):
         numbers = range(shard * rows, (shard + 1) * rows)
-        images = [{"bytes": png(i), "path": None} if i % 3 < 2 else None for i in numbers]
-        talks = [talk(i) for i in numbers]
-        write_parquet(path / f"{shard:02d}.parquet", image=images, conversations=talks)
+        images = [None if talking and i % 3 == 2 else {"bytes": png(i), "path": None} for i in numbers]
+        texts = {"text": [f"image {i}" for i in numbers]}
+        if talking:
+            texts = {"conversations": [talk(i) for i in numbers]}
+        write_parquet(path / f"{shard:02d}.parquet", image=images, **texts)
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +129,8 @@ def root(tmp_path_factory):
     write_tars(root / "tar", 8, 6)
     write_tables(root / "parquet", 8, 6)
     write_jsonl(root / "talks.jsonl", 48)
-    write_talking_tars(root / "talks-tar", 8, 6)
-    write_talking_tables(root / "talks-parquet", 8, 6)
+    write_tars(root / "talks-tar", 8, 6, talking=True)
+    write_tables(root / "talks-parquet", 8, 6, talking=True)
     tars = [f"talks-tar/{i:02d}.tar" if i % 2 else str(root / f"talks-tar/{i:02d}.tar") for i in range(8)]
     (root / "wds_manifest.json").write_text(json.dumps({"dataset_name": "talks", "tars": tars}))
     write_lines(root / "words.jsonl", [{"conversations": talk(i)} for i in range(2, 60, 3)])
