@@ -561,15 +561,21 @@ def test_a_shard_that_vanishes_or_ends_in_the_middle(tmp_path):
     [captions] = take(loader, 140, "caption")
     messages = loader.skipped
     assert any("the rest of shard 1: FileNotFoundError" in message for message in messages), messages
-    assert any("the rest of shard 2: EOFError" in message for message in messages)
+    assert any("the rest of shard 2:" in message for message in messages)
     numbers = {int(caption.split()[1]) for caption in captions}
     assert set(range(70)) | set(range(210, 280)) <= numbers and 140 in numbers
 
 
-def test_a_whole_tar_is_never_taken_for_a_damaged_one(tmp_path):
+def test_the_end_of_a_tar_tells_whether_it_is_whole(tmp_path):
     for size in range(0, 24 * 512, 512):  # wherever its end lies in the blocks that tarfile reads
         write_tar(tmp_path / "x.tar", {"a.txt": bytes(size), "b.png": png(1)})
         assert [row["name"][-1] for row in data.tar_rows(str(tmp_path / "x.tar"))] == ["a", "b"]
+    write_tar(tmp_path / "x.tar", {"a.txt": b"x" * 3000, "b.png": png(1)})
+    whole = (tmp_path / "x.tar").read_bytes()
+    for length in range(256, len(whole.rstrip(b"\0")), 256):
+        (tmp_path / "x.tar").write_bytes(whole[:length])
+        with pytest.raises((EOFError, tarfile.ReadError)):
+            list(data.tar_rows(str(tmp_path / "x.tar")))
 
 
 def say(*texts: str, speakers=("human", "gpt")) -> list[dict]:
@@ -697,7 +703,7 @@ def test_random_damage_raises_nothing_but_the_documented_errors(tmp_path):
     write_tables(tmp_path / "parquet", 1, 4)
     write_folder(tmp_path / "folder", 2)
     files = [tmp_path / "tar/00.tar", tmp_path / "parquet/00.parquet", tmp_path / "folder/metadata.jsonl"]
-    for trial in range(45):
+    for trial in range(60):
         file = files[trial % 3]
         good = file.read_bytes()
         file.write_bytes(damage(good, chance, trial % 2 == 1, 20))
