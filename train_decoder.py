@@ -619,9 +619,8 @@ def main() -> None:
     if dist_ctx.peak_flops():
         run.flops_per_step = flops_per_step(config, model)
     ema = copy.deepcopy(model, {id(model.encoder): model.encoder})  # the frozen encoder is shared
-    export = (
-        copy.deepcopy(model).cpu() if dist_ctx.is_main else None
-    )  # stays unsharded, to write OUT/model with
+    # stays unsharded, to write OUT/model with
+    export = copy.deepcopy(model).cpu() if dist_ctx.is_main else None
     for module in (model, ema):
         common.shard_model(module.decoder, module.decoder.decoder_layers, dist_ctx)
     blocks = [
