@@ -334,7 +334,7 @@ def _caption(chance: Chance, metadata: dict[str, Any]) -> str:
         things = [f"{things[1]} {relation} {things[0]}"]
     elif metadata["tag"] == "single_object" and chance.coin(0.2):
         things = [f"one {metadata['include'][0]['class']}"]
-    frame = chance.choice(("{}", "{}", "{}", "an image of {}", "an image of {}", "a drawing of {}"))
+    frame = chance.choice(("{}", "{}", "{}", "a picture of {}", "an image of {}", "a drawing of {}"))
     return frame.format(" and ".join(things))
 
 
@@ -376,8 +376,8 @@ def _questions(chance: Chance, objects: tuple[Object, ...]) -> list[tuple[str, s
         first, second = chance.shuffled(objects)
         for relation in RELATIONS:
             if _holds(relation, first, second):
-                dist_ctx = f"to the {relation}" if relation in ("left of", "right of") else relation
-                questions.append((f"what is {dist_ctx} the {second.shape}?", an(first.shape)))
+                where = f"to the {relation}" if relation in ("left of", "right of") else relation
+                questions.append((f"what is {where} the {second.shape}?", an(first.shape)))
     return questions
 
 
