@@ -8,8 +8,8 @@ Prints a table and writes OUT: command, seed, versions, date and a list of resul
 
 shapes scores the model's images of unseen prompts with nano/scorer.py, and puts beside them a ceiling (true
 renderings, and these as the autoencoder returns them) and a floor (the model's images, judged by the next
-prompt of the same task). Beyond the six tasks: `held-out colors` are pairs of shape and colour that no training
-image holds, and `words` are read in the image.
+prompt of the same task). Beyond the six tasks, `held-out colors` are pairs of shape and colour that no
+training image holds, and `words` are read in the image.
 
 scaling keeps the best 4 of 4, 8, ... --candidates images by each verifier, and reports the overall of the six
 tasks. `chance` is the floor, `scorer` the ceiling.
