@@ -14,8 +14,8 @@ import sys
 import time
 import traceback
 import types
+import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -38,6 +38,9 @@ WEIGHTS = Path(os.path.relpath(Path(__file__).parent / "nano" / "weights"))  # s
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, by device name
 
 transformers.logging.disable_progress_bar()  # one for each small folder that is read
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled"
+)  # by every checkpoint of one process
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every data loading process prints a warning
 
 # -----------------------------------------------------------------------------------------------------------
@@ -48,6 +51,32 @@ def flag(default, help: str, **kwargs):
     """A field of a config dataclass with its line of help. `at_least` bounds a number; the rest goes to
     argparse."""
     return dataclasses.field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass
+class TrainConfig:
+    """The flags that both trainers share."""
+
+    out: str = flag("runs/train", "folder of this run")
+    resume: str = flag("", "continue from OUT's newest checkpoint, or a given one", nargs="?", const="auto")
+    seed: int = flag(0, "seed of weights, data order, noise and every other random draw")
+    batch: int = flag(64, "samples per step, over all ranks", at_least=1)
+    grad_accum: int = flag(1, "gradient accumulation: micro-batches per step and rank", at_least=1)
+    dtype: str = flag(
+        "auto", "compute dtype; auto: bf16 on CUDA, else fp32", choices=["auto", "bf16", "fp32"]
+    )
+    shard: str = flag(
+        "none",
+        "FSDP2 sharding: none (replicate), full (across all ranks) or hybrid (within a node)",
+        choices=["none", "full", "hybrid"],
+    )
+    activation_checkpointing: bool = flag(False, "recompute the blocks in backward, to save memory")
+    compile: bool | None = flag(None, "torch.compile the transformer blocks (default: on CUDA)")
+    workers: int = flag(1, "data loading processes per rank", at_least=0)
+    log_every: int = flag(50, "steps between log lines", at_least=1)
+    save_every: int = flag(500, "steps between checkpoints, each with a grid of samples", at_least=1)
+    keep: int = flag(2, "newest checkpoints to keep", at_least=1)
+    wandb: str = flag("", "also log to this Weights & Biases project", metavar="PROJECT")
 
 
 def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
@@ -68,8 +97,13 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
         if unknown := set(base) - {field.name for field in dataclasses.fields(config)}:
             raise ValueError(f"{saved} has values that this script does not know: {', '.join(unknown)}")
     values = config(**{**base, **flags})
-    for field in dataclasses.fields(config):
-        check_value(field, getattr(values, field.name))
+    for field in dataclasses.fields(config):  # those of a config.json have not been through argparse
+        name, value = "--" + field.name.replace("_", "-"), getattr(values, field.name)
+        choices, least = field.metadata.get("choices"), field.metadata.get("at_least")
+        if choices is not None and value not in choices:
+            raise ValueError(f"{name} {value}: choose from {', '.join(choices)}")
+        if least is not None and value is not None and value < least:
+            raise ValueError(f"{name} {value}: give at least {least}")
     return values
 
 
@@ -88,18 +122,6 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> N
     else:
         kwargs["type"] = type_
     parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kwargs)
-
-
-def check_value(field: dataclasses.Field, value) -> None:
-    """Raises ValueError for a value out of bounds; those of a config.json have not been through argparse."""
-    name, choices, least = (
-        "--" + field.name.replace("_", "-"),
-        *map(field.metadata.get, ("choices", "at_least")),
-    )
-    if choices is not None and value not in choices:
-        raise ValueError(f"{name} {value}: choose from {', '.join(choices)}")
-    if least is not None and value is not None and value < least:
-        raise ValueError(f"{name} {value}: give at least {least}")
 
 
 def main(run: Callable[[], None]) -> None:
@@ -502,12 +524,16 @@ def plot_losses(metrics: Path, path: Path) -> None:
         return
     with plotting(path, 2, 1, figsize=(8, 8), sharex=True, dpi=100) as (losses, speed):
         for name in names:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            losses.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else "")
-        losses.set_yscale("symlog", linthresh=1e-3)  # the adversarial loss has both signs
+            steps = [row["step"] for row in rows if name in row]
+            values = [row[name] for row in rows if name in row]
+            losses.plot(steps, values, label=name, marker="." if len(steps) < 30 else "")
+            if min(values) <= 0:  # the adversarial loss has both signs
+                losses.set_yscale("symlog", linthresh=0.01)
+        if losses.get_yscale() == "linear":
+            losses.set_yscale("log")
         losses.legend()
-        points = [(row["step"], row["images_per_second"]) for row in rows if "images_per_second" in row]
-        speed.plot(*zip(*points, strict=True))
+        timed = [row for row in rows if "images_per_second" in row]
+        speed.plot([row["step"] for row in timed], [row["images_per_second"] for row in timed])
         speed.set(xlabel="step", ylabel="images/s", ylim=(0, None))
         for axis in (losses, speed):
             axis.grid(alpha=0.3)
@@ -639,7 +665,7 @@ class Run:
         the plot of the losses."""
         import torch.distributed.checkpoint as dcp
 
-        self.wait_for_checkpoint()
+        self.publish(wait=True)
         path, temporary = self.checkpoints / f"{step:07d}", self.checkpoints / f".{step:07d}.tmp"
         self.count_skipped(loader)
         positions = [loader.positions]
@@ -677,33 +703,22 @@ class Run:
             process_group=self.group,
             no_dist=self.group is None,
         )
-        published = Future()
+        self.pending = temporary, path, future
 
-        def publish(done: Future) -> None:  # called when every rank has written its shards
-            try:
-                done.result()
-                if self.dist_ctx.is_main:
-                    self.publish(temporary, path)
-                published.set_result(None)
-            except BaseException as error:
-                published.set_exception(error)
-
-        future.add_done_callback(publish)
-        self.pending = path, published
-
-    def publish(self, temporary: Path, path: Path) -> None:
-        """Renames a complete checkpoint, and removes all but the newest --keep."""
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-        for old in self.complete_checkpoints()[: -self.config.keep]:
-            shutil.rmtree(old)
-
-    def wait_for_checkpoint(self) -> None:
-        if self.pending:
-            path, future = self.pending
-            self.pending = None
-            if error := future.exception():
-                raise OSError(f"cannot write {path}: {one_line(error)}") from error
+    def publish(self, wait: bool) -> None:
+        """Once every rank has written its shards, renames the checkpoint and removes all but the newest
+        --keep."""
+        if self.pending is None or not (wait or self.pending[2].done()):
+            return
+        temporary, path, future = self.pending
+        self.pending = None
+        if error := future.exception():
+            raise OSError(f"cannot write {path}: {one_line(error)}") from error
+        if self.dist_ctx.is_main:
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
+            for old in self.complete_checkpoints()[: -self.config.keep]:
+                shutil.rmtree(old)
 
     # -- the loop
 
@@ -744,8 +759,17 @@ class Run:
             number  # a second one changes nothing: torchrun repeats a Ctrl-C that arrived already
         )
 
-    def stopping(self) -> bool:
-        """Whether any process was asked to stop: all of them leave the loop after the same step."""
+    def is_due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.config.steps
+
+    def stopping(self, step: int) -> bool:
+        """After every step. Whether any process was asked to stop: all of them leave the loop after the same
+        step. Raises ValueError after ten skipped steps in a row, OSError if a checkpoint could not be
+        written."""
+        self.publish(wait=False)
+        if step % 10 == 0:
+            for optimizer in self.optimizers:
+                optimizer.check_skipped()
         [asked] = global_sum(self.stop_signal is not None)
         if asked:
             self.stop_signal = self.stop_signal or signal.SIGTERM
@@ -770,7 +794,9 @@ class Run:
         row["data_wait"] = loader.waited / (now - began)  # share of the time, on the main process
         loader.waited = 0.0
         self.count_skipped(loader, write)
-        row |= {"skipped_samples": self.skipped_samples, "time": now}
+        row["skipped_samples"] = self.skipped_samples
+        row["skipped_steps"] = sum(optimizer.check_skipped() for optimizer in self.optimizers)
+        row["time"] = now
         self.log_row(write, row)
         self.start_timer(step)
 
@@ -778,7 +804,13 @@ class Run:
         """One line on the screen, and one in metrics.jsonl."""
         if not self.dist_ctx.is_main:
             return
-        write(log_line(row, self.config.steps))
+        shown = [f"step {row['step']}/{self.config.steps}"]
+        for name, value in row.items():
+            if name == "eta_hours":
+                shown.append(f"ETA {timedelta(seconds=round(3600 * value))}")
+            elif name not in ("step", "time") and not (name.startswith("skipped") and value == 0):
+                shown.append(f"{name.replace('_per_', '/').replace('/second', '/s')} {value:.4g}")
+        write("  ".join(shown))
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self.wandb:
@@ -796,34 +828,13 @@ class Run:
 
     def finish(self, step: int) -> None:
         """After the loop: waits for the last checkpoint, and says where the model is."""
-        self.wait_for_checkpoint()
+        self.publish(wait=True)
         if self.wandb:
             self.wandb.finish()
         if self.dist_ctx.is_main:
             print(f"step {step}: {self.out / 'model'}", flush=True)
             if self.stop_signal:
                 print(f"stopped after step {step}; continue with --resume --out {self.out}", file=sys.stderr)
-
-
-def log_line(row: dict, steps: int) -> str:
-    """step 50/3000  loss 0.123  ...  12.3 ms/step  5203 images/s  MFU 41%  61.2 GB  ETA 0:12:34"""
-    formats = {
-        "ms_per_step": "{:.4g} ms/step",
-        "images_per_second": "{:.4g} images/s",
-        "mfu": "MFU {:.0%}",
-        "memory_gb": "{:.1f} GB",
-    }
-    parts = [f"step {row['step']}/{steps}"]
-    for name, value in row.items():
-        if name in formats:
-            parts.append(formats[name].format(value))
-        elif name == "eta_hours":
-            parts.append(f"ETA {timedelta(seconds=round(3600 * value))}")
-        elif name.startswith("skipped"):
-            parts += [f"{name} {value:.0f}"] if value else []
-        elif name not in ("step", "data_wait", "time"):
-            parts.append(f"{name} {value:.4g}")
-    return "  ".join(parts)
 
 
 def start_wandb(config, out: Path):

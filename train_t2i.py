@@ -111,21 +111,12 @@ GRID_STEPS, GRID_GUIDANCE = 25, 3.0  # of the sample grids
 
 
 @dataclass
-class Config:
+class Config(common.TrainConfig):
     out: str = flag("runs/t2i", "folder of this run")
-    resume: str = flag(
-        "",
-        "continue from the newest checkpoint of OUT, if there is one (auto), or from a checkpoint folder",
-        nargs="?",
-        const="auto",
-    )
-    seed: int = flag(0, "seed of weights, data order, noise and timesteps")
     # model
     condition: str = flag("text", "conditioning", choices=["text", "class", "none"])
     num_classes: int | None = flag(None, "number of classes, if --data does not tell", at_least=1)
-    autoencoder: str = flag(
-        "", "RAE or VAE: folder, hub id or name (default: that of --init, or the nano one)"
-    )
+    autoencoder: str = flag("", "RAE or VAE: folder, hub id or name (default: that of --init, or nano's)")
     language_model: str = flag(str(common.WEIGHTS / "language-model"), "transformers folder or hub id")
     reader: str = flag("", "encoder for understanding, if images are generated in a VAE's latents: an RAE")
     dit: str = flag("nano", "size of the DiT", choices=rae.DITS)
@@ -137,50 +128,26 @@ class Config:
     )
     alpha: float | None = flag(None, "factor of the timestep shift (default: sqrt(N C / 4096))")
     # data
-    data: str = flag(
-        "", "source of images, or several with weights, see data.py (default: nano or nano:classes)"
-    )
+    data: str = flag("", "source of images, or several with weights, see data.py (default: nano)")
     val_data: str = flag(
-        "", "held-out source (default: --data with another seed, unseen images for nano only)"
+        "", "held-out source (default: --data by another seed, which is unseen for nano only)"
     )
+    eval_every: int = flag(500, "steps between validation losses", at_least=1)
     flip: bool = flag(False, "mirror half of the images")
-    max_seq_len: int = flag(512, "maximum tokens of a conversation, images included; longer ones are skipped")
-    workers: int = flag(1, "data loading processes per rank", at_least=0)
+    max_seq_len: int = flag(512, "tokens of a conversation, images included; longer ones are skipped")
     # optimization
     steps: int = flag(10_000, "optimizer steps", at_least=1)
-    batch: int = flag(64, "samples per step, over all ranks", at_least=1)
     lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector")
     dit_lr: float = flag(1e-3, "peak learning rate of the DiT and its connector")
     muon: float = flag(0.0, "peak learning rate of Muon for the DiT's matrices (0: AdamW)", at_least=0)
     warmup: float = flag(200, "steps of linear warm-up; below 1, a fraction of all steps", at_least=0)
-    decay_start: int | None = flag(
-        None, "step at which a linear decay begins (default: cosine decay after the warm-up)", at_least=0
-    )
+    decay_start: int | None = flag(None, "first step of a linear decay (default: cosine decay)", at_least=0)
     final_lr: float = flag(0.0, "final learning rate, as a fraction of the peak")
-    t_distribution: str = flag(
-        "logit-normal", "distribution of t before the shift", choices=["logit-normal", "uniform"]
-    )
+    t_distribution: str = flag("logit-normal", "of t, before the shift", choices=["logit-normal", "uniform"])
     draws: int = flag(1, "draws of noise and t per image; the condition is computed once", at_least=1)
     noise_only_steps: int = flag(0, "first steps of a new model at t = 1 only", at_least=0)
     dropout: float = flag(0.1, "condition dropout: fraction of images trained with the null condition")
     ema: float = flag(0.999, "EMA decay of the weights that are saved and sampled (0: no EMA)")
-    # system
-    dtype: str = flag(
-        "auto", "compute dtype (auto: bf16 on CUDA, else fp32)", choices=["auto", "bf16", "fp32"]
-    )
-    shard: str = flag(
-        "none",
-        "FSDP2 sharding: none (replicate), full (across all ranks) or hybrid (within a node)",
-        choices=["none", "full", "hybrid"],
-    )
-    grad_accum: int = flag(1, "gradient accumulation: micro-batches per step and rank", at_least=1)
-    activation_checkpointing: bool = flag(False, "recompute the blocks in backward, to save memory")
-    compile: bool | None = flag(None, "torch.compile the transformer blocks (default: on CUDA)")
-    log_every: int = flag(50, "steps between log lines", at_least=1)
-    eval_every: int = flag(500, "steps between validation losses", at_least=1)
-    save_every: int = flag(500, "steps between checkpoints, each with a sample grid", at_least=1)
-    keep: int = flag(2, "newest checkpoints to keep", at_least=1)
-    wandb: str = flag("", "also log to this Weights & Biases project", metavar="PROJECT")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -304,20 +271,26 @@ class Inputs(NamedTuple):
     """What the model is conditioned on in one micro-batch of B samples with P images."""
 
     condition: rae.Chat | Tensor | None  # conversations, or labels (B,)
-    answers: list[int]  # which of the P images are to be generated
-    contexts: list[int]  # which are to be read
+    answers: Tensor  # (A,) which of the P images are to be generated
+    contexts: Tensor  # (P - A,) which are to be read
+    index: list[int]  # sample numbers of the images to generate
     tokens: int  # supervised tokens
 
 
 def prepare(config: Config, model: rae.LatentModel, batch: dict) -> Inputs:
+    numbers = torch.tensor(batch["image_index"], dtype=torch.long)
     if config.condition == "text":
-        chat = model.chat(batch["conversation"])
-        answers, contexts = chat.is_answer.nonzero().flatten(), (~chat.is_answer).nonzero().flatten()
-        return Inputs(chat, answers.tolist(), contexts.tolist(), chat.supervised_tokens)
-    labels = batch["label"]
-    if config.condition == "class" and None in labels:
-        raise ValueError(f"{config.data} has images without labels: see the top of data.py")
-    return Inputs(model.condition(labels), list(range(len(labels))), [], 0)
+        condition = model.chat(batch["conversation"])
+        is_answer, tokens = condition.is_answer, condition.supervised_tokens
+    else:
+        if config.condition == "class" and None in batch["label"]:
+            raise ValueError(f"{config.data} has images without labels: see the top of data.py")
+        condition = model.condition(batch["label"])
+        is_answer, tokens = torch.ones_like(numbers, dtype=torch.bool), 0
+    # positions are found on the CPU and sent ahead: the GPU is never waited for
+    answers, contexts = is_answer.nonzero().flatten(), (~is_answer).nonzero().flatten()
+    to_device = partial(rae.to_device, device=model.device)
+    return Inputs(condition, to_device(answers), to_device(contexts), numbers[answers].tolist(), tokens)
 
 
 @torch.no_grad()
@@ -382,13 +355,12 @@ class Validation:
     def __init__(self, config: Config, model: rae.LatentModel, autoencoder, reader, batch: dict, dist_ctx):
         self.dist_ctx, self.autoencoder = dist_ctx, autoencoder
         self.inputs = prepare(config, model, batch)
-        answers, contexts = self.inputs.answers, self.inputs.contexts
         source = config.val_data or config.data
-        if not answers:
+        if not self.inputs.index:
             raise ValueError(f"{source} asks for no image in its first {VAL_SAMPLES} samples")
         latents, readable = encode(config, model, autoencoder, reader, batch, dist_ctx)
-        self.latents, self.contexts = latents[answers].float(), readable[contexts]
-        index = list(range(len(answers)))
+        self.latents, self.contexts = latents[self.inputs.answers].float(), readable[self.inputs.contexts]
+        index = list(range(len(self.latents)))
         self.noise, *_ = data.flow_draws(model.latent_shape, config.seed + 1, index, dist_ctx.device)
         self.guidance = 1.0 if config.condition == "none" else GRID_GUIDANCE
         if config.condition == "text":
@@ -478,22 +450,23 @@ def main() -> None:
     run.begin(start)
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not dist_ctx.is_main)
     for step in bar:
-        optimizers.set_lr(learning_rate(config, step))
+        lr_factor = learning_rate(config, step)
+        optimizers.set_lr(lr_factor)
         micro_batches = data.micro_batches(next(loader), config.grad_accum)
-        inputs = [prepare(config, model, micro_batch) for micro_batch in micro_batches]
+        prepared = [prepare(config, model, micro_batch) for micro_batch in micro_batches]
         # Losses are divided by the counts of the global batch, and gradients are summed. So any number of
         # ranks and micro-batches, however unequal, gives the gradient of one big batch.
-        tokens, images = common.global_sum(sum(i.tokens for i in inputs), sum(len(i.answers) for i in inputs))
+        tokens, images = sum(p.tokens for p in prepared), sum(len(p.index) for p in prepared)
+        tokens, images = common.global_sum(tokens, images)
         losses = torch.zeros(2, device=device)
-        for micro_batch, (condition, answers, contexts, _) in zip(micro_batches, inputs, strict=True):
+        for micro_batch, inputs in zip(micro_batches, prepared, strict=True):
             # ---- latents: frozen encoder, no gradient ------------------------- (P, 3, H, W) -> (P, N, C)
             latents, readable = encode(config, model, autoencoder, reader, micro_batch, dist_ctx)
-            latents = latents[answers].float().repeat(config.draws, 1, 1)  # (k A, N, C), k draws per image
+            latents = latents[inputs.answers].repeat(config.draws, 1, 1)  # (k A, N, C), k draws per image
 
             # ---- flow matching: noise and t depend on (seed, sample index) alone, not on rank or batch
-            index = [micro_batch["image_index"][i] for i in answers]
             noise, u_time, u_drop = data.flow_draws(
-                model.latent_shape, config.seed, index, device, config.draws
+                model.latent_shape, config.seed, inputs.index, device, config.draws
             )
             t = rae.to_device(rae.sample_time(u_time, model.alpha, t_mean), device)  # (k A,), shifted
             if step < config.noise_only_steps and not config.init:
@@ -503,15 +476,14 @@ def main() -> None:
 
             # ---- forward: language model or labels -> condition -> DiT
             with dist_ctx.autocast():
-                velocity, cross_entropy = model(condition, x_t, t, dropped, readable[contexts])
+                velocity, cross_entropy = model(inputs.condition, x_t, t, dropped, readable[inputs.contexts])
 
             # ---- loss
             squared_error = (velocity - (noise - latents)).square().mean(dim=(1, 2))
             flow_loss = squared_error.sum() / max(1, images * config.draws)
             text_loss = cross_entropy / max(1, tokens)
             loss = text_loss + flow_weight * flow_loss
-            # An infinite loss can have finite gradients. Multiplied by NaN, they make all ranks skip the
-            # step.
+            # An infinite loss may have finite gradients: times NaN, they make all ranks skip the step.
             loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))
             losses += torch.stack([text_loss, flow_loss]).detach()
         grad_norm = optimizers.step()
@@ -520,21 +492,16 @@ def main() -> None:
 
         # ---- log, validate, save
         step += 1
-        is_last = step == config.steps
-        if step % 10 == 0:
-            optimizers.check_skipped()
-        if step % config.log_every == 0 or is_last:
+        if run.is_due(step, config.log_every):
             text_loss, flow_loss = common.global_sum(*losses.tolist())
-            values = {"loss": text_loss + flow_weight * flow_loss}
-            if is_text:
-                values |= {"text_loss": text_loss, "flow_loss": flow_loss}
-            values |= {"lr": config.dit_lr * learning_rate(config, step - 1), "grad_norm": grad_norm}
-            run.log(step, bar.write, loader, **values, skipped_steps=optimizers.check_skipped())
-        if step % config.eval_every == 0 or is_last:
+            values = {"text_loss": text_loss, "flow_loss": flow_loss} if is_text else {}
+            values |= {"lr": config.dit_lr * lr_factor, "grad_norm": grad_norm}
+            run.log(step, bar.write, loader, loss=text_loss + flow_weight * flow_loss, **values)
+        if run.is_due(step, config.eval_every):
             run.log_row(bar.write, {"step": step} | validation.losses(ema))
             run.start_timer(step)
-        stop = run.stopping()
-        if step % config.save_every == 0 or is_last or stop:
+        stop = run.stopping(step)
+        if run.is_due(step, config.save_every) or stop:
             run.save(step, loader)
             if not stop:
                 validation.save_grid(ema, run.out / "samples" / f"{step:07d}.png")
