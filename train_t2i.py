@@ -81,7 +81,7 @@ PRESETS = {
     "dit-xl-imagenet256": IMAGENET | {"dit": "DiT-XL", "autoencoder": "rae-dinov2-b"},
     **{  # stage 1: 0.5b, 2.4b, 3.1b, 5.5b, 9.8b, and each with the wide head, 0.5b-dh, ...
         f"scale-rae-{name.lower()}": SCALE_RAE | {"dit": name}
-        for name in (n + head for n in rae.SCALE_DITS for head in ("", "-DH"))
+        for name in (n + head for n in rae.SCALE_RAE_DITS for head in ("", "-DH"))
     },
     "scale-rae-finetune": SCALE_RAE  # stage 2, table 9
     | {
