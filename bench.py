@@ -1,4 +1,4 @@
-"""Images per second of every hot loop, its FLOPs, how much of the machine's peak it reaches, and its memory.
+"""Images per second, FLOPs, MFU and peak memory of the hot loops.
 
     python bench.py                                  # the nano sizes, on this machine
     python bench.py encode sample --images 64        # some of the loops
@@ -13,7 +13,6 @@ product of large matrices, measured first, and with the GPU's published bf16 pea
 have random weights, which are as fast as trained ones.
 """
 
-import io
 import json
 import os
 import platform
@@ -25,8 +24,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -58,327 +56,238 @@ SIGLIP = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediat
 DINOV2 = {"model_type": "dinov2_with_registers", "image_size": 224, "patch_size": 14}  # the base size
 DINO_S8 = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12,
            "num_attention_heads": 6, "image_size": 224, "patch_size": 8}  # fmt: skip
+HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 
 @dataclass
 class Config:
     loops: list[str] = flag(
         (),
-        "loader, jpeg, encode, decode, decoder-step (L1 alone), decoder-full (all losses, as train_decoder.py "
-        "logs it), t2i-step, sample, sample-cfg, class-step, class-sample, class-sample-cfg, "
-        "class-sample-auto (AutoGuidance) (default: all that --dit has)",
+        "loader, jpeg, encode, decode, decoder-step (L1 alone), decoder-full (all losses, from the log of "
+        "train_decoder.py), t2i-step, sample, sample-cfg, class-step, class-sample, class-sample-cfg, "
+        "class-sample-auto (AutoGuidance); default: all that exist for --dit",
         nargs="*",
         metavar="LOOP",
     )
     dit: str = flag(
         "nano",
-        "size of the DiT. It decides the other models: the shipped nano ones; DINOv2-B for RAE's sizes; "
+        "size of the DiT, which decides the other models: the shipped nano ones; DINOv2-B for RAE's sizes; "
         "SigLIP-2 and a language model for Scale-RAE's",
         choices=rae.DITS,
     )
-    language_model: str = flag("1.5B", "size of Qwen2.5 beside Scale-RAE's DiTs", choices=QWEN)
+    language_model: str = flag("1.5B", "size of Qwen2.5 for Scale-RAE's DiTs", choices=QWEN)
     decoder: str = flag(
-        "", "size of the decoder in decoder-step and decoder-full, for 256 tokens and 256 px "
-        "(default: nano or ViT-XL)", choices=["", *rae.DECODERS],
-    )  # fmt: skip
-    activation_checkpointing: bool = flag(False, "recompute activations of blocks in the steps")
+        "",
+        "size of the decoder in decoder-step and decoder-full, for images of 256 px (default: nano, ViT-XL)",
+        choices=["", *rae.DECODERS],
+    )
+    activation_checkpointing: bool = flag(False, "recompute the blocks' activations in the steps")
     batch: int = flag(64, "images per call", at_least=4)
     images: int = flag(4, "images per call of the sampling loops", at_least=1)
-    seconds: float = flag(5.0, "time for every loop", at_least=0.01)
+    seconds: float = flag(5.0, "time per loop", at_least=0.01)
     compile: bool = flag(False, "time every loop compiled, too")
     dtype: str = flag("auto", "compute dtype; weights are fp32", choices=["auto", "bf16", "fp32"])
     json: str = flag("", "write the results to this file")
+
+    @property
+    def is_nano(self) -> bool:
+        return self.dit.startswith("nano")
+
+    @property
+    def encoder(self) -> dict:
+        return DINOV2 if self.dit.startswith("DiT") else SIGLIP
 
 
 # -----------------------------------------------------------------------------------------------------------
 # models
 
 
-def is_nano(config: Config) -> bool:
-    return config.dit.startswith("nano")
-
-
 def build_autoencoder(config: Config, dist_ctx: DistContext, decoder: str = "") -> rae.RAE:
-    """The autoencoder of the size, maybe with another decoder, for 256 tokens and 256 px."""
-    if is_nano(config):
+    """decoder: size of another decoder than the usual one, for 256 tokens and 256 px."""
+    if config.is_nano:
         autoencoder = common.load_autoencoder(str(common.WEIGHTS / "rae"), dist_ctx)
         if not decoder:
             return autoencoder
-        arguments = autoencoder._hub_mixin_config
-        arguments = arguments | {"encoder_size": 16 * autoencoder.encoder.config.patch_size}
+        side = 16 * autoencoder.encoder.config.patch_size
+        arguments = autoencoder._hub_mixin_config | {"encoder_size": side}
     else:
-        encoder = DINOV2 if config.dit.startswith("DiT") else SIGLIP
-        arguments = {"encoder": encoder, "encoder_size": 224}
-        arguments |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-    arguments |= {"decoder_config": rae.DECODERS[decoder or "ViT-XL"] | {"patch_size": 16}}
+        arguments = {"encoder": config.encoder, "encoder_size": 224} | HALF
+    arguments["decoder_config"] = rae.DECODERS[decoder or "ViT-XL"] | {"patch_size": 16}
     with dist_ctx.device:
         return rae.RAE(**arguments).to(dist_ctx.device)
 
 
 def build_text_to_image(config: Config, dist_ctx: DistContext) -> rae.TextToImage:
-    if is_nano(config):
+    if config.is_nano:
         return common.load_model(rae.TextToImage, str(common.WEIGHTS / "t2i"), "", dist_ctx)
     with dist_ctx.device:
         model = rae.TextToImage(QWEN[config.language_model], rae.DITS[config.dit], (256, 1152))
-    # The nano tokenizer's ids are in every vocabulary. It makes a few more tokens of a text than Qwen's.
+    # the nano tokenizer: its ids are in Qwen's vocabulary
     model.set_tokenizer(transformers.AutoTokenizer.from_pretrained(common.WEIGHTS / "t2i"))
     return model.to(dist_ctx.device)
 
 
 def build_class_to_image(config: Config, dist_ctx: DistContext, size: str) -> rae.ClassToImage:
-    shape = build_autoencoder(config, dist_ctx).latent_shape if is_nano(config) else (256, 768)
+    shape = build_autoencoder(config, dist_ctx).latent_shape if config.is_nano else (256, 768)
     with dist_ctx.device:
         return rae.ClassToImage(rae.class_dit(size, 1000), shape).to(dist_ctx.device)
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    is_rae = isinstance(model, rae.RAE)
+    return [*model.encoder.blocks, *model.decoder.decoder_layers] if is_rae else model.blocks
+
+
 # -----------------------------------------------------------------------------------------------------------
-# loops
+# loops: what to call with a number of images, and the models in it; of a step the loss of the first of them
+
+Call = Callable[[int], object]
 
 
-@dataclass
-class Loop:
-    run: Callable[[int], object]  # on so many images
-    images: int  # per timed call
-    blocks: list[nn.Module] = field(default_factory=list)  # to compile and to checkpoint; none: no FLOPs
-    trains: bool = False
-    tokens: int = 0  # in a conversation
+def data_loop(name: str, config: Config, dist_ctx: DistContext) -> tuple[Call, list[nn.Module]]:
+    if name == "loader":
+        size = build_autoencoder(config, dist_ctx).image_size if config.is_nano else 256
+        batches = data.Loader(data.open_source("nano", size, 0), config.batch)
+    else:  # jpeg: 8 tar files with 256 captioned JPEGs of 256 px, read on all cores
+        folder = tempfile.TemporaryDirectory()
+        for shard in range(8):
+            with tarfile.open(f"{folder.name}/{shard}.tar", "w") as tar:
+                for number in range(shard, 256, 8):
+                    sample, path = shapes.draw("scenes", 0, number, 256), Path(folder.name, f"{number}.jpg")
+                    Image.fromarray(sample.image).save(path, quality=90)
+                    path.with_suffix(".txt").write_text(sample.caption)
+                    tar.add(path, f"{number}.jpg")
+                    tar.add(path.with_suffix(".txt"), f"{number}.txt")
+        batches = data.Loader(data.open_source(folder.name, 256, 0), config.batch, workers=os.cpu_count())
+        batches.folder = folder  # is deleted with the loader
+    return lambda n: next(batches), []
 
 
-def loader(config: Config, dist_ctx: DistContext, folder: str) -> Loop:
-    size = build_autoencoder(config, dist_ctx).image_size if is_nano(config) else 256
-    batches = data.Loader(data.open_source("nano", size, 0), config.batch)
-    return Loop(lambda n: next(batches), config.batch)
+def autoencoder_loop(name: str, config: Config, dist_ctx: DistContext) -> tuple[Call, list[nn.Module]]:
+    model = build_autoencoder(config, dist_ctx, config.decoder if name == "decoder-step" else "")
+    images = torch.rand(config.batch, 3, model.image_size, model.image_size, device=dist_ctx.device)
+    latents = torch.randn(config.batch, *model.latent_shape, device=dist_ctx.device)
+    calls = {
+        "encode": lambda n: model.encode(images[:n]),
+        "decode": lambda n: model.decode(latents[:n]),
+        "decoder-step": lambda n: F.l1_loss(model.decode(model.encode(images[:n])), images[:n]),
+    }
+    return calls[name], [model]
 
 
-def jpeg(config: Config, dist_ctx: DistContext, folder: str) -> Loop:
-    """Reads 8 tar files of 256 captioned JPEGs of 256 px on all cores."""
-    for shard in range(8):
-        with tarfile.open(f"{folder}/{shard}.tar", "w") as tar:
-            for number in range(shard, 256, 8):
-                sample, file = shapes.draw("scenes", 0, number, 256), io.BytesIO()
-                Image.fromarray(sample.image).save(file, "JPEG", quality=90)
-                for suffix, content in (("jpg", file.getvalue()), ("txt", sample.caption.encode())):
-                    member = tarfile.TarInfo(f"{number}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    batches = data.Loader(data.open_source(folder, 256, 0), config.batch, workers=os.cpu_count())
-    return Loop(lambda n: next(batches), config.batch)
-
-
-def inference_loop(call: Callable[[int], Tensor], images: int, dist_ctx: DistContext, *modules) -> Loop:
-    def run(n: int) -> Tensor:
-        with torch.no_grad(), dist_ctx.autocast():
-            return call(n)
-
-    blocks = []
-    for module in modules:
-        module.eval().requires_grad_(False)  # torch's FLOP counter fails where gradients never come
-        blocks += blocks_of(module)
-    return Loop(run, images, blocks)
-
-
-def training_loop(
-    loss: Callable[[int], Tensor], images: int, dist_ctx: DistContext, model: nn.Module, *frozen, tokens=0
-) -> Loop:
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    # a learning rate of 0: the weights stay as they are, however long the loop runs
-    stepper = common.Stepper(torch.optim.AdamW(trainable, lr=0.0, fused=True))
-
-    def run(n: int) -> None:
-        with dist_ctx.autocast():
-            value = loss(n)
-        value.backward()
-        stepper.step()
-
-    blocks = [block for module in (model, *frozen) for block in blocks_of(module)]
-    return Loop(run, images, blocks, trains=True, tokens=tokens)
-
-
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    if isinstance(module, rae.RAE):
-        return [*module.encoder.blocks, *module.decoder.decoder_layers]
-    return module.blocks
-
-
-def encode(config: Config, dist_ctx: DistContext, folder: str) -> Loop:
-    autoencoder = build_autoencoder(config, dist_ctx)
-    size = autoencoder.image_size
-    images = torch.rand(config.batch, 3, size, size, device=dist_ctx.device)
-    return inference_loop(lambda n: autoencoder.encode(images[:n]), config.batch, dist_ctx, autoencoder)
-
-
-def decode(config: Config, dist_ctx: DistContext, folder: str) -> Loop:
-    autoencoder = build_autoencoder(config, dist_ctx)
-    latents = torch.randn(config.batch, *autoencoder.latent_shape, device=dist_ctx.device)
-    return inference_loop(lambda n: autoencoder.decode(latents[:n]), config.batch, dist_ctx, autoencoder)
-
-
-def decoder_step(config: Config, dist_ctx: DistContext, folder: str) -> Loop:
-    autoencoder = build_autoencoder(config, dist_ctx, config.decoder)
-    size = autoencoder.image_size
-    images = torch.rand(config.batch, 3, size, size, device=dist_ctx.device)
-
-    def loss(n: int) -> Tensor:
-        return F.l1_loss(autoencoder.decode(autoencoder.encode(images[:n])), images[:n])
-
-    return training_loop(loss, config.batch, dist_ctx, autoencoder)
-
-
-def flow_inputs(batch: int, autoencoder: rae.RAE, dist_ctx: DistContext) -> tuple[Tensor, ...]:
-    """Images, noise, t and condition dropout of a batch."""
+def dit_step(name: str, config: Config, dist_ctx: DistContext) -> tuple[Call, list[nn.Module]]:
+    batch, device, autoencoder = config.batch, dist_ctx.device, build_autoencoder(config, dist_ctx)
     size, shape = autoencoder.image_size, autoencoder.latent_shape
-    images = torch.rand(batch, 3, size, size, device=dist_ctx.device)
-    noise, for_t, for_dropout = data.flow_draws(shape, 0, list(range(batch)), dist_ctx.device)
-    t = rae.sample_time(for_t, rae.default_alpha(shape))
-    return images, noise, t.to(dist_ctx.device), (for_dropout < 0.1).to(dist_ctx.device)
+    images, all_rows = torch.rand(batch, 3, size, size, device=device), torch.arange(batch, device=device)
+    noise, for_t, for_dropout = data.flow_draws(shape, 0, list(range(batch)), device)
+    t = rae.sample_time(for_t, rae.default_alpha(shape)).to(device)
+    dropped = (for_dropout < 0.1).to(device)
 
+    def flow_loss(inputs, latents: Tensor, rows: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        x_t = (1 - t[rows, None, None]) * latents[rows] + t[rows, None, None] * noise[rows]
+        velocity, cross_entropy = model(inputs, x_t, t[rows], dropped[rows], context)
+        return (velocity - (noise[rows] - latents[rows])).square().mean(), cross_entropy
 
-def t2i_step(config: Config, dist_ctx: DistContext, folder: str) -> Loop:
-    autoencoder, model = build_autoencoder(config, dist_ctx), build_text_to_image(config, dist_ctx)
-    images, noise, t, dropped = flow_inputs(config.batch, autoencoder, dist_ctx)
-    source = data.open_source("nano", autoencoder.image_size, 0)
-    conversations = next(data.Loader(source, config.batch))["conversation"]
-    chats = {n: model.chat(conversations[:n]).to(dist_ctx.device) for n in (4, config.batch)}
+    def class_loss(n: int) -> Tensor:
+        return flow_loss(all_rows[:n] % 1000, autoencoder.encode(images[:n]), all_rows[:n], None)[0]
 
-    def loss(n: int) -> Tensor:
-        latents = autoencoder.encode(images[:n])
-        cross_entropy, errors = model(chats[n], latents, noise[:n], t[:n], dropped[:n])
-        return cross_entropy / len(chats[n].targets) + 2 * errors.mean()
+    def text_loss(n: int) -> Tensor:
+        chat, latents = model.chat(conversations[:n]), autoencoder.encode(images[:n])
+        answers, contexts = (
+            rae.to_device(mask.nonzero().flatten(), device) for mask in (chat.is_answer, ~chat.is_answer)
+        )
+        flow, cross_entropy = flow_loss(chat, latents, answers, latents[contexts])
+        return cross_entropy / chat.supervised_tokens + 2 * flow
 
-    tokens = chats[config.batch].ids.shape[1]
-    return training_loop(loss, config.batch, dist_ctx, model, autoencoder, tokens=tokens)
-
-
-def class_step(config: Config, dist_ctx: DistContext, folder: str) -> Loop:
-    autoencoder = build_autoencoder(config, dist_ctx)
-    model = build_class_to_image(config, dist_ctx, config.dit)
-    images, noise, t, dropped = flow_inputs(config.batch, autoencoder, dist_ctx)
-    labels = torch.arange(config.batch, device=dist_ctx.device) % 1000
-
-    def loss(n: int) -> Tensor:
-        return model(labels[:n], autoencoder.encode(images[:n]), noise[:n], t[:n], dropped[:n]).mean()
-
-    return training_loop(loss, config.batch, dist_ctx, model, autoencoder)
-
-
-def sample(config: Config, dist_ctx: DistContext, folder: str, guidance: float = 1.0) -> Loop:
+    if name == "class-step":
+        model = build_class_to_image(config, dist_ctx, config.dit)
+        return class_loss, [model, autoencoder]
     model = build_text_to_image(config, dist_ctx)
+    conversations = next(data.Loader(data.open_source("nano", size, 0), batch))["conversation"]
+    return text_loss, [model, autoencoder]
+
+
+def sampling_loop(name: str, config: Config, dist_ctx: DistContext) -> tuple[Call, list[nn.Module]]:
+    if name.startswith("class"):
+        model, inputs = build_class_to_image(config, dist_ctx, config.dit), list(range(config.images))
+    else:
+        model, inputs = build_text_to_image(config, dist_ctx), ["a red circle"] * config.images
+    sampler, models = {"guidance": 1.0}, [model]
+    if name.endswith(("cfg", "auto")):
+        sampler["guidance"] = 1.42 if name.startswith("class") else 3.0
+    if name.endswith("auto"):
+        size = "nano-guide" if config.is_nano else "DiT-DH-S"
+        sampler["guide"] = build_class_to_image(config, dist_ctx, size)
+        models.append(sampler["guide"])
     noise = torch.randn(config.images, *model.latent_shape, device=dist_ctx.device)
-    prompts = ["a red circle above a blue square"] * config.images
-    return inference_loop(
-        lambda n: model.generate(prompts[:n], guidance=guidance, noise=noise[:n]),
-        config.images,
-        dist_ctx,
-        model,
-    )
-
-
-def class_sample(
-    config: Config, dist_ctx: DistContext, folder: str, guidance: float = 1.0, autoguidance: bool = False
-) -> Loop:
-    model, guide = build_class_to_image(config, dist_ctx, config.dit), None
-    if autoguidance:
-        guide = build_class_to_image(config, dist_ctx, "nano-guide" if is_nano(config) else "DiT-DH-S")
-    noise = torch.randn(config.images, *model.latent_shape, device=dist_ctx.device)
-    labels = list(range(config.images))
-
-    def draw(n: int) -> Tensor:
-        return model.generate(labels[:n], guidance=guidance, noise=noise[:n], guide=guide)
-
-    return inference_loop(draw, config.images, dist_ctx, model, *([guide] if guide else []))
+    return lambda n: model.generate(inputs[:n], noise=noise[:n], **sampler), models
 
 
 LOOPS = {
-    "loader": loader,
-    "jpeg": jpeg,
-    "encode": encode,
-    "decode": decode,
-    "decoder-step": decoder_step,
-    "decoder-full": None,  # train_decoder.py times it
-    "t2i-step": t2i_step,
-    "sample": sample,
-    "sample-cfg": partial(sample, guidance=3.0),
-    "class-step": class_step,
-    "class-sample": class_sample,
-    "class-sample-cfg": partial(class_sample, guidance=1.42),
-    "class-sample-auto": partial(class_sample, guidance=1.42, autoguidance=True),
+    **dict.fromkeys(["loader", "jpeg"], data_loop),
+    **dict.fromkeys(["encode", "decode", "decoder-step"], autoencoder_loop),
+    "decoder-full": None,  # see below
+    **dict.fromkeys(["t2i-step", "class-step"], dit_step),
+    **dict.fromkeys(["sample", "sample-cfg"], sampling_loop),
+    **dict.fromkeys(["class-sample", "class-sample-cfg", "class-sample-auto"], sampling_loop),
 }
 
 
-def loops_of(dit: str) -> list[str]:
-    """The nano DiT is there for text and for labels, Scale-RAE's for text, all others for labels."""
+def available_loops(dit: str) -> list[str]:
+    """The nano DiT comes for text and for labels, Scale-RAE's for text, all others for labels."""
     is_text = dit == "nano" or dit.removesuffix("-DH") in rae.SCALE_DITS
-    names = [name for name in LOOPS if is_text or not name.startswith(("t2i", "sample"))]
-    return [name for name in names if dit == "nano" or not is_text or not name.startswith("class")]
+    skip = () if dit == "nano" else ("class",) if is_text else ("t2i", "sample")
+    return [name for name in LOOPS if not name.startswith(skip)]
 
 
 # -----------------------------------------------------------------------------------------------------------
-# all losses of the decoder, from the log of train_decoder.py
+# decoder-full: all losses of the decoder, from the log of train_decoder.py
 
 
-def decoder_full_flags(config: Config, folder: str) -> list[str]:
-    """Sizes other than nano get an encoder and a discriminator of random weights, written to the folder."""
-    flags = {"preset": "nano-full", "disc-start": 0, "gan-start": 0, "data": "nano"}
-    flags |= {"dtype": config.dtype, "batch": config.batch, "statistics": config.batch}
-    flags |= {"encoder": common.WEIGHTS / "encoder", "discriminator": common.WEIGHTS / "encoder"}
-    if is_nano(config) and config.decoder:
-        patch = transformers.AutoConfig.from_pretrained(flags["encoder"]).patch_size
-        flags |= {"decoder": config.decoder, "patch-size": 16, "encoder-size": 16 * patch}
-    if not is_nano(config):
-        flags |= {"decoder": config.decoder or "ViT-XL", "patch-size": 16, "encoder-size": 224}
-        networks = {
-            "encoder": rae.Encoder(DINOV2 if config.dit.startswith("DiT") else SIGLIP).model,
-            "discriminator": transformers.ViTModel(transformers.ViTConfig(**DINO_S8)),
-        }
-        half = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-        processor = transformers.ViTImageProcessor(size={"height": 224, "width": 224}, **half)
-        for name, network in networks.items():
-            flags[name] = f"{folder}/{name}"
-            network.save_pretrained(flags[name])
-            processor.save_pretrained(flags[name])
-    return [f"--{name}={value}" for name, value in flags.items()]
+def decoder_networks(config: Config, folder: str) -> dict:
+    """Flags for the networks: the nano ones, or new ones with random weights, written to the folder."""
+    if config.is_nano:
+        encoder = str(common.WEIGHTS / "encoder")
+        patch = transformers.AutoConfig.from_pretrained(encoder).patch_size
+        sizes = {"decoder": config.decoder, "patch-size": 16, "encoder-size": 16 * patch}
+        return {"encoder": encoder, "discriminator": encoder} | (sizes if config.decoder else {})
+    dino = transformers.ViTModel(transformers.ViTConfig(**DINO_S8))
+    processor = transformers.ViTImageProcessor(size={"height": 224, "width": 224}, **HALF)
+    for name, network in (("encoder", rae.Encoder(config.encoder).model), ("discriminator", dino)):
+        network.save_pretrained(f"{folder}/{name}")
+        processor.save_pretrained(f"{folder}/{name}")
+    flags = {"encoder": f"{folder}/encoder", "discriminator": f"{folder}/discriminator"}
+    return flags | {"decoder": config.decoder or "ViT-XL", "patch-size": 16, "encoder-size": 224}
 
 
-def run_decoder_full(config: Config, compiled: bool, steps: int = 60) -> float:
-    """Milliseconds of a step as it is logged: the median over every ten steps but the first."""
+def measure_decoder_full(config: Config, compiled: bool, steps: int = 60) -> dict:
+    """Milliseconds per step: the median over intervals of ten steps, without the first."""
     with tempfile.TemporaryDirectory() as folder:
+        flags = {"preset": "nano-full", "disc-start": 0, "gan-start": 0, "data": "nano"}
+        flags |= {"dtype": config.dtype, "batch": config.batch, "statistics": config.batch}
+        flags |= decoder_networks(config, folder)
+        flags |= {"out": f"{folder}/run", "steps": steps, "save-every": steps, "log-every": 10}
         command = [sys.executable, str(Path(__file__).with_name("train_decoder.py"))]
-        command += decoder_full_flags(config, folder) + ["--compile" if compiled else "--no-compile"]
-        command += [f"--out={folder}/run", f"--steps={steps}", f"--save-every={steps}", "--log-every=10"]
+        command += [f"--{name}={value}" for name, value in flags.items()]
+        command += ["--compile" if compiled else "--no-compile"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
         rows = common.read_rows(Path(folder, "run/metrics.jsonl"))
-    return 1000 * config.batch / statistics.median(row["images_per_second"] for row in rows[1:])
+    speed = statistics.median(row["images_per_second"] for row in rows[1:])
+    return {"ms": 1000 * config.batch / speed, "images_per_second": speed}
 
 
 # -----------------------------------------------------------------------------------------------------------
 # measuring
 
 
-def flops_of(call: Callable[[], object]) -> int:
-    # the math backend: torch does not count the CPU's attention kernel, and in the backward pass of flash
-    # attention it counts what is recomputed
+def count_flops(call: Callable[[], object]) -> int:
+    # The math backend: torch does not count the CPU's attention kernel, and in the backward pass of flash
+    # attention it counts what is recomputed.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.get_total_flops()
-
-
-def measure(call: Callable[[], object], seconds: float, dist_ctx: DistContext) -> dict:
-    """Milliseconds of a call, after three to warm up, and the peak memory in GB."""
-    cuda = dist_ctx.device.type == "cuda"
-    wait = torch.cuda.synchronize if cuda else lambda: None
-    peak_memory(cuda, reset=True)
-    for _ in range(3):
-        call()
-    wait()
-    start, calls = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        for _ in range(10 if cuda else 1):  # a GPU is kept busy
-            call()
-            calls += 1
-        wait()
-    return {"ms": 1000 * (time.perf_counter() - start) / calls} | peak_memory(cuda)
 
 
 def peak_memory(cuda: bool, reset: bool = False) -> dict:
@@ -388,44 +297,68 @@ def peak_memory(cuda: bool, reset: bool = False) -> dict:
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return {"peak_gb": peak / 1e9}
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        kilobytes = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
-    except OSError:
+    if sys.platform != "linux":
         return {}
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    kilobytes = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
     return {"peak_gb": int(kilobytes) * 1024 / 1e9}
 
 
-def measure_matrix_product(dist_ctx: DistContext, seconds: float) -> float:
-    """TFLOP/s of a product of large square matrices in the compute dtype."""
-    n = 8192 if dist_ctx.device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=dist_ctx.device, dtype=dist_ctx.dtype)
-    return 2 * n**3 / measure(lambda: a @ b, seconds, dist_ctx)["ms"] / 1e9
+def measure(call: Callable[[], object], seconds: float, dist_ctx: DistContext) -> dict:
+    """Milliseconds per call, after three to warm up, and the peak memory in GB."""
+    cuda = dist_ctx.device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    peak_memory(cuda, reset=True)
+    for _ in range(3):
+        call()
+    wait()
+    start, calls = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        for _ in range(10 if cuda else 1):  # a wait after every call would leave the GPU idle
+            call()
+            calls += 1
+        wait()
+    return {"ms": 1000 * (time.perf_counter() - start) / calls} | peak_memory(cuda)
 
 
 def measure_loop(name: str, compiled: bool, config: Config, dist_ctx: DistContext) -> dict:
     if name == "decoder-full":
-        ms = run_decoder_full(config, compiled)
-        return {"ms": ms, "images_per_second": 1000 * config.batch / ms}
-    with tempfile.TemporaryDirectory() as folder:
-        loop = LOOPS[name](config, dist_ctx, folder)  # with new models: their blocks are changed below
-        small, gflop = min(4, loop.images), None
-        if loop.blocks:
-            gflop = flops_of(lambda: loop.run(small)) / small / 1e9
-        # ---- as the scripts do: compile, then checkpoint; to sample, linear layers in the compute dtype ----
-        if not loop.trains:
-            common.cast_linear(loop.blocks, dist_ctx)
-        common.compile_blocks(loop.blocks, compiled, dist_ctx)
-        if loop.trains and config.activation_checkpointing:
-            common.checkpoint_blocks(loop.blocks)
-        result = measure(lambda: loop.run(loop.images), config.seconds, dist_ctx)
-    if compiled:
-        torch._dynamo.reset()  # or the graphs of one loop count towards the next one's limit
-    result["images_per_second"] = 1000 * loop.images / result["ms"]
+        return measure_decoder_full(config, compiled)
+    call, models = LOOPS[name](name, config, dist_ctx)  # new models each time: their blocks are changed below
+    blocks = [block for model in models for block in blocks_of(model)]
+    images = config.images if "sample" in name else config.batch
+    trains = name.endswith("-step")
+    if trains:
+        trainable = [p for p in models[0].parameters() if p.requires_grad]
+        # a learning rate of 0: the weights stay as they are, however long the loop runs
+        stepper = common.Stepper(torch.optim.AdamW(trainable, lr=0.0, fused=True))
+    else:
+        for model in models:
+            model.eval().requires_grad_(False)  # or torch's FLOP counter waits for gradients, and fails
+
+    def run(n: int = images) -> None:
+        with torch.set_grad_enabled(trains), dist_ctx.autocast():
+            out = call(n)
+        if trains:
+            out.backward()
+            stepper.step()
+
+    # ---- FLOPs, of few images: the math backend takes memory --------------------------------------------
+    few = min(4, images)
+    gflop = count_flops(lambda: run(few)) / few / 1e9 if models else 0
+    # ---- as in the scripts: compiled, then checkpointed; to sample, linear layers in the compute dtype --
+    if not trains:
+        common.cast_linear(blocks, dist_ctx)
+    common.compile_blocks(blocks, compiled, dist_ctx)
+    if trains and config.activation_checkpointing:
+        common.checkpoint_blocks(blocks)
+    result = measure(run, config.seconds, dist_ctx)
+    torch._dynamo.reset()  # what one loop compiled for its shapes is not the next one's
+    result["images_per_second"] = 1000 * images / result["ms"]
     if gflop:
-        result |= {"gflop_per_image": gflop, "tflops": result["images_per_second"] * gflop / 1000}
-    return result | ({"tokens": loop.tokens} if loop.tokens else {})
+        result |= {"gflop_per_image": gflop, "tflops": gflop * result["images_per_second"] / 1000}
+    return result
 
 
 def summary(name: str, result: dict) -> str:
@@ -442,32 +375,40 @@ def summary(name: str, result: dict) -> str:
 def main() -> None:
     config = common.parse(Config, __doc__)
     dist_ctx = common.init_distributed(config.dtype)
-    names = config.loops or loops_of(config.dit)
-    if unknown := set(names) - set(loops_of(config.dit)):
+    available = available_loops(config.dit)
+    if unknown := set(config.loops) - set(available):
         raise ValueError(
-            f"--dit {config.dit} has no {', '.join(unknown)}: choose from {', '.join(loops_of(config.dit))}"
+            f"--dit {config.dit} has no {', '.join(unknown)}: choose from {', '.join(available)}"
         )
+
+    # ---- the machine, and what it reaches at best -------------------------------------------------------
     cuda, threads = dist_ctx.device.type == "cuda", torch.get_num_threads()
     card = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
     peak = next((tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in card), None)
-    product = measure_matrix_product(dist_ctx, min(config.seconds, 2.0))
+    n = 8192 if cuda else 2048
+    a, b = torch.randn(2, n, n, device=dist_ctx.device, dtype=dist_ctx.dtype)
+    product = 2 * n**3 / measure(lambda: a @ b, min(config.seconds, 2.0), dist_ctx)["ms"] / 1e9  # TFLOP/s
     print(
-        f"{dist_ctx}, {card}, {threads} threads, torch {torch.__version__}, --dit {config.dit}, "
-        f"batch {config.batch}; a product of large matrices: {product:.3f} TFLOP/s"
+        f"{dist_ctx}, {card}, {threads} threads, torch {torch.__version__}, --dit {config.dit}, batch "
+        f"{config.batch}; a product of large matrices: {product:.3f} TFLOP/s"
     )
+
+    # ---- every loop, eager and compiled -----------------------------------------------------------------
     results = {}
-    for name in names:
-        for compiled in (False, True) if config.compile and name not in ("loader", "jpeg") else (False,):
+    for name in config.loops or available:
+        can_compile = config.compile and LOOPS[name] is not data_loop
+        for compiled in (False, True) if can_compile else (False,):
             result = measure_loop(name, compiled, config, dist_ctx)
             if "tflops" in result:
                 result["of_matrix_product"] = result["tflops"] / product
-            if "tflops" in result and peak and dist_ctx.dtype == torch.bfloat16:
-                result["mfu"] = result["tflops"] / peak
+                if peak and dist_ctx.dtype == torch.bfloat16:
+                    result["mfu"] = result["tflops"] / peak
             if compiled:
                 result["of_eager"] = results[name]["ms"] / result["ms"]
             label = f"{name} compiled" if compiled else name
             results[label] = result
             print(summary(label, result), flush=True)
+
     if config.json:
         file = {"command": " ".join(["python", *sys.argv]), "where": str(dist_ctx), "card": card}
         file |= {"machine": platform.machine(), "threads": threads, "torch": torch.__version__}

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common  # noqa: E402
 import rae  # noqa: E402
-from bench import DINOV2, QWEN, SIGLIP, flops_of  # noqa: E402
+from bench import DINOV2, QWEN, SIGLIP, count_flops  # noqa: E402
 from common import flag  # noqa: E402
 
 
@@ -205,7 +205,7 @@ def cost_of(run: Run) -> Cost:
         module, passes = component.module, component.passes
         parameters = count(module)
         with torch.device("meta"):
-            cost.flops += passes * flops_of(partial(component.forward, module)) if passes else 0
+            cost.flops += passes * count_flops(partial(component.forward, module)) if passes else 0
         if passes < FROZEN:
             cost.replicated += 4 * parameters
             continue
