@@ -41,7 +41,6 @@ import rae
 from common import DistContext, flag
 from nano import shapes
 
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # dense bf16
 QWEN = {  # Qwen2.5
     "1.5B": {"model_type": "qwen2", "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
              "num_key_value_heads": 2, "intermediate_size": 8960, "vocab_size": 151_667,
@@ -282,7 +281,7 @@ def measure_decoder_full(config: Config, compiled: bool, steps: int = 60) -> dic
 # measuring
 
 
-def count_flops(call: Callable[[], object]) -> int:
+def flops_of(call: Callable[[], object]) -> int:
     # The math backend: torch does not count the CPU's attention kernel, and in the backward pass of flash
     # attention it counts what is recomputed.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -332,7 +331,7 @@ def measure_loop(name: str, compiled: bool, config: Config, dist_ctx: DistContex
     if trains:
         trainable = [p for p in models[0].parameters() if p.requires_grad]
         # a learning rate of 0: the weights stay as they are, however long the loop runs
-        stepper = common.Stepper(torch.optim.AdamW(trainable, lr=0.0, fused=True))
+        optimizers = common.Optimizers(torch.optim.AdamW(trainable, lr=0.0, fused=True))
     else:
         for model in models:
             model.eval().requires_grad_(False)  # or torch's FLOP counter waits for gradients, and fails
@@ -342,15 +341,20 @@ def measure_loop(name: str, compiled: bool, config: Config, dist_ctx: DistContex
             out = call(n)
         if trains:
             out.backward()
-            stepper.step()
+            optimizers.step()
 
     # ---- FLOPs, of few images: the math backend takes memory --------------------------------------------
     few = min(4, images)
-    gflop = count_flops(lambda: run(few)) / few / 1e9 if models else 0
+    gflop = flops_of(lambda: run(few)) / few / 1e9 if models else 0
     # ---- as in the scripts: compiled, then checkpointed; to sample, linear layers in the compute dtype --
     if not trains:
         common.cast_linear(blocks, dist_ctx)
-    common.compile_blocks(blocks, compiled, dist_ctx)
+    mode = None
+    if compiled and "sample" in name and dist_ctx.device.type == "cuda":
+        mode = "reduce-overhead"
+        for model in models:
+            model.dit.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+    common.compile_blocks(blocks, compiled, dist_ctx, mode)
     if trains and config.activation_checkpointing:
         common.checkpoint_blocks(blocks)
     result = measure(run, config.seconds, dist_ctx)
@@ -384,7 +388,7 @@ def main() -> None:
     # ---- the machine, and what it reaches at best -------------------------------------------------------
     cuda, threads = dist_ctx.device.type == "cuda", torch.get_num_threads()
     card = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
-    peak = next((tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in card), None)
+    peak = dist_ctx.peak_flops()
     n = 8192 if cuda else 2048
     a, b = torch.randn(2, n, n, device=dist_ctx.device, dtype=dist_ctx.dtype)
     product = 2 * n**3 / measure(lambda: a @ b, min(config.seconds, 2.0), dist_ctx)["ms"] / 1e9  # TFLOP/s
@@ -401,8 +405,8 @@ def main() -> None:
             result = measure_loop(name, compiled, config, dist_ctx)
             if "tflops" in result:
                 result["of_matrix_product"] = result["tflops"] / product
-                if peak and dist_ctx.dtype == torch.bfloat16:
-                    result["mfu"] = result["tflops"] / peak
+                if peak:
+                    result["mfu"] = result["tflops"] * 1e12 / peak
             if compiled:
                 result["of_eager"] = results[name]["ms"] / result["ms"]
             label = f"{name} compiled" if compiled else name

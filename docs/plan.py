@@ -26,22 +26,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common  # noqa: E402
 import rae  # noqa: E402
-from bench import DINOV2, QWEN, SIGLIP, count_flops  # noqa: E402
+from bench import DINOV2, QWEN, SIGLIP, flops_of  # noqa: E402
 from common import flag  # noqa: E402
 
 
 class Gpu(NamedTuple):
-    tflops: int  # dense bf16 TFLOP/s
     memory: int  # GB
     nvlink: int  # GB/s to the other GPUs of its node
     network: int  # GB/s to other nodes
 
 
 GPUS = {
-    "A100": Gpu(312, 80, 300, 25),
-    "H100": Gpu(989, 80, 450, 50),
-    "H200": Gpu(989, 141, 450, 50),
-    "B200": Gpu(2250, 180, 900, 50),
+    "A100": Gpu(80, 300, 25),
+    "H100": Gpu(80, 450, 50),
+    "H200": Gpu(141, 450, 50),
+    "B200": Gpu(180, 900, 50),
 }
 NODE = 8  # GPUs
 TOKENS = 256 + 64  # in a conversation: an image and the text around it
@@ -186,7 +185,7 @@ class Cost:
         """Of a step, by what they are spent on."""
         gpu = GPUS[config.gpu]
         return {
-            "compute": batch * self.flops / (gpus * gpu.tflops * 1e12 * config.mfu),
+            "compute": batch * self.flops / (gpus * common.PEAK_FLOPS[config.gpu] * config.mfu),
             "NVLink": self.traffic / (gpu.nvlink * 1e9) * (gpus > 1),
             # a GPU's shard of the fp32 gradients, 4 bytes out and 4 bytes in
             "network": 8 * self.trainable / NODE / (gpu.network * 1e9) * (gpus > NODE),
@@ -207,7 +206,7 @@ def cost_of(run: Run) -> Cost:
         parameters = size(part.module)
         if part.passes:
             with torch.no_grad():
-                cost.flops += part.passes * count_flops(partial(part.forward, part.module))
+                cost.flops += part.passes * flops_of(partial(part.forward, part.module))
         if part.passes < FROZEN:
             cost.replicated += 4 * parameters
             continue
@@ -243,7 +242,7 @@ def table(rows: list[list[str]]) -> str:
 
 
 def memory_table(costs: dict[str, tuple[Run, Cost]], config: Config) -> str:
-    peak = GPUS[config.gpu].tflops * 1e12
+    peak = common.PEAK_FLOPS[config.gpu]
     head = ["run", "trainable", "GFLOP per sample", f"samples/s at the peak of one {config.gpu}"]
     head += ["GB without samples on 1, 8, 64 GPUs", "MB per sample"]
     rows = [head + ["samples that fit on 1 GPU of 24, 80, 141 GB", "on each of 8 GPUs"]]
@@ -271,7 +270,8 @@ def time_table(costs: dict[str, tuple[Run, Cost]], config: Config) -> str:
 
 def main() -> None:
     config = common.parse(Config, __doc__)
-    costs, gpu = {name: build(name) for name in RUNS}, GPUS[config.gpu]
+    costs = {name: build(name) for name in RUNS}
+    gpu, peak = GPUS[config.gpu], common.PEAK_FLOPS[config.gpu]
     print(f"""# What the papers' runs take, on paper
 
 `{" ".join(["python", *sys.argv])}`; the assumptions are at the top of `docs/plan.py`.
@@ -281,8 +281,8 @@ Fragmentation and the allocator's reserve are not included.
 
 {memory_table(costs, config)}
 
-On {config.gpus} {config.gpu} of {gpu.tflops} TFLOP/s at an MFU of {config.mfu:.0%}; {gpu.nvlink} GB/s inside
-a node of {NODE}, {gpu.network} GB/s between nodes.
+On {config.gpus} {config.gpu} of {peak / 1e12:.0f} TFLOP/s at an MFU of {config.mfu:.0%};
+{gpu.nvlink} GB/s inside a node of {NODE}, {gpu.network} GB/s between nodes.
 
 {time_table(costs, config)}""")
 
