@@ -532,12 +532,16 @@ def plot_losses(metrics: Path, path: Path) -> None:
         return
     with plotting(path, 2, 1, figsize=(8, 8), sharex=True, dpi=100) as (losses, speed):
         for name in names:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            losses.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else "")
-        losses.set_yscale("symlog", linthresh=1e-3)  # the adversarial loss has both signs
+            steps = [row["step"] for row in rows if name in row]
+            values = [row[name] for row in rows if name in row]
+            losses.plot(steps, values, label=name, marker="." if len(steps) < 30 else "")
+            if min(values) <= 0:  # the adversarial loss has both signs
+                losses.set_yscale("symlog", linthresh=0.01)
+        if losses.get_yscale() == "linear":
+            losses.set_yscale("log")
         losses.legend()
-        points = [(row["step"], row["images_per_second"]) for row in rows if "images_per_second" in row]
-        speed.plot(*zip(*points, strict=True))
+        timed = [row for row in rows if "images_per_second" in row]
+        speed.plot([row["step"] for row in timed], [row["images_per_second"] for row in timed])
         speed.set(xlabel="step", ylabel="images/s", ylim=(0, None))
         for axis in (losses, speed):
             axis.grid(alpha=0.3)
