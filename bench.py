@@ -13,6 +13,7 @@ product of large matrices, measured first, and with the GPU's published bf16 pea
 have random weights, which are as fast as trained ones.
 """
 
+import gc
 import json
 import os
 import platform
@@ -282,8 +283,8 @@ def measure_decoder_full(config: Config, compiled: bool, steps: int = 60) -> dic
 
 
 def flops_of(call: Callable[[], object]) -> int:
-    # The math backend: torch does not count the CPU's attention kernel, and in the backward pass of flash
-    # attention it counts what is recomputed.
+    # The math backend: torch does not count the CPU's attention kernel, and it counts what flash attention
+    # recomputes in the backward pass.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.get_total_flops()
@@ -324,7 +325,8 @@ def measure(call: Callable[[], object], seconds: float, dist_ctx: DistContext) -
 def measure_loop(name: str, compiled: bool, config: Config, dist_ctx: DistContext) -> dict:
     if name == "decoder-full":
         return measure_decoder_full(config, compiled)
-    call, models = LOOPS[name](name, config, dist_ctx)  # new models each time: their blocks are changed below
+    gc.collect()  # the last loop's models: their changed blocks are reference cycles
+    call, models = LOOPS[name](name, config, dist_ctx)
     blocks = [block for model in models for block in blocks_of(model)]
     images = config.images if "sample" in name else config.batch
     trains = name.endswith("-step")
@@ -349,16 +351,16 @@ def measure_loop(name: str, compiled: bool, config: Config, dist_ctx: DistContex
     # ---- as in the scripts: compiled, then checkpointed; to sample, linear layers in the compute dtype --
     if not trains:
         common.cast_linear(blocks, dist_ctx)
-    mode = None
-    if compiled and "sample" in name and dist_ctx.device.type == "cuda":
-        mode = "reduce-overhead"
+    mode = "reduce-overhead" if "sample" in name and dist_ctx.device.type == "cuda" else None
+    if compiled and mode:  # CUDA graphs: without the hook every block would start a new step
         for model in models:
             model.dit.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
     common.compile_blocks(blocks, compiled, dist_ctx, mode)
     if trains and config.activation_checkpointing:
         common.checkpoint_blocks(blocks)
     result = measure(run, config.seconds, dist_ctx)
-    torch._dynamo.reset()  # what one loop compiled for its shapes is not the next one's
+    if compiled:
+        torch._dynamo.reset()  # what one loop compiled for its shapes is not the next one's
     result["images_per_second"] = 1000 * images / result["ms"]
     if gflop:
         result |= {"gflop_per_image": gflop, "tflops": gflop * result["images_per_second"] / 1000}

@@ -148,7 +148,8 @@ def size(module: nn.Module) -> int:
 
 
 def saved_bytes(part: Part) -> int:
-    """Bytes that autograd saves of one sample for the backward pass, without the weights."""
+    """Bytes that autograd saves of one sample for the backward pass, without the weights. The meta device has
+    no fused attention: the attention matrices are in it."""
     weights = {p.untyped_storage()._cdata for p in [*part.module.parameters(), *part.module.buffers()]}
     saved = {}
 

@@ -42,39 +42,24 @@ def test_decoder_full_of_other_sizes_has_networks(tmp_path, monkeypatch):
         monkeypatch.setattr(bench, name, getattr(bench, name) | small)
     flags = bench.decoder_networks(bench.Config(dit="DiT-S"), str(tmp_path))
     assert rae.Encoder(flags["encoder"])(torch.rand(1, 3, 224, 224)).shape == (1, 256, 24)
-    backbone = train_decoder.Backbone.from_pretrained(flags["discriminator"])
-    assert [x.shape for x in backbone(torch.rand(1, 3, 32, 32))] == 4 * [(1, 24, 28 * 28)]
+    assert len(train_decoder.Backbone.from_pretrained(flags["discriminator"])(torch.rand(1, 3, 32, 32))) == 4
 
 
-def test_the_plan_computes_what_real_tensors_show():
-    parts = {}
-    for device in ("cpu", "meta"):
-        with torch.device(device):
-            part = plan.dit(24, {"width": 32, "depth": 3, "heads": 2}, None)
-        parts[device] = part._replace(module=part.module.to(device))
-    real, meta = parts["cpu"], parts["meta"]
-    attention = 3 * 2 * 256 * 256 * 4  # bytes of the matrices, which the CPU's kernel does not save
-    assert plan.saved_bytes(meta) == pytest.approx(plan.saved_bytes(real) + attention, rel=0.02)
-    weights = {n: p for n, p in real.module.named_parameters() if n.endswith("weight") and p.ndim == 2}
-    flops = sum(2 * p.numel() * (1 if "t_embedder" in n else 256) for n, p in weights.items())
-    cost = plan.cost_of(plan.Run([meta], 8, 1, ema=True))
-    assert cost.flops == 3 * (flops + 3 * 2 * 2 * 256 * 256 * 32)  # two products of attention in each block
-    optimizer = torch.optim.AdamW(p for p in real.module.parameters() if p.requires_grad)
-    real.forward(real.module).sum().backward()
-    optimizer.step()
-    states = [v for state in optimizer.state.values() for v in state.values() if v.ndim]
-    trainable = sum(p.numel() for p in real.module.parameters() if p.requires_grad)
-    assert sum(v.numel() for v in states) == 2 * trainable
-    assert cost.sharded == 20 * plan.size(real.module)  # with gradients and EMA
-
-
-def test_the_plan_of_a_paper_by_hand():
+def test_the_plan_of_a_paper():
+    """By hand: two FLOPs per weight and token, embeddings left out."""
     _, cost = plan.build("0.5B + 1.5B frozen, 30k")
-    by_hand = 3 * 0.48e9 * 256 * 2 + 2 * 1.31e9 * plan.TOKENS * 2 + 0.41e9 * 256 * 2  # without embeddings
+    by_hand = 3 * 0.48e9 * 256 * 2 + 2 * 1.31e9 * plan.TOKENS * 2 + 0.41e9 * 256 * 2
     assert cost.flops == pytest.approx(by_hand, rel=0.1)
     assert cost.trainable == pytest.approx(0.481e9, rel=0.01)
     assert cost.replicated == pytest.approx(4 * (0.41e9 + 0.416e9), rel=0.03)  # encoder and decoder
     assert cost.traffic == pytest.approx(12 * 0.481e9 + 8 * 1.54e9, rel=0.01)
+    parts = []
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            part = plan.dit(24, {"width": 32, "depth": 3, "heads": 2}, None)
+        parts.append(part._replace(module=part.module.to(device)))
+    on_meta, on_cpu = map(plan.saved_bytes, parts)
+    assert on_meta == pytest.approx(on_cpu + 3 * 2 * 256 * 256 * 4, rel=0.02)  # the CPU saves no attention
 
 
 def test_tables_come_from_the_files(tmp_path):
@@ -88,6 +73,6 @@ def test_tables_come_from_the_files(tmp_path):
         tables.update(text.replace("psnr", "fid"), tmp_path)
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda p: p.name)
-def test_the_documents_show_the_files(path):
-    assert tables.update(path.read_text(), path.parent) == path.read_text()
+def test_the_documents_show_the_files():
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        assert tables.update(path.read_text(), path.parent) == path.read_text()
