@@ -321,7 +321,7 @@ def open_images(source: str, size: int | None, config: Config, dist_ctx: common.
     if size is None:
         whole = Uncropped()
         for part in opened.sources:
-            part.view = whole  # nano sources ignore it: they draw at the size they were opened with
+            part.transform = whole  # nano sources ignore it: they draw at the size they were opened with
         first = next((sample for sample in opened.once(limit, 0, 1) if "image" in sample), None)
         if first is None:
             raise ValueError(f"{source} holds no image that can be used")

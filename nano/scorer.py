@@ -39,12 +39,12 @@ def detect(image: np.ndarray) -> list[Detection]:
     Connected pixels of one hue that are more than half covered are an object if a template fits them well.
     """
     labels, cover = _segment(image)
-    found = []
+    detections = []
     for label, color in enumerate(COLORS):
         mask = (labels == label) & (cover > 0.5)
         if mask.sum() >= MIN_AREA * mask.size:
-            found += _blobs(mask, np.where(labels == label, cover, 0), color)
-    return sorted(found, key=lambda detection: -detection.confidence)
+            detections += _blobs(mask, np.where(labels == label, cover, 0), color)
+    return sorted(detections, key=lambda detection: -detection.confidence)
 
 
 def score(image: np.ndarray, metadata: dict[str, Any]) -> tuple[bool, str]:
@@ -130,7 +130,7 @@ def _opponent(rgb: np.ndarray) -> np.ndarray:
 def _blobs(mask: np.ndarray, cover: np.ndarray, color: str) -> list[Detection]:
     """Connected components of the mask that are shapes."""
     blobs, _ = ndimage.label(mask)
-    found = []
+    detections = []
     for number, window in enumerate(ndimage.find_objects(blobs), start=1):
         rows, columns = window
         window = tuple(slice(max(0, s.start - 1), s.stop + 1) for s in window)
@@ -138,10 +138,10 @@ def _blobs(mask: np.ndarray, cover: np.ndarray, color: str) -> list[Detection]:
         if mine.sum() >= MIN_AREA * mask.size:
             shape, confidence = _classify(cover[window] * ndimage.binary_dilation(mine, np.ones((3, 3))))
             if confidence >= MIN_OVERLAP:
-                found.append(
+                detections.append(
                     Detection(shape, color, (columns.start, rows.start, columns.stop, rows.stop), confidence)
                 )
-    return found
+    return detections
 
 
 def _classify(cover: np.ndarray) -> tuple[str, float]:
