@@ -198,7 +198,7 @@ def world(config: Config, dist_ctx: common.DistContext) -> World:
         half = {"encoder_size": 224, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
         autoencoder = rae.RAE(encoder, rae.DECODERS["ViT-XL"] | {"patch_size": 16}, **half)
     shape = autoencoder.latent_shape
-    if config.dit.removesuffix("-DH") in rae.SCALE_DITS:
+    if config.dit.removesuffix("-DH") in rae.SCALE_RAE_DITS:
         with dist_ctx.device:
             text = rae.TextToImage(QWEN[config.language_model], rae.DITS[config.dit], shape)
         tokenizer = transformers.AutoTokenizer.from_pretrained(common.WEIGHTS / "t2i")

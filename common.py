@@ -1,7 +1,9 @@
-"""What the scripts share around their loops: flags, launch, files, checkpoints, log, learning rate, EMA."""
+"""What the scripts share around their loops: flags, distributed set-up, optimizer step, files, checkpoints,
+log."""
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -16,7 +18,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,62 +34,72 @@ from torch import Tensor, nn
 import convert
 import rae
 
-WEIGHTS = Path(os.path.relpath(Path(__file__).parent / "nano" / "weights"))  # what the repository ships
+WEIGHTS = Path(os.path.relpath(Path(__file__).parent / "nano" / "weights"))  # shipped with the repository
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, by device name
 
 transformers.logging.disable_progress_bar()  # one for each small folder that is read
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or every data loading process prints a warning
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every data loading process prints a warning
 
 # -----------------------------------------------------------------------------------------------------------
 # flags
 
 
 def flag(default, help: str, **kwargs):
-    """A field of a config dataclass with its line of help; `at_least` bounds a number, the rest is
-    argparse's."""
+    """A field of a config dataclass with its line of help. `at_least` bounds a number; the rest goes to
+    argparse."""
     return dataclasses.field(default=default, metadata={"help": help, **kwargs})
 
 
 def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
-    """A config from the command line: the dataclass's defaults, then --preset's values (with --resume those
-    of OUT/config.json), then the flags given.
-
-    A field of a list is positional. `manual` is the script's docstring and heads `-h`.
-    """
+    """A config from the command line: the dataclass's defaults, then the values of --preset (with --resume
+    those of OUT/config.json), then the flags given. A tuple field is positional. `manual` heads `-h`."""
     parser = argparse.ArgumentParser(
         description=manual, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     if presets:
         parser.add_argument("--preset", choices=presets, default="nano", help="values for the flags below")
     for field in dataclasses.fields(config):
-        kind, kwargs = field.type, {k: v for k, v in field.metadata.items() if k != "at_least"}
-        if isinstance(kind, types.UnionType):  # "int | None"
-            kind = next(t for t in kind.__args__ if t is not type(None))
-        shown = "" if field.default in (None, "", ()) else f" (default {field.default})"
-        kwargs["help"] += shown
-        if isinstance(field.default, tuple):
-            parser.add_argument(field.name, type=str, **kwargs)
-            continue
-        if kind is bool:
-            kwargs["action"] = argparse.BooleanOptionalAction
-        else:
-            kwargs["type"] = kind
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kwargs)
-    given = vars(parser.parse_args())
-    base = (presets or {}).get(given.pop("preset", ""), {})
-    saved = Path(given.get("out", getattr(config, "out", ""))) / "config.json"
-    if given.get("resume") and saved.is_file():
+        add_argument(parser, field)
+    flags = vars(parser.parse_args())
+    base = (presets or {}).get(flags.pop("preset", ""), {})
+    saved = Path(flags.get("out", getattr(config, "out", ""))) / "config.json"
+    if flags.get("resume") and saved.is_file():
         base = json.loads(saved.read_text())
         if unknown := set(base) - {field.name for field in dataclasses.fields(config)}:
             raise ValueError(f"{saved} has values that this script does not know: {', '.join(unknown)}")
-    values = config(**{**base, **given})
+    values = config(**{**base, **flags})
     for field in dataclasses.fields(config):
-        value, least = getattr(values, field.name), field.metadata.get("at_least")
-        choices, name = field.metadata.get("choices"), "--" + field.name.replace("_", "-")
-        if choices is not None and value not in choices:  # of a config.json
-            raise ValueError(f"{name} {value}: choose from {', '.join(choices)}")
-        if None not in (value, least) and value < least:
-            raise ValueError(f"{name} {value}: give at least {least}")
+        check_value(field, getattr(values, field.name))
     return values
+
+
+def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    kwargs = {key: value for key, value in field.metadata.items() if key != "at_least"}
+    if isinstance(field.default, tuple):
+        parser.add_argument(field.name, type=str, **kwargs)
+        return
+    type_ = field.type
+    if isinstance(type_, types.UnionType):  # "int | None"
+        type_ = next(t for t in type_.__args__ if t is not type(None))
+    if field.default not in (None, ""):
+        kwargs["help"] += f" (default {field.default})"
+    if type_ is bool:
+        kwargs["action"] = argparse.BooleanOptionalAction
+    else:
+        kwargs["type"] = type_
+    parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kwargs)
+
+
+def check_value(field: dataclasses.Field, value) -> None:
+    """Raises ValueError for a value out of bounds; those of a config.json have not been through argparse."""
+    name, choices, least = (
+        "--" + field.name.replace("_", "-"),
+        *map(field.metadata.get, ("choices", "at_least")),
+    )
+    if choices is not None and value not in choices:
+        raise ValueError(f"{name} {value}: choose from {', '.join(choices)}")
+    if least is not None and value is not None and value < least:
+        raise ValueError(f"{name} {value}: give at least {least}")
 
 
 def main(run: Callable[[], None]) -> None:
@@ -100,40 +112,39 @@ def main(run: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except Exception as error:
-        mistake = isinstance(error, (ValueError, OSError)) and not os.environ.get("TRACEBACK")
-        if not mistake and not dist.is_initialized():
+        is_mistake = isinstance(error, (ValueError, OSError)) and not os.environ.get("TRACEBACK")
+        if not is_mistake and not dist.is_initialized():
             raise
-        if mistake:
+        if is_mistake:
             print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
-        if dist.is_initialized():  # at once: to tidy up would be to wait for the other processes
+        if dist.is_initialized():  # leave at once: tidying up would wait for the other processes
             os._exit(1)
         sys.exit(1)
 
 
 def one_line(error: BaseException) -> str:
-    """The line that says most: of the traceback of a data loading process the last, else the first; of a
-    failed checkpoint that of the first process."""
-    for failure, _ in getattr(error, "failures", {}).values():
+    """The line that says most: the last of a data loading process's traceback, else the first."""
+    for failure, _ in getattr(error, "failures", {}).values():  # of a checkpoint, by rank
         return one_line(failure)
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if "Original Traceback" in str(error) else 0]
 
 
 # -----------------------------------------------------------------------------------------------------------
-# launch
+# distributed set-up
 
 
 @dataclass
 class DistContext:
-    """Where this process runs. Alone, or one of `world` that torchrun started."""
+    """Where this process runs: alone, or as one of `world_size` that torchrun started."""
 
     device: torch.device
     rank: int
     world_size: int
     dtype: torch.dtype  # of the compute; parameters are fp32
-    mesh: "torch.distributed.DeviceMesh | None" = None  # (replicate, shard), of several processes
+    mesh: "torch.distributed.DeviceMesh | None" = None  # (replicate, shard), for several processes
 
     @property
     def is_main(self) -> bool:
@@ -142,55 +153,61 @@ class DistContext:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def peak_flops(self) -> float | None:
+        """Of one device in bf16, if it is known."""
+        if self.device.type != "cuda" or self.dtype != torch.bfloat16:
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
+
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         if self.mesh is None:
             return f"{self.device.type}, 1 process, {dtype} compute, fp32 weights"
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        copies, parts = self.mesh.shape
+        replicas, shards = self.mesh.shape
         return (
-            f"{self.device.type}, {self.world_size} processes ({backend}), {dtype} compute, fp32 weights in "
-            f"{copies} copies of {parts} parts"
+            f"{self.device.type}, {self.world_size} processes ({backend}), {dtype} compute, fp32 weights, "
+            f"{replicas} replicas of {shards} shards"
         )
 
 
 def init_distributed(dtype: str = "auto", shard: str = "none") -> DistContext:
-    """Picks the device (CUDA, MPS, CPU), joins the process group of torchrun, picks the compute dtype and
-    who holds which part of the weights: none (each process all of them), full (each its share), hybrid (each
-    machine all of them, each of its processes a share)."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Picks the device (CUDA, MPS, CPU) and the compute dtype, joins the process group of torchrun, and lays
+    out FSDP2 sharding: none (replicate), full (across all ranks) or hybrid (within a node)."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
-    elif torch.backends.mps.is_available() and world == 1:
+    elif torch.backends.mps.is_available() and world_size == 1:
         device = torch.device("mps")
     else:
         device = torch.device("cpu")
     mesh = None
-    if world > 1:
+    if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        parts = {"none": 1, "full": world, "hybrid": int(os.environ["LOCAL_WORLD_SIZE"])}[shard]
+        shards = {"none": 1, "full": world_size, "hybrid": int(os.environ["LOCAL_WORLD_SIZE"])}[shard]
         names = ("replicate", "shard")
-        mesh = dist.init_device_mesh(device.type, (world // parts, parts), mesh_dim_names=names)
+        mesh = dist.init_device_mesh(device.type, (world_size // shards, shards), mesh_dim_names=names)
     name = ("bf16" if device.type == "cuda" else "fp32") if dtype == "auto" else dtype
-    return DistContext(device, rank, world, {"bf16": torch.bfloat16, "fp32": torch.float32}[name], mesh)
+    return DistContext(device, rank, world_size, {"bf16": torch.bfloat16, "fp32": torch.float32}[name], mesh)
 
 
 def shard_model(module: nn.Module, blocks: Iterable[nn.Module], dist_ctx: DistContext, *methods: str) -> None:
-    """Moves a module to the device: whole, or of several processes a block at a time and each its share, with
-    FSDP2, which gathers the weights of one block at a time; gradients are summed over the processes, not
-    averaged. `methods` are its entrances beside `forward`.
+    """Moves a module to the device; with several processes by FSDP2, one block at a time. Gradients are
+    summed over ranks, not averaged: losses are divided by global counts. `methods` are entry points beside
+    `forward`.
 
-    Every process has to go through every block, in the same order.
+    Every rank has to run every block, in the same order.
     """
     if dist_ctx.mesh is None:
         module.to(dist_ctx.device)
         return
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    mesh = dist_ctx.mesh if dist_ctx.mesh.shape[0] > 1 else dist_ctx.mesh["shard"]
     for part in (*blocks, module):
-        mesh = dist_ctx.mesh if dist_ctx.mesh.shape[0] > 1 else dist_ctx.mesh["shard"]
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
@@ -198,16 +215,18 @@ def shard_model(module: nn.Module, blocks: Iterable[nn.Module], dist_ctx: DistCo
         register_fsdp_forward_method(module, method)
 
 
-def compile_blocks(blocks: Iterable[nn.Module], wanted: bool | None, dist_ctx: DistContext) -> None:
-    """Compiles what is inside of the blocks, not the gathering of their weights; by default on CUDA."""
-    if dist_ctx.device.type == "cuda" if wanted is None else wanted:
+def compile_blocks(
+    blocks: Iterable[nn.Module], enabled: bool | None, dist_ctx: DistContext, mode: str | None = None
+) -> None:
+    """Compiles the forward pass of each block, not FSDP's gathering around it; by default on CUDA only."""
+    if dist_ctx.device.type == "cuda" if enabled is None else enabled:
         for block in blocks:
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, mode=mode)
 
 
 def cast_linear(blocks: Iterable[nn.Module], dist_ctx: DistContext) -> None:
-    """Gives linear layers that will not be trained the dtype of the compute. Autocast would, at every call of
-    a compiled block; the results are the same, and the memory is half."""
+    """Casts linear layers that will not be trained to the compute dtype, once instead of at every call of
+    autocast: the same results in half of the memory."""
     for block in blocks:
         for layer in block.modules():
             if isinstance(layer, nn.Linear):
@@ -215,7 +234,7 @@ def cast_linear(blocks: Iterable[nn.Module], dist_ctx: DistContext) -> None:
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Keeps only the inputs of the blocks for the backward pass, which computes the rest again."""
+    """Activation checkpointing: keeps only the inputs of each block and recomputes the rest in backward."""
     from torch.utils.checkpoint import checkpoint
 
     for block in blocks:
@@ -223,53 +242,43 @@ def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
 
 
 def to_host(*tensors: Tensor) -> tuple[list[Tensor], Callable[[], None]]:
-    """Begins to copy tensors to the CPU. They are there when the function that is returned with them has been
-    called: it waits for them alone, not for what CUDA was given since."""
+    """Starts copying tensors to the CPU. The copies are valid once the returned function has been called: it
+    waits for them alone, not for work that was queued on the GPU since."""
     device = tensors[0].device
     copies = [tensor.to("cpu", non_blocking=device.type == "cuda") for tensor in tensors]
     if device.type != "cuda":
         return copies, lambda: None
-    there = torch.cuda.Event(blocking=True)  # asleep
-    there.record()
+    done = torch.cuda.Event(blocking=True)  # sleeps instead of spinning
+    done.record()
 
     def wait() -> None:
-        with torch.cuda.device(device):  # a new thread's is the first one
-            there.synchronize()
+        with torch.cuda.device(device):  # a new thread starts on the first device
+            done.synchronize()
 
     return copies, wait
 
 
 def global_sum(*values: float) -> list[float]:
-    """Sums of numbers over all processes."""
+    """Sums of numbers over all processes, on the CPU, so that no GPU has to be waited for."""
     if not dist.is_initialized():
         return list(values)
-    total = torch.tensor(values, dtype=torch.float64)  # on the CPU, so that no GPU has to be waited for
+    total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that may be spread over processes."""
+    """This rank's shard of a tensor that may be sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be spread over processes, on every process."""
+    """A tensor that may be sharded, gathered on every rank."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def one_if_finite(loss: Tensor) -> Tensor:
-    """Factor of a loss's gradients: of one that is not finite they all are not, and every process leaves the
-    step out."""
-    return torch.where(loss.isfinite(), 1.0, math.nan)
-
-
-def backward(loss: Tensor) -> None:
-    loss.backward(one_if_finite(loss))
-
-
 def sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Over all processes, of a module that every process holds whole."""
+    """Over all processes, for a replicated module outside of FSDP."""
     if dist.is_initialized():
         flat = torch.cat([p.grad.flatten() for p in parameters])
         dist.all_reduce(flat)
@@ -277,68 +286,118 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
             p.grad.copy_(summed.view_as(p))
 
 
-class Stepper:
-    """Steps of one or more optimizers, with gradients clipped together (0: not clipped). A step whose
-    gradients are not finite is left out, on the device, so that nothing has to wait for the number."""
+def count_flops(module: nn.Module, *inputs: Tensor, **kwargs: Tensor) -> int:
+    """FLOPs of a forward pass, counted by torch on the meta device: nothing is computed, and a multiplication
+    and an addition are two. The inputs are meta tensors."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors}
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        torch.func.functional_call(module, on_meta, inputs, kwargs)
+    return counter.get_total_flops()
+
+
+# -----------------------------------------------------------------------------------------------------------
+# optimizer step, schedule, EMA
+
+
+class Muon(torch.optim.Muon):
+    """Muon that can skip a step on the device, as fused AdamW does: where `found_inf` is 1, weights and
+    momentum stay as they are."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        changing = [p for group in self.param_groups for p in group["params"]]
+        changing += [buffer for state in self.state.values() for buffer in state.values()]
+        before = [local_tensor(tensor).clone() for tensor in changing]
+        super().step()
+        for tensor, old in zip(changing, before, strict=True):
+            new = local_tensor(tensor)
+            new.copy_(torch.where(self.found_inf > 0, old, new))
+
+
+class Optimizers:
+    """One or more optimizers that step together: one gradient norm, one schedule, one decision to skip."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer, clip: float = 1.0):
-        self.optimizers, self.clip = optimizers, clip or math.inf
+        self.optimizers, self.clip = optimizers, clip or math.inf  # clip 0: gradients are not clipped
         self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self.peaks = [group["lr"] for group in self.groups]
+        for group in self.groups:
+            group["peak_lr"] = group["lr"]
         self.parameters = [p for group in self.groups for p in group["params"]]
         device = local_tensor(self.parameters[0]).device
-        self.skipped_steps, self.in_a_row, self.most_in_a_row = torch.zeros(3, device=device)
-        self.make_state()
+        self.skipped, self.skipped_in_a_row, self.most_in_a_row = torch.zeros(3, device=device)
+        self.init_state()
 
-    def scale(self, factor: float) -> None:
-        """Sets the learning rates to a part of those that the optimizers were made with, the peaks."""
-        for group, peak in zip(self.groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
+    def step(self) -> Tensor:
+        """Clips the gradients, applies them, and returns their norm before clipping.
 
-    def make_state(self) -> None:
-        """The optimizers' state, zeros all: it is the same in a checkpoint from before the first step."""
-        self.scale(0.0)
-        for p in self.parameters:
-            p.grad = torch.zeros_like(p)
+        A non-finite norm is the same on all ranks, so that all skip the step together. The decision stays on
+        the device: reading the norm would make every step wait for the GPU.
+        """
+        grad_norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        skip = (~grad_norm.isfinite()).float()
         for optimizer in self.optimizers:
+            optimizer.found_inf = (
+                skip  # made for GradScaler: the kernel leaves weights and state alone if it is 1
+            )
             optimizer.step()
             optimizer.zero_grad()
-        self.scale(1.0)
+        self.skipped += skip
+        self.skipped_in_a_row.add_(1).mul_(skip)
+        torch.maximum(self.most_in_a_row, self.skipped_in_a_row, out=self.most_in_a_row)
+        return grad_norm
+
+    def set_lr(self, factor: float) -> None:
+        """Scales the learning rates that the optimizers were made with."""
+        for group in self.groups:
+            group["lr"] = group["peak_lr"] * factor
+
+    def check_skipped(self) -> float:
+        """The number of skipped steps; raises ValueError after ten in a row."""
+        if self.most_in_a_row >= 10:
+            raise ValueError("ten steps in a row had a non-finite loss or gradient: lower the learning rate")
+        return self.skipped.item()
+
+    def init_state(self) -> None:
+        """Creates the optimizers' state, all zeros: a checkpoint holds the same tensors from the first step
+        on."""
+        self.set_lr(0.0)
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p)
+        self.step()
+        self.set_lr(1.0)
         for _, state in self.state():
             if "step" in state:
                 state["step"].zero_()
 
     def state(self) -> list[tuple[nn.Parameter, dict[str, Tensor]]]:
-        """Of every parameter."""
         return [item for optimizer in self.optimizers for item in optimizer.state.items()]
 
-    def step(self) -> Tensor:
-        """Returns the norm of the gradients before clipping."""
-        norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.clip))
-        bad = (~norm.isfinite()).float()
-        for optimizer in self.optimizers:
-            before = []
-            if optimizer.defaults.get("fused"):
-                optimizer.found_inf = bad  # the fused AdamW's own way out, made for GradScaler
-            else:  # Muon has none
-                changing = [t for p, state in optimizer.state.items() for t in (p.detach(), *state.values())]
-                before = [(local_tensor(t), local_tensor(t).clone()) for t in changing]
-            optimizer.step()
-            for tensor, kept in before:
-                tensor.copy_(torch.where(bad > 0, kept, tensor))
-            optimizer.zero_grad()
-        self.skipped_steps += bad
-        self.in_a_row.add_(1).mul_(bad)
-        torch.maximum(self.most_in_a_row, self.in_a_row, out=self.most_in_a_row)
-        return norm
 
-    def check(self) -> float:
-        """The number of steps left out; raises ValueError if ten in a row were."""
-        if self.most_in_a_row >= 10:
-            raise ValueError(
-                "ten steps in a row had a loss or gradient that is not finite: lower the learning rate"
-            )
-        return self.skipped_steps.item()
+def cosine(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
+    """Factor of the learning rate: linear warm-up from 1 / warmup, then half a cosine down to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def linear(step: int, start: int, steps: int, floor: float) -> float:
+    """Factor of the learning rate: 1 up to `start`, then a line down to `floor` at the last step."""
+    progress = (step - start) / max(1, steps - start)
+    return 1 - (1 - floor) * min(max(progress, 0.0), 1.0)
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """ema <- decay ema + (1 - decay) model, for the trainable parameters. The decay grows from 0.1 to its
+    value during the first steps, so that the initial weights are soon forgotten."""
+    decay = min(decay, (1 + step) / (10 + step))
+    pairs = [(a, b) for a, b in zip(ema.parameters(), model.parameters(), strict=True) if b.requires_grad]
+    torch._foreach_lerp_([local_tensor(a) for a, _ in pairs], [local_tensor(b) for _, b in pairs], 1 - decay)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -347,16 +406,16 @@ class Stepper:
 
 @contextmanager
 def writing(path: Path):
-    """Around whatever writes to `path`: an error that a user understands (OSError)."""
+    """Turns what a full disk raises into one OSError that names the path."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # all mean a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(f"cannot write {path}: {one_line(error)}") from error
 
 
 @contextmanager
 def replacing(path: Path):
-    """Yields a temporary path in the same folder, which takes the place of `path` when all went well."""
+    """Yields a temporary path in the same folder, which takes the place of `path` if nothing went wrong."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
@@ -369,8 +428,8 @@ def replacing(path: Path):
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
-        for left in (temporary, old):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def save_image(path: Path, pixels: Tensor, **text) -> None:
@@ -407,35 +466,67 @@ def plotting(path: Path, *grid: int, **options):
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", bbox_inches="tight")
     pyplot.close(figure)
-    print(path)
 
 
 def save_results(results: list[dict], seed: int, path: Path) -> None:
-    """Numbers {"metric", "value", "n"} as JSON, each with what it takes to make it again."""
+    """Rows {"metric", "value", "n"} as JSON, under one header with what it takes to reproduce them."""
     packages = ("torch", "transformers", "numpy", "torchmetrics", "torch-fidelity")
-    about = {
-        "seed": seed,
+    content = {
         "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "seed": seed,
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "results": results,
     }
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps([result | about for result in results], indent=1) + "\n")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\n{path}")
+
+
+def read_rows(metrics: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a line that a crash cut off is skipped."""
+    rows = []
+    for line in metrics.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def plot_losses(metrics: Path, path: Path) -> None:
+    """Losses and throughput over steps, from metrics.jsonl."""
+    rows = read_rows(metrics)
+    names = [name for name in dict.fromkeys(itertools.chain(*rows)) if name.endswith("loss")]
+    if not names:
+        return
+    with plotting(path, 2, 1, figsize=(8, 8), sharex=True, dpi=100) as (losses, speed):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            losses.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else "")
+        losses.set_yscale("symlog", linthresh=1e-3)  # the adversarial loss has both signs
+        losses.legend()
+        points = [(row["step"], row["images_per_second"]) for row in rows if "images_per_second" in row]
+        speed.plot(*zip(*points, strict=True))
+        speed.set(xlabel="step", ylabel="images/s", ylim=(0, None))
+        for axis in (losses, speed):
+            axis.grid(alpha=0.3)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# models
 
 
 @contextmanager
 def loading(source: str | Path):
-    """Around whatever reads a model: an error that a user understands (ValueError)."""
-    folder, file = Path(source), str(source).endswith((".pt", ".zstd"))
-    if folder.exists() and not file and not (folder / "config.json").is_file():
+    """Turns whatever reading a model raises into one ValueError that names the source."""
+    folder, is_file = Path(source), str(source).endswith((".pt", ".zstd"))
+    if folder.exists() and not is_file and not (folder / "config.json").is_file():
         raise ValueError(f"{source} is no model folder: it has no config.json")
     on_hub = str(source).count("/") == 1 and not str(source).startswith((".", "/"))
     released = {**convert.RELEASED, **convert.RELEASED_DITS, **convert.RELEASED_TEXT_TO_IMAGE}
-    if not (folder.exists() or on_hub or file or str(source) in released):
-        raise ValueError(
-            f"no model at {source}: give a folder made by save_pretrained, or a hub id like org/name"
-        )
+    if not (folder.exists() or on_hub or is_file or str(source) in released):
+        raise ValueError(f"no model at {source}: give a folder of save_pretrained, or a hub id like org/name")
     try:
         yield
     except Exception as error:  # from json, safetensors, torch, transformers or the hub
@@ -448,54 +539,55 @@ def load_autoencoder(source: str | Path, dist_ctx: DistContext) -> rae.RAE | rae
 
 
 def load_model(
-    kind: type[rae.LatentModel], source: str, autoencoder: str, dist_ctx: DistContext
+    cls: type[rae.LatentModel], source: str, autoencoder: str, dist_ctx: DistContext
 ) -> rae.LatentModel:
     """A TextToImage or ClassToImage with its autoencoder: the one that it names, or another of the same
     latents."""
     with loading(source):
-        model = kind.from_pretrained(source).eval().to(dist_ctx.device)
+        model = cls.from_pretrained(source).eval().to(dist_ctx.device)
     model.autoencoder_path = autoencoder or model.autoencoder_path
     if not model.autoencoder_path:
         raise ValueError(f"{source} does not name its autoencoder: give --autoencoder")
     with loading(model.autoencoder_path):
         shape = model.autoencoder.latent_shape
     if shape != model.latent_shape:
-        raise ValueError(f"{source} makes latents {model.latent_shape}, {model.autoencoder_path} has {shape}")
+        raise ValueError(f"{source} has latents {model.latent_shape}, {model.autoencoder_path} has {shape}")
     return model
 
 
 def fingerprint(model: nn.Module | None) -> str:
-    """A number that other weights do not have, the norm of all: a path may come to hold others."""
+    """The norm of all weights, which tells them from others that may come to lie at the same path."""
     if model is None:
         return ""
     return f"{sum(p.detach().cpu().double().square().sum().item() for p in model.parameters()):.9g}"
 
 
 # -----------------------------------------------------------------------------------------------------------
-# a training run: <out>/config.json, metrics.jsonl, skipped.log, checkpoints/, model/, samples/
+# a training run: OUT/config.json, metrics.jsonl, losses.png, skipped.log, checkpoints/, model/, samples/
 
 
 class Run:
-    """The folder of a training, its log and checkpoints, and the wish to stop it.
+    """The folder of a training run: its log, its checkpoints, and the request to stop.
 
-    A checkpoint is a folder named by its step: safetensors files of every process's share, and state.json. It
-    can be read by any number of processes. It is written under another name, which it loses when complete.
+    A checkpoint is a folder named by its step: safetensors files with every rank's shards, and state.json.
+    Any number of processes can read it. It is written under a temporary name and renamed when it is complete.
     """
 
     def __init__(self, config, dist_ctx: DistContext):
+        if not config.out:
+            raise ValueError("--out is empty: name a folder for the run")
         self.out, self.config, self.dist_ctx = Path(config.out), config, dist_ctx
         self.checkpoints, self.metrics = self.out / "checkpoints", self.out / "metrics.jsonl"
-        self.stop, self.pending, self.board, self.skipped = None, None, None, 0
+        self.stop_signal, self.pending, self.wandb = None, None, None
+        self.skipped_samples, self.flops_per_step = 0, 0
         self.group = dist.new_group(backend="gloo") if dist_ctx.world_size > 1 else None
-        complete = sorted(p for p in self.checkpoints.glob("*") if p.name.isdigit())
+        complete = self.complete_checkpoints()
         if complete and not config.resume:
             raise ValueError(
-                f"{self.out} already holds a training: go on with --resume, or choose another --out"
+                f"{self.out} already holds a run: continue it with --resume, or choose another --out"
             )
         self.source = complete[-1] if complete else None
-        if (
-            dist_ctx.world_size > 1
-        ):  # file systems may show a new folder to one machine earlier than to another
+        if dist_ctx.world_size > 1:  # a file system may show a new folder to one node earlier than to another
             shared = [self.source]
             dist.broadcast_object_list(shared)
             self.source = shared[0]
@@ -504,31 +596,38 @@ class Run:
             if not (self.source / "state.json").is_file():
                 raise ValueError(f"--resume {self.source}: give auto, or a folder of {self.checkpoints}")
 
+    def complete_checkpoints(self) -> list[Path]:
+        return sorted(path for path in self.checkpoints.glob("*") if path.name.isdigit())
+
     # -- checkpoints
 
-    def load(self, modules: dict[str, nn.Module], steppers: list[Stepper], export: nn.Module | None) -> dict:
-        """Takes what checkpoints are to hold, and restores it in place from the newest, if there is one.
-        Returns its state: step, and positions of the data.
+    def load(
+        self, modules: dict[str, nn.Module], optimizers: list[Optimizers], export: nn.Module | None
+    ) -> dict:
+        """Registers what checkpoints hold, and restores it in place from the newest checkpoint, if there is
+        one. Returns its state: the step, and the positions of the data.
 
-        The weights of modules["ema"] are what `save` writes as a model folder, in the shape of `export`:
-        the main process's copy of the model from before it was spread over all.
+        `save` writes the weights of modules["ema"] as a model folder by way of `export`, the main process's
+        unsharded copy.
         """
-        self.modules, self.steppers, self.export = modules, steppers, export
+        self.modules, self.optimizers, self.export = modules, optimizers, export
         if self.source is None:
             return {"step": 0, "positions": {}}
         import torch.distributed.checkpoint as dcp
 
         try:
             state = json.loads((self.source / "state.json").read_text())
-            self.skipped = state["skipped_samples"]
-            for stepper, skipped_steps in zip(steppers, state["skipped_steps"], strict=True):
-                stepper.skipped_steps.fill_(skipped_steps)
-            tensors = training_state(modules, steppers)
+            self.skipped_samples = state["skipped_samples"]
+            for optimizer, skipped in zip(optimizers, state["skipped_steps"], strict=True):
+                optimizer.skipped.fill_(skipped)
+            tensors = training_state(modules, optimizers)
             reader = dcp.HuggingFaceStorageReader(self.source)
             metadata = reader.read_metadata().state_dict_metadata
+            # The second number is the elements in all chunks: it tells that no rank's file is missing.
             saved = {k: (v.size, sum(c.sizes.numel() for c in v.chunks)) for k, v in metadata.items()}
-            own = {k: (v.size(), v.numel()) for k, v in tensors.items()}  # the second: no piece is missing
-            if wrong := [k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k)]:
+            expected = {k: (v.size(), v.numel()) for k, v in tensors.items()}
+            wrong = [k for k in expected.keys() | saved.keys() if expected.get(k) != saved.get(k)]
+            if wrong:
                 raise ValueError(f"{len(wrong)} tensors do not fit this model, such as {min(wrong)}")
             dcp.load(tensors, storage_reader=reader, no_dist=self.group is None)
         except (Exception, dcp.CheckpointException) as error:  # from json, safetensors or torch
@@ -536,28 +635,29 @@ class Run:
         return state
 
     def save(self, step: int, loader) -> None:
-        """Writes a checkpoint, in the background, and the averaged weights as a model folder for the other
-        scripts."""
+        """Writes a checkpoint in the background, the EMA weights as a model folder for the other scripts, and
+        the plot of the losses."""
         import torch.distributed.checkpoint as dcp
 
-        self.settle()
+        self.wait_for_checkpoint()
         path, temporary = self.checkpoints / f"{step:07d}", self.checkpoints / f".{step:07d}.tmp"
         self.count_skipped(loader)
-        everyone = [loader.positions]
+        positions = [loader.positions]
         if self.group:
-            everyone = [None] * self.dist_ctx.world_size
-            dist.all_gather_object(everyone, loader.positions, group=self.group)
+            positions = [None] * self.dist_ctx.world_size
+            dist.all_gather_object(positions, loader.positions, group=self.group)
         exported = self.export.state_dict() if self.dist_ctx.is_main else {}
-        ema = self.modules["ema"].state_dict()
-        for name, tensor in ema.items():  # one at a time, and kept by the main process only
-            full = full_tensor(tensor)
+        for name, tensor in self.modules["ema"].state_dict().items():  # gathered one at a time
+            gathered = full_tensor(tensor)
             if self.dist_ctx.is_main:
-                exported[name].copy_(full)
+                exported[name].copy_(gathered)
         if self.dist_ctx.is_main:
-            positions = {key: value for each in everyone for key, value in each.items()}
-            state = {"step": step, "positions": positions}
-            state |= {"skipped_samples": self.skipped}
-            state |= {"skipped_steps": [stepper.skipped_steps.item() for stepper in self.steppers]}
+            state = {
+                "step": step,
+                "positions": {key: value for part in positions for key, value in part.items()},
+                "skipped_samples": self.skipped_samples,
+                "skipped_steps": [optimizer.skipped.item() for optimizer in self.optimizers],
+            }
             with writing(path):
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
@@ -567,17 +667,19 @@ class Run:
                     os.fsync(file.fileno())
             with replacing(self.out / "model") as folder:
                 self.export.save_pretrained(folder)
+            if self.metrics.exists():
+                plot_losses(self.metrics, self.out / "losses.png")
         if self.group:
-            dist.barrier(self.group)  # the folder is there
-        future = dcp.async_save(  # copies all first
-            training_state(self.modules, self.steppers),
+            dist.barrier(self.group)  # the folder exists before other ranks write into it
+        future = dcp.async_save(  # returns when the tensors are copied
+            training_state(self.modules, self.optimizers),
             storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True),
             process_group=self.group,
             no_dist=self.group is None,
         )
         published = Future()
 
-        def publish(done: Future) -> None:  # when every process has written its share
+        def publish(done: Future) -> None:  # called when every rank has written its shards
             try:
                 done.result()
                 if self.dist_ctx.is_main:
@@ -590,15 +692,13 @@ class Run:
         self.pending = path, published
 
     def publish(self, temporary: Path, path: Path) -> None:
-        """Gives a complete checkpoint its name, and removes those that are older than the newest --keep."""
+        """Renames a complete checkpoint, and removes all but the newest --keep."""
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
-        complete = sorted(p for p in self.checkpoints.glob("*") if p.name.isdigit())
-        for old in complete[: -self.config.keep]:
+        for old in self.complete_checkpoints()[: -self.config.keep]:
             shutil.rmtree(old)
 
-    def settle(self) -> None:
-        """Waits for the checkpoint that is being written."""
+    def wait_for_checkpoint(self) -> None:
         if self.pending:
             path, future = self.pending
             self.pending = None
@@ -608,22 +708,21 @@ class Run:
     # -- the loop
 
     def begin(self, step: int) -> None:
-        """Before the loop: shows and saves the config, and lets Ctrl-C wait for the end of a step."""
+        """Before the loop: prints and saves the config, tidies up, and lets Ctrl-C wait for the end of a
+        step."""
         if self.dist_ctx.is_main:
             text = json.dumps(dataclasses.asdict(self.config), indent=2)
             print(f"{text}\n{self.dist_ctx}", flush=True)
             if step:
-                print(f"goes on from {self.source}", flush=True)
+                print(f"resumed from {self.source}", flush=True)
             with replacing(self.out / "config.json") as temporary:
                 temporary.write_text(text + "\n")
             self.forget_after(step)
-            if self.config.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(self.out / "tensorboard", purge_step=step + 1)
+            if self.config.wandb:
+                self.wandb = start_wandb(self.config, self.out)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask_to_stop)
-        self.time_from(step)
+            signal.signal(number, self.request_stop)
+        self.start_timer(step)
 
     def forget_after(self, step: int) -> None:
         """Removes log lines and checkpoints beyond the step, and what a killed run left half-written."""
@@ -640,110 +739,113 @@ class Run:
             with replacing(self.metrics) as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def ask_to_stop(self, number: int, frame) -> None:
-        self.stop = number  # once more changes nothing: torchrun passes a Ctrl-C on that has arrived already
+    def request_stop(self, number: int, frame) -> None:
+        self.stop_signal = (
+            number  # a second one changes nothing: torchrun repeats a Ctrl-C that arrived already
+        )
 
     def stopping(self) -> bool:
-        """Whether any process was told to stop before it came here: all leave the loop after the same
-        step."""
-        [told] = global_sum(self.stop is not None)
-        if told:
-            self.stop = self.stop or signal.SIGTERM
-        return bool(told)
+        """Whether any process was asked to stop: all of them leave the loop after the same step."""
+        [asked] = global_sum(self.stop_signal is not None)
+        if asked:
+            self.stop_signal = self.stop_signal or signal.SIGTERM
+        return bool(asked)
 
-    def time_from(self, step: int) -> None:
-        """Images per second are counted from here: after set-up, a log line, or a checkpoint."""
+    def start_timer(self, step: int) -> None:
+        """Throughput is counted from here: after set-up, a log line, or a checkpoint."""
         self.since = (step, time.time())
 
     def log(self, step: int, write: Callable[[str], None], loader, **values) -> None:
-        """One line on the screen and one in metrics.jsonl: the values, what the loader left out and how long
-        it was waited for since the last line."""
-        (since, clock), now = self.since, time.time()
-        row = {"step": step, **{k: float(v) for k, v in values.items()}}
-        row["images_per_second"] = (step - since) * self.config.batch / (now - clock)
-        row["waiting"] = round(loader.waited / (now - clock), 4)  # share of the time, on the main process
+        """The training losses and what else a person watches: throughput, MFU, memory, time left."""
+        (first, began), now = self.since, time.time()
+        seconds = (now - began) / max(1, step - first)  # per step
+        row = {"step": step, **{name: float(value) for name, value in values.items()}}
+        row["ms_per_step"] = 1000 * seconds
+        row["images_per_second"] = self.config.batch / seconds
+        if peak := self.dist_ctx.peak_flops():
+            row["mfu"] = self.flops_per_step / seconds / (peak * self.dist_ctx.world_size)
+        if self.dist_ctx.device.type == "cuda":
+            row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        row["eta_hours"] = (self.config.steps - step) * seconds / 3600
+        row["data_wait"] = loader.waited / (now - began)  # share of the time, on the main process
         loader.waited = 0.0
         self.count_skipped(loader, write)
-        if self.skipped:
-            row["skipped_samples"] = self.skipped
-        row["time"] = round(now, 1)
-        if self.dist_ctx.is_main:
-            shown = (
-                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "time"
-            )
-            write("  ".join(shown))
-            with self.metrics.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            for name in row.keys() - {"step", "time"} if self.board else ():
-                self.board.add_scalar(name, row[name], step)
-        self.time_from(step)
+        row |= {"skipped_samples": self.skipped_samples, "time": now}
+        self.log_row(write, row)
+        self.start_timer(step)
+
+    def log_row(self, write: Callable[[str], None], row: dict) -> None:
+        """One line on the screen, and one in metrics.jsonl."""
+        if not self.dist_ctx.is_main:
+            return
+        write(log_line(row, self.config.steps))
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
 
     def count_skipped(self, loader, write: Callable[[str], None] = print) -> None:
-        """Counts the samples that the loader left out since the last call, and names them in skipped.log."""
+        """Counts the samples that the loader skipped since the last call, and names them in skipped.log."""
         messages, loader.skipped = loader.skipped, []
         if messages:
             self.out.mkdir(parents=True, exist_ok=True)
             with (self.out / "skipped.log").open("a") as file:
                 file.writelines(f"{message[:500]}\n" for message in messages)
-            write(f"left out {len(messages)} samples, see {self.out / 'skipped.log'}: {messages[0][:200]}")
-        self.skipped += int(global_sum(len(messages))[0])
+            write(f"skipped {len(messages)} samples, see {self.out / 'skipped.log'}: {messages[0][:200]}")
+        self.skipped_samples += int(global_sum(len(messages))[0])
 
     def finish(self, step: int) -> None:
         """After the loop: waits for the last checkpoint, and says where the model is."""
-        self.settle()
-        if self.board:
-            self.board.close()
+        self.wait_for_checkpoint()
+        if self.wandb:
+            self.wandb.finish()
         if self.dist_ctx.is_main:
             print(f"step {step}: {self.out / 'model'}", flush=True)
-            if self.stop:
-                print(f"stopped after step {step}; go on with --resume --out {self.out}", file=sys.stderr)
+            if self.stop_signal:
+                print(f"stopped after step {step}; continue with --resume --out {self.out}", file=sys.stderr)
 
 
-def read_rows(metrics: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a line that was cut off by a crash is left out."""
-    rows = []
-    for line in metrics.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+def log_line(row: dict, steps: int) -> str:
+    """step 50/3000  loss 0.123  ...  12.3 ms/step  5203 images/s  MFU 41%  61.2 GB  ETA 0:12:34"""
+    formats = {
+        "ms_per_step": "{:.4g} ms/step",
+        "images_per_second": "{:.4g} images/s",
+        "mfu": "MFU {:.0%}",
+        "memory_gb": "{:.1f} GB",
+    }
+    parts = [f"step {row['step']}/{steps}"]
+    for name, value in row.items():
+        if name in formats:
+            parts.append(formats[name].format(value))
+        elif name == "eta_hours":
+            parts.append(f"ETA {timedelta(seconds=round(3600 * value))}")
+        elif name.startswith("skipped"):
+            parts += [f"{name} {value:.0f}"] if value else []
+        elif name not in ("step", "data_wait", "time"):
+            parts.append(f"{name} {value:.4g}")
+    return "  ".join(parts)
 
 
-def training_state(modules: dict[str, nn.Module], steppers: list[Stepper]) -> dict:
-    """Every tensor that a training changes, by name, as references: parameters and buffers of the modules,
-    and the optimizers' state after the name of its parameter. What is frozen comes from where it came from.
-    """
+def start_wandb(config, out: Path):
+    """Continues the run of the same folder. WANDB_MODE=offline works without an account."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(f"--wandb {config.wandb} needs `pip install wandb`") from error
+    settings = {"dir": out, "name": out.name, "id": str(out).strip("/.").replace("/", "-"), "resume": "allow"}
+    return wandb.init(project=config.wandb, config=dataclasses.asdict(config), **settings)
+
+
+def training_state(modules: dict[str, nn.Module], optimizers: list[Optimizers]) -> dict:
+    """Every tensor that training changes, by name, as references: parameters and buffers of the modules, and
+    the optimizers' state under the name of its parameter. What is frozen is not saved."""
     state, names = {}, {}
     for prefix, module in modules.items():
         frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
-        state |= {f"{prefix}.{k}": v for k, v in module.state_dict().items() if k not in frozen}
+        state |= {f"{prefix}.{name}": x for name, x in module.state_dict().items() if name not in frozen}
         names |= {p: f"{prefix}.{name}" for name, p in module.named_parameters()}
-    for stepper in steppers:
-        for parameter, values in stepper.state():
+    for optimizer in optimizers:
+        for parameter, values in optimizer.state():
             for key, value in values.items():
                 state[f"optimizer.{names[parameter]}.{key}"] = value if value.ndim else value.view(1)
     return state
-
-
-def cosine(step: int, total: int, warmup: int, floor: float = 0.0) -> float:
-    """Factor of the learning rate: linear warm-up from 1 / warmup, then half a cosine down to `floor`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def linear(step: int, start: int, end: int, floor: float) -> float:
-    """Factor of the learning rate: 1 up to `start`, then in a line down to `floor` at `end`, and so on."""
-    progress = (step - start) / max(1, end - start)
-    return 1 - (1 - floor) * min(max(progress, 0.0), 1.0)
-
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """EMA of the trained parameters; the decay grows from 0.1 to its value during the first steps."""
-    decay = min(decay, (1 + step) / (10 + step))
-    pairs = zip(ema.parameters(), model.parameters(), strict=True)
-    old, new = zip(*((local_tensor(a), local_tensor(b)) for a, b in pairs if b.requires_grad), strict=True)
-    torch._foreach_lerp_(old, new, 1 - decay)

@@ -282,7 +282,8 @@ def dit_sizes(weights: dict[str, Tensor], given: dict, scale: bool, wide: bool, 
 
 def dit_weights(weights: dict[str, Tensor], scale: bool, names: DiTNames) -> dict[str, Tensor]:
     """The authors' weights in our shapes."""
-    weights, patch = dict(weights), weights[f"{names.embedders[0]}.weight"].shape[3]
+    weights = {name: rae.pad_swiglu(name, tensor) for name, tensor in weights.items()}
+    patch = weights[f"{names.embedders[0]}.weight"].shape[3]
     if scale:  # its files leave the frequencies out
         weights.setdefault(names.rename("t_embedder.W"), rae.TimeEmbedding(1).W)
     for name in names.embedders:

@@ -950,7 +950,7 @@ def scaling(config: Config, dist_ctx: common.DistContext) -> list[dict]:
                 model.latent_shape, data.hash_seed(seed, task, i), candidates, torch.device("cpu")
             )
             latents, images = generate(model, [text] * len(candidates), noise, dist_ctx, **settings(config))
-            verdicts = model.verify(text, latents)
+            verdicts = rae.verify(model, text, latents)
             scores = [scorer.score(image, wanted)[0] for image in images]
             for size in sizes:
                 kept = {name: rae.best(verdicts[:size], name, 4) for name in rae.VERIFIERS}

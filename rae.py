@@ -1,28 +1,30 @@
-"""Representation autoencoders and text-to-image in their latent space: every model, in one file.
+"""Representation autoencoders and text-to-image in their latent space: every model in one file.
 
-A frozen vision encoder turns an image into tokens, a trained decoder turns the tokens back into pixels (RAE,
-arXiv 2510.11690), and a diffusion transformer learns to generate such tokens, from class labels (RAE) or from
-the hidden states of a language model (Scale-RAE, arXiv 2601.16208). Read this file from top to bottom:
+A frozen vision encoder turns an image into tokens and a trained decoder turns the tokens back into pixels
+(RAE, arXiv 2510.11690). A diffusion transformer learns to generate such tokens, conditioned on class labels
+(RAE) or on the hidden states of a language model (Scale-RAE, arXiv 2601.16208). Read this file from top to
+bottom:
 
-    1. layers          RMSNorm, rotary and sin-cos positions, attention, SwiGLU, time embedding
-    2. encoders        one wrapper over the vision models of `transformers`
-    3. autoencoders    the ViT decoder, and RAE = encoder + decoder + latent statistics; VAE, to compare with
-    4. DiT             the diffusion transformer, with or without the wide head
+    1. layers          RMSNorm, rotary and sin-cos positions, attention, SwiGLU, timestep embedding
+    2. encoders        one wrapper around the vision models of `transformers`
+    3. autoencoders    the ViT decoder; RAE = encoder + decoder + latent statistics; VAE, for comparison
+    4. DiT             the diffusion transformer, with or without the DDT head
     5. flow matching   timestep shift, loss, sampler, guidance
     6. ClassToImage    labels -> DiT
        TextToImage     language model -> latent queries -> connector -> DiT
-    7. presets and released weights   the papers' names and sizes; the authors' and diffusers' files
+    7. test-time scaling and dialogue
+    8. sizes           the papers' names
 
-Conventions: latents are tokens (B, N, C) in raster order; time t = 0 is data and t = 1 is noise; images are
-(B, 3, H, W) in [0, 1]. Parameters are fp32; run under `torch.autocast` for bf16 compute: norms, rotary
-positions, modulation, losses and the sampler's state stay in fp32.
+Conventions: latents are tokens (B, N, C) in raster order; t = 0 is data and t = 1 is noise; images are (B, 3,
+H, W) in [0, 1]. Parameters are fp32. Run under `torch.autocast` for bf16 compute: norms, rotary positions,
+losses and the sampler's state stay in fp32. `convert.py` reads what the authors and diffusers released.
 """
 
 import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
@@ -41,20 +43,18 @@ from torch import Tensor, nn
 
 class Hub(PyTorchModelHubMixin):
     """`save_pretrained(folder)` writes config.json (the arguments of `__init__`) and model.safetensors;
-    `from_pretrained(folder or hub id)` reads them back; `push_to_hub(id)`."""
+    `from_pretrained(folder or hub id)` reads them back strictly; `push_to_hub(id)` uploads them."""
 
     @classmethod
     def _from_pretrained(cls, *, config: dict | None = None, **kwargs):
         if unknown := set(config or ()) - set(cls._hub_mixin_init_parameters):
-            raise ValueError(
-                f"config.json has values that {cls.__name__} does not know: {', '.join(unknown)}"
-            )
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints a line
+            raise ValueError(f"config.json has keys that {cls.__name__} does not know: {', '.join(unknown)}")
+        with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):  # the mixin prints a line
             return super()._from_pretrained(**(kwargs | {"strict": True}))
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis; the statistics are in fp32 whatever the input is."""
+    """x / rms(x) * weight over the last axis; the statistics are fp32 whatever the input is."""
 
     def __init__(self, width: int, eps: float = 1e-6):
         super().__init__()
@@ -75,35 +75,36 @@ def grid_positions(tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def sincos_table(tokens: int, width: int, spacing: float = 1.0) -> Tensor:
-    """The fixed 2-D position table of MAE, (N, width): the first half of the channels is the column's
-    [sin, cos], the second half the row's. spacing: of neighbouring positions; not 1 in diffusers' files."""
+    """The fixed 2-D position table of MAE, (N, width): [sin, cos] of the column, then [sin, cos] of the row.
+
+    spacing: distance of neighbouring positions; only diffusers' decoders have another one than 1.
+    """
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    row, column = (position[:, None] * spacing * frequency for position in grid_positions(tokens))
+    row, column = grid_positions(tokens)
+    row, column = row[:, None] * spacing * frequency, column[:, None] * spacing * frequency
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()
 
 
-def rope_table(tokens: int, head_width: int, turned: bool = True, spacing: float = 1.0) -> Tensor:
-    """cos and sin of the 2-D axial rotary embedding, (2, N, head_width): the first half of the channels turns
-    with the row, the second with the column (the other way round than in `sincos_table`), each angle for two
-    neighbours. Not `turned`: all angles are zero. spacing: of neighbouring positions."""
+def rope_table(tokens: int, head_width: int) -> Tensor:
+    """cos and sin of the 2-D axial rotary embedding, (2, N, head_width).
+
+    The first half of the channels rotates with the row, the second with the column (the opposite of
+    `sincos_table`); each angle serves two neighbouring channels.
+    """
     half = head_width // 2
     frequency = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
-    row, column = (position[:, None] * spacing * frequency for position in grid_positions(tokens))
-    angle = turned * torch.cat([row, column], dim=1).repeat_interleave(2, dim=1)
+    row, column = grid_positions(tokens)
+    angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=1).repeat_interleave(
+        2, dim=1
+    )
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
-def resize_grid(table: Tensor, side: int, mode: str) -> Tensor:
-    """A table of one row per token, (N, C), for a grid of side x side tokens."""
-    grid = rearrange(table, "(h w) c -> 1 c h w", h=math.isqrt(len(table)))
-    return F.interpolate(grid, (side, side), mode=mode).flatten(2)[0].T
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turns neighbouring channel pairs (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin), in fp32."""
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotates neighbouring channel pairs (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin), in fp32."""
     x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-x1, x0], dim=-1).flatten(-2)
-    return (x.float() * rope[0] + turned * rope[1]).type_as(x)
+    rotated = torch.stack([-x1, x0], dim=-1).flatten(-2)
+    return (x.float() * rope[0] + rotated * rope[1]).type_as(x)
 
 
 class Attention(nn.Module):
@@ -119,68 +120,86 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
         q, k = q.type_as(v), k.type_as(v)
-        # of no sample CUDA's kernels raise, and the weights still need gradients: FSDP waits for all
+        # No mask and no dropout, so that SDPA picks flash attention. SDPA rejects an empty batch on CUDA; the
+        # product keeps the graph alive, so that FSDP can still reduce the gradients of a rank without images.
         out = F.scaled_dot_product_attention(q, k, v) if len(x) else q * k * v
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
 
 class SwiGLU(nn.Module):
-    """silu(a) * b, where one linear layer makes both halves.
+    """w3(silu(a) * b), where a and b are the two halves of w12(x).
 
-    multiple: the hidden width, often odd, is filled up to one with zeros, which change nothing. By default to
-    8 on CUDA, whose fast products want rows of 16 bytes, for more tokens than `width`: then copying the
-    weights is cheap.
+    The hidden width, 2/3 of 4 x width, is often odd, and tensor cores want rows of a multiple of 8. It is
+    rounded up to one. The additional rows and columns are zero, so their gradients are exactly zero and they
+    stay zero: the layer computes what the released one of the exact width does. Weights of the exact width
+    load.
     """
 
-    multiple: int | None = None
-
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int):
         super().__init__()
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
+        self.hidden = int(2 / 3 * int(4 * width))  # the published rounding
+        padded = self.hidden + -self.hidden % 8
+        self.w12 = nn.Linear(width, 2 * padded)
+        self.w3 = nn.Linear(padded, width)
+        self.zero_padding()
+
+    @torch.no_grad()
+    def zero_padding(self) -> None:
+        """To be called after every initialisation."""
+        self.w12.weight.unflatten(0, (2, -1))[:, self.hidden :] = 0
+        self.w12.bias.unflatten(0, (2, -1))[:, self.hidden :] = 0
+        self.w3.weight[:, self.hidden :] = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        many = x.is_cuda and x.shape[:-1].numel() > x.shape[-1]
-        more = -self.w3.in_features % (self.multiple or (8 if many else 1))
-        if more:
-            return self.padded(x, more)
         a, b = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(a) * b)
 
-    def padded(self, x: Tensor, more: int) -> Tensor:
-        weight, bias = (p.unflatten(0, (2, -1)) for p in (self.w12.weight, self.w12.bias))
-        weight, bias = F.pad(weight, (0, 0, 0, more)).flatten(0, 1), F.pad(bias, (0, more)).flatten()
-        a, b = F.linear(x, weight, bias).chunk(2, dim=-1)
-        return F.linear(F.silu(a) * b, F.pad(self.w3.weight, (0, more)), self.w3.bias)
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        for name in ("w12.weight", "w12.bias", "w3.weight"):
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = pad_swiglu(name, state_dict[prefix + name])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def pad_swiglu(name: str, tensor: Tensor) -> Tensor:
+    """A weight of `SwiGLU`, by the end of its name, with its hidden width padded with zeros to a multiple of
+    8; other tensors are returned as they are."""
+    if name.endswith(("w12.weight", "w12.bias")):
+        halves = tensor.unflatten(0, (2, -1))
+        padding = (0, 0) * (tensor.ndim - 1) + (0, -halves.shape[1] % 8)
+        return F.pad(halves, padding).flatten(0, 1)
+    if name.endswith("w3.weight"):
+        return F.pad(tensor, (0, -tensor.shape[1] % 8))
+    return tensor
 
 
 class MLP(nn.Module):
-    """Two linear layers around a tanh GELU."""
+    """Two linear layers around a tanh GELU: an option of RAE's code, which its released weights do not use."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class TimeEmbedding(nn.Module):
-    """Gaussian Fourier features of t in [0, 1] (no factor of 1000), then a two-layer MLP: (B,) -> (B, width).
+    """Gaussian Fourier features of t in [0, 1] (not scaled by 1000), then a two-layer MLP: (B,) -> (B,
+    width).
 
-    The frequencies `W` belong to the weights: RAE trained them, Scale-RAE drew them with this very seed and
-    left them out of its files. Here they are saved and never trained.
+    The frequencies `W` are part of the weights: RAE trained them, Scale-RAE drew them with this seed and left
+    them out of its files. Here they are saved and never trained.
     """
 
     def __init__(self, width: int, frequencies: int = 256):
         super().__init__()
         generator = torch.Generator().manual_seed(114514)
-        self.W = nn.Parameter(
-            torch.randn(frequencies, generator=generator, device="cpu"), requires_grad=False
-        )
+        frequency = torch.randn(frequencies, generator=generator, device="cpu")
+        self.W = nn.Parameter(frequency, requires_grad=False)
         self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
@@ -193,22 +212,20 @@ class TimeEmbedding(nn.Module):
 
 
 class Family(NamedTuple):
-    """What to take from a vision model of `transformers`."""
+    """How to use one family of vision models of `transformers`. Add a line to FAMILIES to support another."""
 
     model: str  # class name
-    norm: str | None  # the final LayerNorm whose learned scale and shift are removed; None: kept as it is
-    prefix: Callable[[object], int]  # tokens in front of the patches, from the model's config
+    norm: str | None  # the final LayerNorm, whose affine part is removed; None: kept as it is
+    class_tokens: int  # tokens in front of the patches, beside the registers
 
 
 FAMILIES = {  # by config.model_type
-    "siglip_vision_model": Family("SiglipVisionModel", "post_layernorm", lambda config: 0),
-    "dinov2_with_registers": Family(
-        "Dinov2WithRegistersModel", "layernorm", lambda config: 1 + config.num_register_tokens
-    ),
-    "dinov2": Family("Dinov2Model", None, lambda config: 1),  # WebSSL-DINO: Scale-RAE keeps its affine norm
-    "dinov3_vit": Family("DINOv3ViTModel", "norm", lambda config: 1 + config.num_register_tokens),
-    "vit_mae": Family("ViTMAEModel", "layernorm", lambda config: 1),
-    "vit": Family("ViTModel", "layernorm", lambda config: 1),  # DINO, the discriminator's
+    "siglip_vision_model": Family("SiglipVisionModel", "post_layernorm", 0),
+    "dinov2_with_registers": Family("Dinov2WithRegistersModel", "layernorm", 1),
+    "dinov2": Family("Dinov2Model", None, 1),  # WebSSL-DINO: Scale-RAE keeps its affine norm
+    "dinov3_vit": Family("DINOv3ViTModel", "norm", 1),
+    "vit_mae": Family("ViTMAEModel", "layernorm", 1),
+    "vit": Family("ViTModel", "layernorm", 1),  # DINO, the backbone of the discriminator
 }
 
 
@@ -216,40 +233,39 @@ class Encoder(nn.Module):
     """A frozen vision transformer: normalised pixels (B, 3, S, S) -> patch tokens (B, N, C).
 
     `source` is a hub id or local `transformers` folder (pretrained weights), or the config of one as a dict
-    (weights come later, from a state dict). Tokens are the last hidden state, after a final LayerNorm without
-    scale and shift where the family has one, so that each has mean 0 and variance 1 over its channels (RAE
-    section 3; Scale-RAE appendix). `changes` of its config are for those who need another variant. Raises
-    ValueError for a model type that is not in FAMILIES.
+    (weights are loaded later, from a state dict). `changes` override values of its config. Tokens are the
+    last hidden state. The affine part of the final LayerNorm is removed, so that each token has mean 0 and
+    variance 1 over its channels (RAE section 3; Scale-RAE appendix). Raises ValueError for a model type not
+    in FAMILIES.
     """
 
     def __init__(self, source: str | dict, changes: dict | None = None):
         super().__init__()
-        pretrained = not isinstance(source, dict)
-        if not pretrained:
-            source = source | (changes or {})
-        config = (
-            transformers.AutoConfig.from_pretrained(source)
-            if pretrained
-            else transformers.AutoConfig.for_model(**source)
-        )
-        config = getattr(config, "vision_config", config)  # SigLIP: the text tower stays where it is
+        changes = changes or {}
+        if isinstance(source, dict):
+            config = transformers.AutoConfig.for_model(**(source | changes))
+        else:
+            config = transformers.AutoConfig.from_pretrained(source)
+        config = getattr(config, "vision_config", config)  # of SigLIP only the vision tower is used
         if config.model_type not in FAMILIES:
-            raise ValueError(f"encoder {source!r} is a {config.model_type}; known: {', '.join(FAMILIES)}")
+            raise ValueError(f"encoder {source!r} is a {config.model_type}; supported: {', '.join(FAMILIES)}")
         family = FAMILIES[config.model_type]
         model_class = getattr(transformers, family.model)
-        if pretrained:
-            model, report = model_class.from_pretrained(source, output_loading_info=True, **changes or {})
-            check_encoder(source, model, report, unused=("pooler", "head", family.norm))
-        else:
+        if isinstance(source, dict):
             model = model_class(config)
+        else:
+            model, report = model_class.from_pretrained(source, output_loading_info=True, **changes)
+            check_encoder(source, model, report, unused=("pooler", "head", family.norm))
         if family.norm:
-            getattr(model, family.norm).weight = getattr(model, family.norm).bias = None
-        if getattr(model, "use_head", False):  # pooling heads: computed for nothing
+            norm = getattr(model, family.norm)
+            norm.weight = norm.bias = None
+        # pooling heads would be computed for nothing
+        if getattr(model, "use_head", False):
             model.use_head, model.head = False, None
         if getattr(model, "pooler", None):
             model.pooler = None
         self.model = model.float().requires_grad_(False).eval()  # files are often bf16
-        self.prefix = family.prefix(config)
+        self.prefix = family.class_tokens + getattr(config, "num_register_tokens", 0)
         self.is_mae = config.model_type == "vit_mae"
         if self.is_mae:
             model.config.mask_ratio = 0.0
@@ -263,36 +279,38 @@ class Encoder(nn.Module):
         return next(module for module in self.model.modules() if isinstance(module, nn.ModuleList))
 
     def features(self, pixels: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """Patch tokens (B, N, C) after each of those blocks, counted from 0, before any final norm."""
-        found = {}
+        """Patch tokens (B, N, C) after each of these blocks, counted from 0, before any final norm."""
+        outputs = {}
 
         def keep(layer: int, output) -> None:
-            found[layer] = (output[0] if isinstance(output, tuple) else output)[:, self.prefix :]
+            outputs[layer] = (output[0] if isinstance(output, tuple) else output)[:, self.prefix :]
 
-        hooks = [
-            self.blocks[layer].register_forward_hook(lambda _, __, output, i=layer: keep(i, output))
-            for layer in set(layers)
-        ]
+        hooks = []
+        for layer in set(layers):
+            hook = self.blocks[layer].register_forward_hook(lambda _, __, output, i=layer: keep(i, output))
+            hooks.append(hook)
         try:
             self(pixels)
         finally:
             for hook in hooks:
                 hook.remove()
-        return [found[layer] for layer in layers]
+        return [outputs[layer] for layer in layers]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        given = {}
+        options = {}
         if self.config.model_type in ("siglip_vision_model", "vit_mae", "vit"):
-            given["interpolate_pos_encoding"] = True  # the newer DINO models always do
-        if self.is_mae:  # it shuffles tokens by the order of this "noise": keep them in raster order
+            options["interpolate_pos_encoding"] = True  # the newer DINO models always do
+        if (
+            self.is_mae
+        ):  # it shuffles tokens by the order of this "noise": an increasing one keeps raster order
             patches = (pixels.shape[-1] // self.config.patch_size) ** 2
-            given["noise"] = torch.arange(patches, device=pixels.device).expand(len(pixels), -1)
-        return self.model(pixels, **given).last_hidden_state[:, self.prefix :]
+            options["noise"] = torch.arange(patches, device=pixels.device).expand(len(pixels), -1)
+        return self.model(pixels, **options).last_hidden_state[:, self.prefix :]
 
 
 def check_encoder(source: str, model: nn.Module, report: dict, unused: tuple) -> None:
-    """Raises ValueError where weights are missing that are used, have another shape, or are more than the
-    model has. Other parts of the file, as a text tower, do not matter."""
+    """Raises ValueError if weights that are used are missing, unknown or of another shape. Other parts of the
+    file, such as a text tower, do not matter."""
     parts = {name for name, _ in model.named_children()}
     wrong = [key for key in report["missing_keys"] if key.split(".")[0] not in unused]
     wrong += [str(key) for key in report["mismatched_keys"]]
@@ -302,8 +320,7 @@ def check_encoder(source: str, model: nn.Module, report: dict, unused: tuple) ->
 
 
 def input_of(source: str, encoder: Encoder) -> tuple[int, list[float], list[float]]:
-    """The side in pixels and the statistics of an encoder's input, as its folder's image processor has them.
-    DINOv2's config has another size, that of its table of positions."""
+    """Side in pixels, mean and std of an encoder's input, from its folder's image processor."""
     processor = transformers.AutoImageProcessor.from_pretrained(source)
     sizes = [getattr(processor, name, None) or {} for name in ("crop_size", "size")]
     side = next((size["height"] for size in sizes if size.get("height")), encoder.config.image_size)
@@ -316,8 +333,8 @@ def input_of(source: str, encoder: Encoder) -> tuple[int, list[float], list[floa
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm transformer block with the released checkpoints' (ViT-MAE's) names; exact GELU, LayerNorm eps
-    1e-12."""
+    """Pre-norm transformer block with exact GELU and LayerNorm eps 1e-12. The submodules carry the names of
+    the released checkpoints, which are ViT-MAE's."""
 
     def __init__(self, width: int, heads: int, mlp_width: int):
         super().__init__()
@@ -331,12 +348,11 @@ class DecoderLayer(nn.Module):
         self.layernorm_after = nn.LayerNorm(width, eps=1e-12)
 
     def attend(self, x: Tensor) -> Tensor:
-        project = self.attention["attention"]
-        q, k, v = (
-            rearrange(project[name](x), "b n (h d) -> b h n d", h=self.heads)
-            for name in ("query", "key", "value")
-        )
-        out = F.scaled_dot_product_attention(q, k, v)
+        qkv = self.attention["attention"]
+        heads = [
+            rearrange(qkv[n](x), "b n (h d) -> b h n d", h=self.heads) for n in ("query", "key", "value")
+        ]
+        out = F.scaled_dot_product_attention(*heads)
         return self.attention["output"]["dense"](rearrange(out, "b h n d -> b n (h d)"))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -345,8 +361,8 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """ViT decoder (RAE section 3.1): tokens (B, N, C) -> (B, 3, p sqrt(N), p sqrt(N)), before pixel
-    de-normalisation."""
+    """ViT decoder (RAE section 3.1): tokens (B, N, C) -> (B, 3, p sqrt(N), p sqrt(N)) for patches of p
+    pixels, before pixel de-normalisation."""
 
     def __init__(
         self,
@@ -370,7 +386,7 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.decoder_embed(latents)
-        if x.shape[1] != self.side**2:  # another square grid: resized, as the authors do
+        if x.shape[1] != self.side**2:  # another square grid is resized, as in the authors' code
             if math.isqrt(x.shape[1]) ** 2 != x.shape[1]:
                 raise ValueError(f"{x.shape[1]} latent tokens are no square grid; give {self.side**2}")
             x = rearrange(x, "b (h w) d -> b d h w", h=math.isqrt(x.shape[1]))
@@ -379,19 +395,19 @@ class Decoder(nn.Module):
         x = x + self.decoder_pos_embed
         for layer in self.decoder_layers:
             x = layer(x)
-        x = self.decoder_pred(self.decoder_norm(x)[:, 1:])
+        x = self.decoder_pred(self.decoder_norm(x)[:, 1:])  # without the class token
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=self.patch_size, c=3)
 
 
 class RAE(nn.Module, Hub, library_name="rae"):
     """Representation autoencoder: frozen encoder, trained decoder, latent statistics (RAE section 3).
 
-    encoder: hub id or local `transformers` folder; or its config as a dict, as written by `save_pretrained`.
-    decoder_config: width, depth, heads, mlp_width, and patch_size, of the output, the encoder's by default.
-    encoder_size: side of the encoder's input in pixels; other images are resized (bicubic, no antialias).
+    encoder: hub id or local `transformers` folder; or its config as a dict, as `save_pretrained` writes it.
+    decoder_config: width, depth, heads, mlp_width and patch_size (of the output; default: the encoder's).
+    encoder_size: side of the encoder's input in pixels; images of another size are resized.
     image_mean, image_std: the encoder's pixel statistics. All three are read from the hub id or folder.
 
-    `latent_mean` and `latent_std`, (N, C) buffers, normalise the latents; they start as 0 and 1 (none).
+    `latent_mean` and `latent_std`, (N, C) buffers, normalise the latents; they start as 0 and 1 (identity).
     """
 
     def __init__(
@@ -408,16 +424,14 @@ class RAE(nn.Module, Hub, library_name="rae"):
             side, image_mean, image_std = input_of(encoder, self.encoder)
             encoder_size = encoder_size or side
         if not (encoder_size and image_mean and image_std):
-            raise ValueError(
-                "an encoder given as a config needs encoder_size, image_mean and image_std beside it"
-            )
+            raise ValueError("an encoder config needs encoder_size, image_mean and image_std beside it")
         patch = self.encoder.config.patch_size
         if encoder_size % patch:
             raise ValueError(
                 f"encoder_size {encoder_size} is not a multiple of the encoder's patch size {patch}"
             )
         decoder_config = {"patch_size": patch, **decoder_config}
-        # what rebuilds this module without the encoder's folder; saved as config.json
+        # config.json: all that is needed to rebuild this module without the encoder's folder
         self._hub_mixin_config.update(
             decoder_config=decoder_config,
             encoder=self.encoder.config.to_diff_dict() | {"model_type": self.encoder.config.model_type},
@@ -442,19 +456,18 @@ class RAE(nn.Module, Hub, library_name="rae"):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> latents (B, N, C), fp32. Images of another size are resized, not
-        cropped (bicubic without antialias, RAE's code, for every encoder: squares come from data.py, not from
-        the encoders' own processors of files). 128 at once: a larger batch takes no more memory."""
-        parts = []
-        for part in images.split(128):
+        """(B, 3, H, W) in [0, 1] -> latents (B, N, C), fp32. Images of another size are resized, not cropped
+        (bicubic without antialias, as RAE's code does for every encoder)."""
+        tokens = []
+        for part in images.split(128):  # a larger batch takes no more memory
             if part.shape[-2:] != (self.encoder_size, self.encoder_size):
                 part = F.interpolate(part, (self.encoder_size, self.encoder_size), mode="bicubic")
-            parts.append(self.encoder((part - self.image_mean) / self.image_std).float())
-        return (torch.cat(parts) - self.latent_mean) / self.latent_std
+            tokens.append(self.encoder((part - self.image_mean) / self.image_std).float())
+        return (torch.cat(tokens) - self.latent_mean) / self.latent_std
 
     def add_noise(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """Latents of tokens + sigma (B,) noise (B, N, C): the noise has the scale of the tokens before their
-        normalisation (RAE section 4.2, noise-augmented decoding)."""
+        """Latents of tokens + sigma (B,) * noise (B, N, C), for noise-augmented decoding (RAE section 4.2).
+        The noise has the scale of the tokens before their normalisation."""
         return latents + sigma[:, None, None] * noise / self.latent_std
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -463,22 +476,6 @@ class RAE(nn.Module, Hub, library_name="rae"):
             raise ValueError(f"latents {tuple(latents.shape[1:])}, this autoencoder has {self.latent_shape}")
         pixels = self.decoder(latents * self.latent_std + self.latent_mean)
         return pixels.float() * self.image_std + self.image_mean
-
-    def resized(self, image_size: int) -> "RAE":
-        """A copy for images of another size in pixels, in which the decoder's positions and the statistics
-        are interpolated; the encoder interpolates its own."""
-        side, rest = divmod(image_size, self.decoder.patch_size)
-        if rest or not side:
-            raise ValueError(f"{image_size} px is not a multiple of the patch of {self.decoder.patch_size}")
-        other = RAE(**self._hub_mixin_config | {"encoder_size": side * self.encoder.config.patch_size})
-        weights = self.state_dict()
-        for name in ("latent_mean", "latent_std"):
-            weights[name] = resize_grid(weights[name], side, "bilinear")
-        table = weights["decoder.decoder_pos_embed"][0]
-        table = torch.cat([table[:1], resize_grid(table[1:], side, "bicubic")])
-        weights["decoder.decoder_pos_embed"] = table[None]
-        other.load_state_dict(weights)
-        return other.to(self.image_mean.device).train(self.training)
 
     @classmethod
     def from_pretrained(
@@ -494,12 +491,12 @@ class RAE(nn.Module, Hub, library_name="rae"):
 
         - a folder of `save_pretrained` or `save_diffusers`, or of diffusers' `AutoencoderRAE`; or a hub id;
         - a name in `convert.RELEASED`, such as "rae-dinov2-b": what the authors published;
-        - a decoder of RAE (`model.pt`) or a decoder repository of Scale-RAE, with `encoder`, a hub id or
-          folder whose weights are read from there, and maybe with `stats`, the file of latent statistics.
+        - a decoder of RAE (`model.pt`) or a decoder repository of Scale-RAE, together with `encoder`, a hub
+          id or folder that has its weights, and optionally `stats`, the file of latent statistics.
 
         Single files are given by their path, on the hub as org/repository/path. encoder_size and heads (of
-        the decoder) are known of what is published. Raises ValueError for a file that is missing, unknown or
-        does not fit, naming the first keys, and for arguments that `source` has itself.
+        the decoder) are known for what is published. Raises ValueError for a file that is missing, unknown or
+        does not fit, naming the first keys, and for arguments that contradict `source`.
         """
         import convert
 
@@ -510,10 +507,10 @@ class RAE(nn.Module, Hub, library_name="rae"):
 
     def save_diffusers(self, folder: str | Path) -> None:
         """Writes a folder that `diffusers.AutoencoderRAE.from_pretrained` opens, with the same latents and
-        images (SigLIP: with a `transformers` that has the names of 4.x, the only ones it knows by 0.42).
+        images (SigLIP needs a `transformers` with the names of 4.x, the only ones that diffusers 0.42 knows).
 
-        Raises ValueError for what that class cannot hold: another encoder than those that it builds, another
-        position table of the decoder than the one that it makes, the sin-cos one of 16 x 16 tokens.
+        Raises ValueError for what that class cannot represent: other encoders than those it builds, and
+        another position table of the decoder than the one it computes.
         """
         import convert
 
@@ -521,9 +518,9 @@ class RAE(nn.Module, Hub, library_name="rae"):
 
 
 class VAE(nn.Module):
-    """A convolutional VAE of `diffusers` (FLUX's, or another AutoencoderKL) with the interface of RAE: the
-    other latent space of Scale-RAE's comparison. Four neighbours of its latents are one token, in the order
-    (channel, row, column): (256, 64) for FLUX at 256 px.
+    """An `AutoencoderKL` of diffusers (FLUX's, for example) with the interface of RAE: the other latent space
+    in Scale-RAE's comparisons. 2 x 2 neighbouring latents are one token, in the order (channel, row, column):
+    (256, 64) for FLUX at 256 px.
 
     name_or_path: folder or hub id of an AutoencoderKL, or of a pipeline that has one in its folder vae.
     image_size: side of the images in pixels; by default 256, or the file's sample_size if that is smaller.
@@ -535,16 +532,16 @@ class VAE(nn.Module):
 
         import convert
 
-        self.source = source = str(name_or_path)
+        source = str(name_or_path)
         config, subfolder = convert.read_config(source)
         if config.get("_class_name") != "AutoencoderKL":
             raise ValueError(f"{source} is no AutoencoderKL of diffusers but {config.get('_class_name')}")
         options = {"subfolder": subfolder, "output_loading_info": True, "low_cpu_mem_usage": False}
         try:
-            self.vae, info = AutoencoderKL.from_pretrained(source, **options)
-        except RuntimeError as error:  # of another shape
+            self.vae, report = AutoencoderKL.from_pretrained(source, **options)
+        except RuntimeError as error:  # weights of another shape
             raise ValueError(f"{source}: {error}") from error
-        if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
+        if wrong := [*report["missing_keys"], *report["unexpected_keys"]]:
             raise ValueError(f"{source}: {len(wrong)} keys are missing or unknown: {', '.join(wrong[:5])}")
         self.vae.float().requires_grad_(False).eval()
         config = self.vae.config
@@ -557,29 +554,26 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> latents (B, N, C), fp32: the mean of the posterior, or with `noise`
-        (B, N, C), standard normal, a sample of it, as Scale-RAE trains on. Images of another size are
-        resized, not cropped. 32 at once: a larger batch takes no more memory."""
+        """(B, 3, H, W) in [0, 1] -> latents (B, N, C), fp32: the mean of the posterior, or with standard
+        normal `noise` (B, N, C) a sample of it, on which Scale-RAE trains. Images of another size are
+        resized."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", antialias=True)
-        posteriors = [self.vae.encode(2 * part - 1).latent_dist for part in images.split(32)]
-        mean, std = (
-            rearrange(torch.cat(parts).float(), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
-            for parts in zip(*((each.mean, each.std) for each in posteriors), strict=True)
-        )
-        z = mean if noise is None else mean + std * noise
+        means, stds = [], []
+        for part in images.split(32):  # a larger batch takes no more memory
+            posterior = self.vae.encode(2 * part - 1).latent_dist
+            means.append(posterior.mean.float())
+            stds.append(posterior.std.float())
+        z = rearrange(torch.cat(means), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+        if noise is not None:
+            z = z + noise * rearrange(torch.cat(stds), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
         return (z - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, N, C) -> (B, 3, image_size, image_size), around [0, 1] but not clamped."""
-        side = math.isqrt(latents.shape[1])
         z = latents / self.scale + self.shift
-        z = rearrange(z, "b (h w) (c p q) -> b c (h p) (w q)", h=side, p=2, q=2)
+        z = rearrange(z, "b (h w) (c p q) -> b c (h p) (w q)", h=math.isqrt(z.shape[1]), p=2, q=2)
         return self.vae.decode(z).sample.float() / 2 + 0.5
-
-    def resized(self, image_size: int) -> "VAE":
-        """A copy for images of another size in pixels: a convolution takes any."""
-        return VAE(self.source, image_size).to(next(self.parameters()).device)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "VAE":
@@ -591,7 +585,7 @@ class VAE(nn.Module):
 
 
 def open_autoencoder(source: str | Path) -> RAE | VAE:
-    """The autoencoder of a folder, of a hub id or of a name in `convert.RELEASED`, in eval mode, whatever wrote it."""
+    """The autoencoder of a folder, a hub id or a name in `convert.RELEASED`, in eval mode, RAE or VAE."""
     import convert
 
     source = str(source)
@@ -612,14 +606,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Transformer block whose norms are shifted, scaled and gated by the condition, per token
-    (adaLN-Zero)."""
+    """Transformer block with adaLN-Zero: the condition (B, 1 or N, Z) shifts, scales and gates each token."""
 
     def __init__(self, width: int, heads: int, condition_width: int, qk_norm: bool, swiglu: bool):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
         self.attn = Attention(width, heads, qk_norm)
-        self.mlp = SwiGLU(width, swiglu_width(width)) if swiglu else MLP(width, 4 * width)
+        self.mlp = SwiGLU(width) if swiglu else MLP(width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
@@ -641,7 +634,7 @@ class FinalLayer(nn.Module):
 
 
 class LabelCondition(nn.Module):
-    """Class labels (B,) -> (B, 1, width); the table's last row is the null condition."""
+    """Class labels (B,) -> (B, 1, width); the last row of the table is the null condition."""
 
     def __init__(self, num_classes: int, width: int):
         super().__init__()
@@ -649,7 +642,7 @@ class LabelCondition(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def drop(self, labels: Tensor | None, dropped: Tensor) -> Tensor:
-        labels = dropped.new_zeros(len(dropped), dtype=torch.long) if labels is None else labels
+        labels = torch.zeros_like(dropped, dtype=torch.long) if labels is None else labels
         return torch.where(dropped, self.num_classes, labels)
 
     def forward(self, labels: Tensor) -> Tensor:
@@ -657,8 +650,8 @@ class LabelCondition(nn.Module):
 
 
 class TokenCondition(nn.Module):
-    """One condition vector per token, (B, N, width), taken as it is; a learned vector is the null
-    condition."""
+    """One condition vector per token, (B, N, width), used as it is; the null condition is a trained
+    vector."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -666,28 +659,27 @@ class TokenCondition(nn.Module):
 
     def drop(self, vectors: Tensor | None, dropped: Tensor) -> Tensor:
         null = self.dropout_embedding.expand(len(dropped), 1, -1)
-        return (
-            null if vectors is None else torch.where(dropped[:, None, None], null.type_as(vectors), vectors)
-        )
+        if vectors is None:
+            return null
+        return torch.where(dropped[:, None, None], null.type_as(vectors), vectors)
 
     def forward(self, vectors: Tensor) -> Tensor:
         return vectors
 
 
 class DiT(nn.Module, Hub, library_name="rae"):
-    """Diffusion transformer on latent tokens, LightningDiT's blocks; the velocity of `flow_loss`.
+    """Diffusion transformer on latent tokens with the blocks of LightningDiT; predicts the velocity.
 
     latent_shape: (N, C), a square grid of tokens.
-    head: (width, depth, heads) of the wide shallow head of DiT-DH (RAE section 5), or None.
-    num_classes or condition_width: class labels, or one vector of that width per token; with neither,
-        unconditional.
-    silu_condition: SiLU on time + condition before adaLN's own SiLU (Scale-RAE, RAE's DiT-DH; not RAE's DiT).
-    readd_time: the time embedding is added again in front of the wide head (RAE; not Scale-RAE).
+    head: (width, depth, heads) of the DDT head, wide and shallow (RAE section 5), or None.
+    num_classes or condition_width: class labels, or one vector of that width per token; neither:
+    unconditional.
+    silu_condition: SiLU on timestep + condition, before adaLN's own SiLU (Scale-RAE and RAE's DiT-DH; not
+        RAE's DiT).
+    readd_time: the timestep embedding is added again in front of the DDT head (RAE; not Scale-RAE).
     xavier: xavier-uniform linear layers (RAE's DiT, Scale-RAE); RAE's DiT-DH has PyTorch's default.
-    qk_norm: RMSNorm on queries and keys. swiglu: else a plain MLP. rotary, table: positions as rotations in
-        attention and as a sin-cos table added to the tokens. Options of RAE's code; in all released weights
-        the first is off, the others are on.
-    spacing: of neighbouring positions, below 1 for more tokens than in the training (`LatentModel.resize`).
+    qk_norm, swiglu: RMSNorm on queries and keys, a common cure for divergence in bf16; SwiGLU or a plain MLP.
+        All released weights have neither the first nor the last.
     """
 
     def __init__(
@@ -704,18 +696,15 @@ class DiT(nn.Module, Hub, library_name="rae"):
         xavier: bool = True,
         qk_norm: bool = False,
         swiglu: bool = True,
-        rotary: bool = True,
-        table: bool = True,
-        spacing: float = 1.0,
     ):
         super().__init__()
         if num_classes and condition_width:
             raise ValueError(
-                "a DiT is conditioned on labels (num_classes) or on vectors (condition_width), not on both"
+                "a DiT is conditioned on labels (num_classes) or vectors (condition_width), not both"
             )
         if readd_time and condition_width not in (None, width):
             raise ValueError(
-                f"readd_time adds the time embedding ({condition_width}) to the tokens ({width})"
+                f"readd_time adds the timestep ({condition_width} wide) to tokens ({width} wide)"
             )
         tokens, channels = latent_shape
         self.depth, self.head = depth, head
@@ -727,18 +716,15 @@ class DiT(nn.Module, Hub, library_name="rae"):
             self.y_embedder = LabelCondition(num_classes, z)
         elif condition_width:
             self.y_embedder = TokenCondition(z)
-        positions = table * sincos_table(tokens, width, spacing)[None]
-        self.pos_embed = nn.Parameter(positions, requires_grad=False)
-        rope = rope_table(tokens, width // heads, rotary, spacing)
-        self.register_buffer("rope", rope, persistent=False)
+        self.pos_embed = nn.Parameter(sincos_table(tokens, width)[None], requires_grad=False)
+        self.register_buffer("rope", rope_table(tokens, width // heads), persistent=False)
         blocks = [Block(width, heads, z, qk_norm, swiglu) for _ in range(depth)]
         out_width, out_condition = width, z
         if head:  # `s_embedder` feeds the backbone and `x_embedder` the head: the names of RAE's checkpoints
             out_width = out_condition = head[0]
             self.s_embedder = nn.Linear(channels, width)
             self.s_projector = nn.Identity() if head[0] == width else nn.Linear(width, head[0])
-            rope = rope_table(tokens, head[0] // head[2], rotary, spacing)
-            self.register_buffer("head_rope", rope, persistent=False)
+            self.register_buffer("head_rope", rope_table(tokens, head[0] // head[2]), persistent=False)
             blocks += [Block(head[0], head[2], head[0], qk_norm, swiglu) for _ in range(head[1])]
         self.x_embedder = nn.Linear(channels, out_width)
         self.blocks = nn.ModuleList(blocks)
@@ -754,7 +740,10 @@ class DiT(nn.Module, Hub, library_name="rae"):
             nn.init.normal_(layer.weight, std=0.02)
         if isinstance(self.y_embedder, LabelCondition):
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        # every block starts as the identity and the velocity as zero
+        for block in self.blocks:
+            if isinstance(block.mlp, SwiGLU):
+                block.mlp.zero_padding()
+        # adaLN-Zero: every block starts as the identity, and the velocity as zero
         modulations = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
         for layer in (*modulations, self.final_layer.linear):
             nn.init.zeros_(layer.weight)
@@ -772,39 +761,30 @@ class DiT(nn.Module, Hub, library_name="rae"):
         """Velocity (B, N, C) at x (B, N, C), t (B,) in [0, 1].
 
         condition: labels (B,) or vectors (B, N, condition_width); None, or the label `num_classes`, is the
-        null condition. Raises IndexError for labels beyond it, ValueError for a condition where the model has
-        none. skip: the number of a block to leave out, from 0.
+        null condition. skip: the number of a backbone block to leave out, counted from 0. Raises IndexError
+        for labels beyond the table, ValueError for a condition if the model has none.
         """
-        time = self.t_embedder(t)[:, None]
-        c = (
-            time
-            if self.y_embedder is None and condition is None
-            else time + self.embed_condition(condition, t)
-        )
+        time = self.t_embedder(t)[:, None]  # (B, 1, Z)
+        c = time
+        if self.y_embedder is not None:
+            if condition is None:
+                condition = self.y_embedder.drop(None, torch.ones_like(t, dtype=torch.bool))
+            c = time + self.y_embedder(condition)
+        elif condition is not None:
+            raise ValueError("this DiT is unconditional, but a condition was given")
         if self.silu_condition:
             c = F.silu(c)
+
         s = (self.s_embedder if self.head else self.x_embedder)(x) + self.pos_embed
         for number, block in enumerate(self.blocks[: self.depth]):
             if number != skip:
                 s = block(s, c, self.rope)
-        if self.head:
+        if self.head:  # what the backbone computed conditions the head, which sees x_t anew
             c = self.s_projector(F.silu(time + s if self.readd_time else s))
             s = self.x_embedder(x)
             for block in self.blocks[self.depth :]:
                 s = block(s, c, self.head_rope)
         return self.final_layer(s, c)
-
-    def embed_condition(self, condition: Tensor | None, t: Tensor) -> Tensor:
-        if self.y_embedder is None:
-            raise ValueError("this DiT is unconditional, but a condition was given")
-        if condition is None:
-            condition = self.y_embedder.drop(None, torch.ones_like(t, dtype=torch.bool))
-        return self.y_embedder(condition)
-
-
-def swiglu_width(width: int) -> int:
-    """Hidden width of SwiGLU that keeps the parameters of a 4x MLP; the published rounding."""
-    return int(2 / 3 * int(4 * width))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -817,13 +797,13 @@ def default_alpha(latent_shape: tuple[int, int]) -> float:
 
 
 def shift_time(t: Tensor | float, alpha: float) -> Tensor | float:
-    """alpha t / (1 + (alpha - 1) t): more noise for latents of more dimensions."""
+    """alpha t / (1 + (alpha - 1) t): higher noise levels for latents of more dimensions (RAE section 4.3)."""
     return alpha * t / (1 + (alpha - 1) * t)
 
 
 def sample_time(u: Tensor, alpha: float, mean: float | None = 0.0, std: float = 1.0) -> Tensor:
-    """Training times from uniform draws `u` in (0, 1): logit-normal(mean, std) or, with mean None, uniform;
-    cut off at 0.999, then shifted."""
+    """Training timesteps from uniform draws `u` in (0, 1): logit-normal(mean, std), or uniform if mean is
+    None; truncated at 0.999, then shifted."""
     if mean is None:
         return shift_time(0.999 * u, alpha)
     limit = NormalDist(mean, std).cdf(math.log(0.999 / 0.001))
@@ -838,24 +818,20 @@ def flow_loss(
     noise: Tensor | None = None,
     t: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared velocity error of each sample, (B,). A given `t` (B,) is already shifted.
-
-    Of more noise (k B, N, C), with its t (k B,) and condition, every latent takes k rows, B apart.
-    """
+    """Mean squared velocity error of each sample, (B,): the objective of `train_t2i.py` in one function. If
+    `t` (B,) is given, it is already shifted."""
     noise = torch.randn_like(latents) if noise is None else noise
-    if len(noise) > len(latents):
-        latents = latents.repeat(len(noise) // len(latents), 1, 1)
     t = sample_time(torch.rand(len(latents), device=latents.device), alpha) if t is None else t
-    x = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
-    return (model(x, t, condition) - (noise - latents)).square().mean(dim=(1, 2))
+    x_t = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
+    return (model(x_t, t, condition) - (noise - latents)).square().mean(dim=(1, 2))
 
 
 def time_grid(steps: int, alpha: float, grid: str = "full", start: float = 1.0) -> list[tuple[float, float]]:
-    """(t, dt) of every Euler step.
+    """(t, dt) of every Euler step; where the grid begins below 1, `start` says.
 
-    "full" goes from 1 to 0 in `steps` evaluations. "rae" has `steps` points from 1 to shift(0.001), which is
-    one evaluation less. "scale-rae" also has steps - 1: it starts below 1 and ends with a small step back up
-    to 1. What of the full grid lies below `start` begins there.
+    "full" goes from 1 to 0 in `steps` evaluations. The other two are what the authors' code does, with one
+    evaluation less: "rae" has `steps` points from 1 to shift(0.001); "scale-rae" starts below 1 and ends with
+    a small step back up to 1.
     """
     if start < 1 and grid != "full":
         raise ValueError(f"only grid 'full' can start at {start}, not {grid!r}")
@@ -866,9 +842,8 @@ def time_grid(steps: int, alpha: float, grid: str = "full", start: float = 1.0) 
     elif grid == "rae":
         base = 1 - torch.linspace(0, 0.999, steps, dtype=torch.float64)
     elif grid == "scale-rae":
-        base = (
-            torch.tensor([round(k * 999 / (steps - 1)) + 1 for k in range(steps)], dtype=torch.float64) / 1000
-        )
+        index = [round(k * 999 / (steps - 1)) + 1 for k in range(steps)]
+        base = torch.tensor(index, dtype=torch.float64) / 1000
         base = torch.cat([base[:-1].flip(0), base[-1:]])  # downwards from the last but one
     else:
         raise ValueError(f"unknown grid {grid!r}: full, rae or scale-rae")
@@ -894,8 +869,8 @@ def sample(
     """Integrates dx/dt = velocity(x, t (B,)) from noise (B, N, C) to latents; the state is fp32.
 
     alpha: factor of the timestep shift, sqrt(N C / 4096) by default.
-    solver: "euler", or "heun" (two evaluations a step).
-    grid: see `time_grid`. start: the t that `noise` is at, if it is latents noised to less than 1.
+    solver: "euler", or "heun" (two evaluations per step).
+    grid: see `time_grid`. start: the noise level t of `noise`, if it is latents noised to less than 1.
     """
     if solver not in ("euler", "heun"):
         raise ValueError(f"unknown solver {solver!r}: euler or heun")
@@ -915,16 +890,16 @@ def guided(
     scale: float,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """weaker + scale (velocity - weaker) while t is inside the interval (ends included), else `velocity`
-    alone.
+    """weaker + scale (velocity - weaker) while t is inside the guidance interval, else `velocity` alone.
 
-    With the null condition as `weaker` this is classifier-free guidance, with a smaller model AutoGuidance.
-    The weaker one is only evaluated where its result is used.
+    With the null condition as `weaker` this is classifier-free guidance, with a smaller model AutoGuidance
+    (arXiv 2406.02507). The weaker model is evaluated only where its result is used.
     """
     if scale == 1:
         return velocity
 
     def guided_velocity(x: Tensor, t: Tensor) -> Tensor:
+        # the full interval must not read t: on CUDA that would wait for the GPU
         if interval != (0.0, 1.0) and not interval[0] <= t[0] <= interval[1]:
             return velocity(x, t)
         base = weaker(x, t)
@@ -933,51 +908,29 @@ def guided(
     return guided_velocity
 
 
-def graphed(velocity: Callable[[Tensor, Tensor], Tensor], like: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """`velocity` as a CUDA graph, for x of the shape of `like` (B, N, C): one launch in place of a thousand,
-    which for few images take longer than the kernels themselves. On other devices as it is. To be used
-    inside of the autocast that it was made in, while the weights stay where they are."""
-    if not like.is_cuda:
-        return velocity
-    x, t, graph = torch.zeros_like(like), like.new_ones(len(like)), torch.cuda.CUDAGraph()
-    with torch.cuda.device(like.device):
-        velocity(x, t)  # compiles, and makes the casts that autocast keeps
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            v = velocity(x, t)
-
-    def replay(x_now: Tensor, t_now: Tensor) -> Tensor:
-        x.copy_(x_now)
-        t.copy_(t_now)
-        graph.replay()
-        return v.clone()  # the next replay writes over it
-
-    replay.reads = velocity  # its condition: the graph knows the address alone
-    return replay
-
-
 # -----------------------------------------------------------------------------------------------------------
 # 6. labels to image, text to image
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device; to CUDA from pinned memory, without waiting for what it has to do before."""
-    cuda = device.type == "cuda" and not tensor.is_cuda
-    return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
-
-
-AUTOENCODERS = ("autoencoder", "reader")  # that a model may name
+    """Moves a tensor to the device; to CUDA from pinned memory, without waiting for the work queued there."""
+    to_cuda = device.type == "cuda" and not tensor.is_cuda
+    return (tensor.pin_memory() if to_cuda else tensor).to(device, non_blocking=to_cuda)
 
 
 class LatentModel(nn.Module, Hub):
-    """What makes latents with a DiT has in common: `dit`, `latent_shape`, `alpha`, the autoencoder that its
-    latents belong to, and sampling. Subclasses turn prompts or labels into a condition of the DiT."""
+    """Base class of the latent diffusion models: `dit`, `latent_shape`, `alpha`, the autoencoder of the
+    latents, and sampling. Subclasses turn prompts or labels into the DiT's condition."""
+
+    PATHS = ("autoencoder", "reader")  # the folders that config.json may name, relative to the model's own
 
     def __init__(self, latent_shape: tuple[int, int], autoencoder: str | None, alpha: float | None):
         super().__init__()
         self.latent_shape = tuple(latent_shape)
         self.alpha = default_alpha(latent_shape) if alpha is None else alpha
         self.autoencoder_path = autoencoder
-        self._opened = {}  # in a dict they are no submodules: their weights stay in their own folders
+        # in a dict they are no submodules: their weights stay in their own folders
+        self._autoencoders = {}
 
     @property
     def device(self) -> torch.device:
@@ -985,18 +938,19 @@ class LatentModel(nn.Module, Hub):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The transformer blocks, which are compiled, checkpointed and spread one by one."""
+        """The transformer blocks, which are compiled, checkpointed and sharded one by one."""
         return list(self.dit.blocks)
 
     @property
     def autoencoder(self) -> RAE | VAE:
-        """The autoencoder whose latents this model makes, loaded at first use; not part of the weights."""
+        """The autoencoder whose latents this model generates, loaded at first use; not part of the
+        weights."""
         return self.open(self.autoencoder_path)
 
     def open(self, path: str) -> RAE | VAE:
-        if path not in self._opened:
-            self._opened[path] = open_autoencoder(path)
-        return self._opened[path].to(self.device)
+        if path not in self._autoencoders:
+            self._autoencoders[path] = open_autoencoder(path)
+        return self._autoencoders[path].to(self.device)
 
     @torch.no_grad()
     def generate(
@@ -1012,76 +966,44 @@ class LatentModel(nn.Module, Hub):
         interval: tuple[float, float] = (0.0, 1.0),
         start: float = 1.0,
         skip: int | None = None,
-        graph: bool = False,
     ) -> Tensor:
-        """Latents (B, N, C) for prompts or class labels.
+        """Latents (B, N, C) for B prompts or class labels.
 
-        guidance: its scale; 1 is none. By default guidance is classifier-free; with a `guide`, a weaker model
-            of the same latents, it is AutoGuidance (arXiv 2406.02507). interval: of t, where it is used.
-        skip: the number of a block; what that makes is then guided, at scale 2, by the model without the
-            block, a weaker one that costs no memory (arXiv 2411.18664).
-        noise: (B, N, C); drawn with `generator`, on its device, unless it is given. start: see `sample`.
-        graph: see `graphed`.
+        guidance: guidance scale; 1 is none. It is classifier-free guidance, or with a `guide`, a weaker model
+            of the same latents, AutoGuidance. interval: the guidance interval, in t.
+        skip: the number of a DiT block. The result is guided also, at scale 2, by the model itself without
+            that block, a weaker one that costs no memory (arXiv 2411.18664).
+        noise: (B, N, C); if None it is drawn with `generator`, on its device.
+        steps, solver, grid, start: see `sample`.
         """
         if guidance != 1 and guide is None and self.dit.y_embedder is None:
             raise ValueError("an unconditional model has no classifier-free guidance: give a guide")
         if guidance != 1 and guide is not None and guide.latent_shape != self.latent_shape:
-            raise ValueError(f"the guide makes latents {guide.latent_shape}, not {self.latent_shape}")
+            raise ValueError(f"the guide generates latents {guide.latent_shape}, not {self.latent_shape}")
         if skip is not None and not 0 <= skip < self.dit.depth:
-            raise ValueError(f"no block {skip} to leave out: the DiT's are 0 to {self.dit.depth - 1}")
+            raise ValueError(f"no block {skip} to skip: the DiT has blocks 0 to {self.dit.depth - 1}")
         condition = self.condition(inputs)
         if noise is None:
             device = generator.device if generator else self.device
             noise = torch.randn(len(inputs), *self.latent_shape, generator=generator, device=device)
         noise = to_device(noise.float(), self.device)
 
-        def velocity_of(dit: DiT, condition: Tensor | None, skip: int | None = None) -> Callable:
-            velocity = partial(dit, condition=condition, skip=skip)
-            return graphed(velocity, noise) if graph else velocity
-
-        velocity = velocity_of(self.dit, condition)
+        velocity = partial(self.dit, condition=condition)
         if guidance != 1:
-            weaker = (self.dit, None) if guide is None else (guide.dit, guide.condition(inputs))
-            velocity = guided(velocity, velocity_of(*weaker), guidance, interval)
+            weaker = (
+                partial(guide.dit, condition=guide.condition(inputs)) if guide else self.dit
+            )  # null condition
+            velocity = guided(velocity, weaker, guidance, interval)
         if skip is not None:
-            velocity = guided(velocity, velocity_of(self.dit, condition, skip), 2.0, interval)
+            velocity = guided(velocity, partial(self.dit, condition=condition, skip=skip), 2.0, interval)
         return sample(velocity, noise, steps, self.alpha, solver, grid, start)
-
-    def resize(self, autoencoder: RAE | VAE) -> None:
-        """Changes the model to draw images of another size: in the latents of its autoencoder for that size
-        (see `resized` there). Positions lie closer together or further apart, what was trained of the tables
-        and queries is interpolated, and the timestep shift grows with the root of the number of tokens (RAE
-        section 4.3). Without training, the more blurred the further it is from the trained size. Raises
-        ValueError for latents of other channels and for a model that reads other latents than it draws."""
-        tokens, channels = autoencoder.latent_shape
-        if channels != self.latent_shape[1] or getattr(self, "reader_path", None):
-            raise ValueError(
-                f"a model of latents {self.latent_shape} cannot take on {autoencoder.latent_shape}"
-            )
-        side, old = math.isqrt(tokens), self.dit
-        ratio, config = math.sqrt(self.latent_shape[0] / tokens), old._hub_mixin_config
-        spacing = ratio * config["spacing"]
-        new = DiT(**config | {"latent_shape": autoencoder.latent_shape, "spacing": spacing})
-        width = old.pos_embed.shape[-1]
-        table = config["table"] * sincos_table(self.latent_shape[0], width, config["spacing"])
-        learned = resize_grid(old.pos_embed[0].cpu() - table, side, "bicubic")
-        weights = old.state_dict() | {"pos_embed": new.pos_embed + learned}
-        new.load_state_dict(weights)
-        self.dit = new.to(old.pos_embed.device).train(self.training)
-        if hasattr(self, "latent_queries"):
-            queries = resize_grid(self.latent_queries.detach(), side, "bicubic")
-            self.latent_queries = nn.Parameter(queries)
-            self.read_shape = (tokens, channels)
-        self.latent_shape, self.alpha = (tokens, channels), self.alpha / ratio
-        self._hub_mixin_config["latent_shape"] = self.latent_shape
-        self._hub_mixin_config["dit"] = self._hub_mixin_config["dit"] | {"spacing": spacing}
-        self._opened[self.autoencoder_path] = autoencoder
 
     # -- one folder: config.json, model.safetensors, and for text the tokenizer's files
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """As every model's, once the autoencoder is on the hub too and `autoencoder_path` is its id."""
-        for name in AUTOENCODERS:
+        """Uploads the model, whose autoencoder has to be on the hub already: set `autoencoder_path` to its
+        id."""
+        for name in self.PATHS:
             if os.path.isdir(path := getattr(self, f"{name}_path", None) or ""):
                 raise ValueError(f"push {path} first, then set {name}_path to its hub id")
         return super().push_to_hub(repo_id, **kwargs)
@@ -1089,26 +1011,26 @@ class LatentModel(nn.Module, Hub):
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
         self._hub_mixin_config["alpha"] = self.alpha
-        for name in AUTOENCODERS:
+        for name in self.PATHS:
             if path := getattr(self, f"{name}_path", None):
-                beside = os.path.isdir(path)
-                self._hub_mixin_config[name] = os.path.relpath(path, save_directory) if beside else path
+                is_local = os.path.isdir(path)
+                self._hub_mixin_config[name] = os.path.relpath(path, save_directory) if is_local else path
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: dict | None = None, **kwargs):
         model = super()._from_pretrained(model_id=model_id, config=config, **kwargs)
-        for name in AUTOENCODERS:
+        for name in cls.PATHS:
             path = getattr(model, f"{name}_path", None)
-            if path and (beside := Path(model_id) / path).is_dir():
-                setattr(model, f"{name}_path", str(beside))
+            if path and (Path(model_id) / path).is_dir():
+                setattr(model, f"{name}_path", str(Path(model_id) / path))
         return model
 
 
 class ClassToImage(LatentModel, library_name="rae"):
-    """A DiT of class labels, or of none (RAE section 5).
+    """A DiT conditioned on class labels, or unconditional (RAE section 5).
 
-    dit: arguments of `DiT` but for latent_shape: width, depth, heads, ...; num_classes, or unconditional.
-    latent_shape, autoencoder, alpha: as `TextToImage` has them.
+    dit: arguments of `DiT` without latent_shape: width, depth, heads, ...; num_classes, or unconditional.
+    latent_shape, autoencoder, alpha: as for `TextToImage`.
     """
 
     def __init__(
@@ -1126,8 +1048,8 @@ class ClassToImage(LatentModel, library_name="rae"):
         return getattr(self.dit.y_embedder, "num_classes", None)
 
     def condition(self, labels: Sequence[int] | Tensor) -> Tensor | None:
-        """Labels (B,) on the model's device; None where it is unconditional. Raises ValueError for a label
-        that is none of its classes."""
+        """Labels (B,) on the model's device; None if the model is unconditional. Raises ValueError for a
+        label out of range."""
         if self.num_classes is None:
             return None
         labels = torch.as_tensor(labels)
@@ -1137,20 +1059,28 @@ class ClassToImage(LatentModel, library_name="rae"):
             raise ValueError(f"label {wrong[0]}: this model has the classes 0 to {self.num_classes - 1}")
         return to_device(labels, self.device)
 
-    def forward(self, labels: Tensor, latents: Tensor, noise: Tensor, t: Tensor, dropped: Tensor) -> Tensor:
-        """Velocity error of each sample, (B,), at the shifted time t (B,); labels are null where `dropped`
-        (B,) is true. Noise, t and `dropped` for k draws a sample are k B long, as in `flow_loss`."""
-        condition = None
+    def forward(
+        self,
+        labels: Tensor | None,
+        x_t: Tensor,
+        t: Tensor,
+        dropped: Tensor,
+        context_latents: None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity (k B, N, C) at x_t (k B, N, C) and shifted t (k B,), where `labels` (B,) repeat for k
+        draws and are null where `dropped` (k B,) is true; and a text loss of zero, as in
+        `TextToImage.forward`."""
         if self.num_classes is not None:
-            condition = self.dit.drop_condition(labels.repeat(len(noise) // len(labels)), dropped)
-        return flow_loss(self.dit, latents, condition, self.alpha, noise, t)
+            labels = self.dit.drop_condition(labels.repeat(len(x_t) // len(labels)), dropped)
+        return self.dit(x_t, t, labels), x_t.new_zeros(())
 
     @classmethod
     def from_pretrained(
         cls, source: str | Path, autoencoder: str | None = None, revision: str | None = None
     ) -> "ClassToImage":
-        """A folder of `save_pretrained` or a hub id; a name in `convert.RELEASED_DITS`, such as "rae-dit-dh-xl-256"; or
-        a released file, `stage2_model.pt`, by its path, here or on the hub as org/repository/path."""
+        """A folder of `save_pretrained` or a hub id; a name in `convert.RELEASED_DITS`, such as
+        "rae-dit-dh-xl-256"; or a released file, `stage2_model.pt`, by its path, on the hub as
+        org/repository/path."""
         import convert
 
         model = convert.open_class_to_image(str(source), revision)
@@ -1159,52 +1089,63 @@ class ClassToImage(LatentModel, library_name="rae"):
         return model
 
 
-IMAGE = -200  # stands for one patch of an image in a sequence of token ids
-IGNORED = -100  # label of a token that is not learned
+IMAGE = -200  # stands for one latent token of an image in a sequence of token ids
+IGNORED = -100  # label of a token without a loss
 SYSTEM = "You are a helpful assistant."
 REQUEST = "Generate an image of {}"  # how a bare prompt becomes a user's turn
-REPLY = "Here you go:\n<image>"  # the answer
+REPLY = "Here you go:\n<image>"  # and the assistant's
 
 
 def chat_ml(role: str, text: str) -> str:
     return f"<|im_start|>{role}\n{text}<|im_end|>\n"
 
 
-def chat_length(conversation: list[tuple[str, str]], tokenizer, image: int) -> int:
-    """Tokens of a conversation as `TextToImage.encode_chat` makes them; `image`: of an image."""
-    micro_batches = "".join(chat_ml(*turn) for turn in [("system", SYSTEM), *conversation]).split("<image>")
-    text = sum(len(tokenizer.encode(micro_batch, add_special_tokens=False)) for micro_batch in micro_batches)
-    return text + (len(micro_batches) - 1) * (image + 2)
+def chat_length(conversation: list[tuple[str, str]], tokenizer, image_tokens: int) -> int:
+    """Tokens of a conversation as `TextToImage.encode_chat` makes them."""
+    parts = "".join(chat_ml(*turn) for turn in [("system", SYSTEM), *conversation]).split("<image>")
+    text = sum(len(tokenizer.encode(part, add_special_tokens=False)) for part in parts)
+    return text + (len(parts) - 1) * (image_tokens + 2)
 
 
 @dataclass
 class Chat:
-    """A batch of tokenised conversations. Positions index the flattened (B * L) sequence."""
+    """A batch of tokenised conversations. It stays on the CPU: positions are found here, so that the GPU
+    never has to be waited for."""
 
     ids: Tensor  # (B, L), IMAGE where an image is
-    predict: Tensor  # (T,) positions whose next token is learned
-    targets: Tensor  # (T,) that token
-    answers: Tensor  # (A, N) positions of the images to generate
-    contexts: Tensor  # (C, N) positions of the images to read
-    answer_index: Tensor  # (A,) which of the batch's images, in order, are to generate
-    context_index: Tensor  # (C,) and which to read
+    labels: Tensor  # (B, L), the ids of supervised tokens, IGNORED elsewhere
+    answer_mask: Tensor  # (B, L) bool, images to generate
+    context_mask: Tensor  # (B, L) bool, images to read
 
-    def to(self, device: torch.device) -> "Chat":
-        return Chat(*(to_device(getattr(self, field.name), device) for field in fields(self)))
+    @property
+    def next_labels(self) -> Tensor:
+        """(B, L): what each position should predict."""
+        return F.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
+
+    @property
+    def supervised_tokens(self) -> int:
+        return int((self.next_labels != IGNORED).sum())
+
+    @property
+    def is_answer(self) -> Tensor:
+        """(P,) bool: which of the batch's images, in order, are to be generated."""
+        inside = self.ids == IMAGE
+        first = inside & ~F.pad(inside[:, :-1], (1, 0))  # images are never adjacent
+        return self.answer_mask[first]
 
 
 class TextToImage(LatentModel, library_name="rae"):
-    """A language model that draws: learnable queries after the prompt collect one condition vector per latent
-    token for a DiT, and images are read back through a projector (Scale-RAE section 3).
+    """A language model that generates images: trainable queries after the prompt collect one condition vector
+    per latent token for a DiT, and images are read through a projector (Scale-RAE section 3).
 
     language_model: hub id or local folder of a causal model of `transformers` with a ChatML tokenizer; or its
-        config as a dict, as written by `save_pretrained`.
-    dit: arguments of `DiT`: width, depth, heads, ...; condition_width is the width unless given.
+        config as a dict, as `save_pretrained` writes it.
+    dit: arguments of `DiT`: width, depth, heads, ...; condition_width is the width by default.
     latent_shape: (N, C) of the autoencoder; there are N queries.
-    autoencoder: its folder or hub id. A folder is remembered relative to this model's own folder.
+    autoencoder: its folder or hub id. A folder is stored relative to this model's own folder.
     alpha: factor of the timestep shift, sqrt(N C / 4096) by default.
-    reader, reader_channels: another autoencoder and the channels of its N tokens, as which images are read.
-        Scale-RAE keeps SigLIP-2's for that where it draws in a VAE's latents.
+    reader, reader_channels: encoder for understanding, if images are generated in a VAE's latents: another
+        autoencoder with N tokens, and its channels. Scale-RAE reads with SigLIP-2 there.
     """
 
     def __init__(
@@ -1220,7 +1161,7 @@ class TextToImage(LatentModel, library_name="rae"):
         super().__init__(latent_shape, autoencoder, alpha)
         self.reader_path = reader
         self.read_shape = (latent_shape[0], reader_channels or latent_shape[1])
-        self.tokenizer = None  # `from_pretrained` sets it where language_model is a config
+        self.tokenizer = None  # set by `from_pretrained` if language_model is a config
         self.im_start = self.im_end = None  # its ids of the tokens around an image
         if isinstance(language_model, dict):
             config = transformers.AutoConfig.for_model(**language_model)
@@ -1230,18 +1171,20 @@ class TextToImage(LatentModel, library_name="rae"):
             self.language_model = transformers.AutoModelForCausalLM.from_pretrained(language_model)
             self.add_image_tokens(tokenizer)
         self.language_model.float()  # files are often bf16
+        # instruction-tuned models ship sampling settings and penalties, which decoding here must not inherit
+        self.language_model.generation_config = transformers.GenerationConfig()
         config = self.language_model.config
         self._hub_mixin_config["language_model"] = config.to_diff_dict() | {"model_type": config.model_type}
         tokens, width = latent_shape[0], config.hidden_size
         dit = {"condition_width": dit["width"], **dit}
         self.dit = DiT(latent_shape, **dit)
         self.latent_queries = nn.Parameter(torch.randn(tokens, width) / math.sqrt(width))
-        read = nn.Linear(self.read_shape[1], width)
-        self.mm_projector = nn.Sequential(read, nn.GELU(), nn.Linear(width, width))
+        first = nn.Linear(self.read_shape[1], width)
+        self.mm_projector = nn.Sequential(first, nn.GELU(), nn.Linear(width, width))
         self.diff_head_projector = nn.Linear(width, dit["condition_width"])  # the connector
-        # Scale-RAE's 0.02 from its width of 1536 on; below it as loud, for it is added to the time
-        std = 0.02 * max(1.0, math.sqrt(1536 / width))
-        nn.init.normal_(self.diff_head_projector.weight, std=std)
+        # Scale-RAE's std of 0.02 at its widths of 1536 and more. The output is added to the timestep
+        # embedding, so narrower models need a larger std for the same scale.
+        nn.init.normal_(self.diff_head_projector.weight, std=0.02 * max(1.0, math.sqrt(1536 / width)))
         nn.init.zeros_(self.diff_head_projector.bias)
 
     @property
@@ -1250,7 +1193,7 @@ class TextToImage(LatentModel, library_name="rae"):
 
     @property
     def reader(self) -> RAE | VAE:
-        """The autoencoder whose latents are read, `read_shape` each; not part of the weights."""
+        """The autoencoder whose latents, `read_shape`, are read; not part of the weights."""
         return self.open(self.reader_path or self.autoencoder_path)
 
     # -- tokens
@@ -1264,222 +1207,155 @@ class TextToImage(LatentModel, library_name="rae"):
         self.im_start, self.im_end = vocabulary["<im_start>"], vocabulary["<im_end>"]
 
     def add_image_tokens(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-        """Adds <im_start> and <im_end> (not Qwen's <|im_start|>); their rows start as the mean of all
+        """Adds <im_start> and <im_end> (not Qwen's <|im_start|>); their embeddings start as the mean of all
         others."""
         tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
         self.set_tokenizer(tokenizer)
-        self.language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # exactly
-        for embeddings in (
-            self.language_model.get_input_embeddings(),
-            self.language_model.get_output_embeddings(),
-        ):
+        model = self.language_model
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
             with torch.no_grad():
                 embeddings.weight[-2:] = embeddings.weight[:-2].mean(dim=0)
 
     def tokens(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
+    def encode_turn(self, role: str, text: str) -> list[int]:
+        """ChatML: <|im_start|>role, a line feed, the text, <|im_end|>, a line feed. Each <image> in the text
+        becomes <im_start>, N times IMAGE, <im_end>."""
+        first, *rest = chat_ml(role, text).split("<image>")
+        ids = self.tokens(first)
+        for part in rest:
+            ids += [self.im_start, *[IMAGE] * self.latent_shape[0], self.im_end, *self.tokens(part)]
+        return ids
+
     def encode_chat(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
         """Token ids and labels of a conversation of (role, text) turns, after the system turn.
 
-        ChatML: <|im_start|>role, a line feed, the text, <|im_end|>, a line feed. Each <image> in a text
-        becomes <im_start>, N times IMAGE, <im_end>. The assistant's turns are learned, header included, and
-        everywhere the line feeds, <|im_start|> and <|im_end|> (the reference's rule); images never are.
+        Supervised are the assistant's turns, header included, and everywhere line feeds, <|im_start|> and
+        <|im_end|> (the rule of the authors' code); never the positions of images.
         """
-        always = {
-            *self.tokens("\n"),
-            *self.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]),
-        }
+        always = {*self.tokens("\n"), *self.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])}
         ids, labels = [], []
         for role, text in [("system", SYSTEM), *turns]:
-            turn = self.encode_turn(role, text)
-            ids += turn
-            learned = (i != IMAGE and (role == "assistant" or i in always) for i in turn)
-            labels += [i if yes else IGNORED for i, yes in zip(turn, learned, strict=True)]
+            for token in self.encode_turn(role, text):
+                supervised = token != IMAGE and (role == "assistant" or token in always)
+                ids.append(token)
+                labels.append(token if supervised else IGNORED)
         return ids, labels
 
-    def encode_turn(self, role: str, text: str) -> list[int]:
-        first, *rest = chat_ml(role, text).split("<image>")
-        ids = self.tokens(first)
-        for micro_batch in rest:
-            ids += [self.im_start, *[IMAGE] * self.latent_shape[0], self.im_end, *self.tokens(micro_batch)]
-        return ids
-
     def chat(self, conversations: list[list[tuple[str, str]]]) -> Chat:
-        """Tokenises a batch of conversations, see `encode_chat`; padded on the right to the longest."""
         return self.collate([self.encode_chat(turns) for turns in conversations])
 
     def collate(self, encoded: list[tuple[list[int], list[int]]]) -> Chat:
-        """A batch from (ids, labels) pairs. An image is an answer where the token before it, its <im_start>,
-        is learned; otherwise it is something to read."""
-        max_seq_len = max(len(ids) for ids, _ in encoded)
-        ids = torch.tensor([i + [0] * (max_seq_len - len(i)) for i, _ in encoded])  # nobody reads the padding
-        labels = torch.tensor([i + [IGNORED] * (max_seq_len - len(i)) for _, i in encoded])
-        next_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-        predict = (next_labels != IGNORED).nonzero().flatten()
-        images = (ids == IMAGE).flatten().nonzero().view(-1, self.latent_shape[0])
-        learned = labels.flatten()[images[:, 0] - 1] != IGNORED
-        answer_index, context_index = learned.nonzero().flatten(), (~learned).nonzero().flatten()
-        answers, contexts = images[answer_index], images[context_index]
-        return Chat(ids, predict, next_labels[predict], answers, contexts, answer_index, context_index)
+        """A batch from (ids, labels) pairs, padded on the right to the longest. An image is an answer if the
+        token before it, its <im_start>, is supervised; otherwise it is something to read."""
+        length = max(len(ids) for ids, _ in encoded)
+        ids = torch.tensor(
+            [row + [0] * (length - len(row)) for row, _ in encoded]
+        )  # causal: nobody sees padding
+        labels = torch.tensor([row + [IGNORED] * (length - len(row)) for _, row in encoded])
+        images = (ids == IMAGE).flatten().nonzero().view(-1, self.latent_shape[0])  # (P, N) flat positions
+        answers = images[labels.flatten()[images[:, 0] - 1] != IGNORED]
+        answer_mask = torch.zeros(ids.numel(), dtype=torch.bool)
+        answer_mask[answers.flatten()] = True
+        answer_mask = answer_mask.view_as(ids)
+        return Chat(ids, labels, answer_mask, (ids == IMAGE) & ~answer_mask)
 
-    # -- training
+    # -- forward
+
+    def positions(self, mask: Tensor) -> Tensor:
+        """Flat positions (n,) of a mask (B, L) on the CPU, on the model's device."""
+        return to_device(mask.flatten().nonzero().flatten(), self.device)
 
     def embed(self, chat: Chat, context_latents: Tensor | None = None) -> Tensor:
-        """Input embeddings (B, L, width); images to generate are the queries, images to read, (C,
-        *read_shape), are projected. Raises ValueError for latents of another space."""
+        """Input embeddings (B, L, width). Images to generate are the latent queries; images to read, (C,
+        *read_shape), are projected. Raises ValueError for latents of another shape."""
         if context_latents is not None and context_latents.shape[1:] != self.read_shape:
             raise ValueError(
                 f"latents {tuple(context_latents.shape[1:])} cannot be read, only {self.read_shape}"
             )
-        embeddings = self.language_model.get_input_embeddings()(chat.ids.clamp(min=0))
-        # no branches: every process touches every weight, even where its part of the batch needs it not
-        flat, queries = embeddings.flatten(0, 1), self.latent_queries.repeat(len(chat.answers), 1)
-        flat = flat.index_copy(0, chat.answers.flatten(), queries.type_as(flat))
+        embeddings = self.language_model.get_input_embeddings()(to_device(chat.ids.clamp(min=0), self.device))
+        # No branches: FSDP needs every rank to use every weight, also if its samples have no image.
+        flat, answers = embeddings.flatten(0, 1), self.positions(chat.answer_mask)
+        queries = self.latent_queries.repeat(len(answers) // self.latent_shape[0], 1)
+        flat = flat.index_copy(0, answers, queries.type_as(flat))
         if context_latents is not None:
-            projected = self.mm_projector(context_latents).type_as(flat)
-            flat = flat.index_copy(0, chat.contexts.flatten(), projected.flatten(0, 1))
+            projected = self.mm_projector(context_latents).type_as(flat).flatten(0, 1)
+            flat = flat.index_copy(0, self.positions(chat.context_mask), projected)
         return flat.view_as(embeddings)
 
     def hidden_states(self, embeddings: Tensor) -> Tensor:
-        """(B, L, width) -> last hidden states, flattened to (B * L, width). Causal; padding on the right is
+        """(B, L, width) -> last hidden states, flattened to (B * L, width). Causal: padding on the right is
         harmless."""
         model, config = self.language_model.model, self.language_model.config
-        masks = None
-        causal = (config.model_type, config._attn_implementation) == ("qwen2", "sdpa")
-        if causal and set(config.layer_types) == {"full_attention"}:
-            # without a mask; to make one, `transformers` would ask the card whether positions are packed
-            masks = {"full_attention": None}
-        out = model(inputs_embeds=embeddings, attention_mask=masks, use_cache=False)
+        mask = None
+        is_plain = (config.model_type, config._attn_implementation) == ("qwen2", "sdpa")
+        if is_plain and set(config.layer_types) == {"full_attention"}:
+            # To make a mask, `transformers` would ask the GPU whether positions are packed, and wait for it.
+            mask = {"full_attention": None}
+        out = model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
         return out.last_hidden_state.flatten(0, 1)
+
+    def answer_condition(self, hidden: Tensor, chat: Chat) -> Tensor:
+        """Condition vectors (A, N, Z) of the images to generate, from the hidden states at their queries."""
+        at_queries = hidden[self.positions(chat.answer_mask)]
+        return self.diff_head_projector(at_queries.view(-1, self.latent_shape[0], hidden.shape[-1]))
 
     def forward(
         self,
         chat: Chat,
-        latents: Tensor,
-        noise: Tensor,
+        x_t: Tensor,
         t: Tensor,
         dropped: Tensor,
-        read: Tensor | None = None,
+        context_latents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The two losses, unreduced over the batch: summed cross-entropy over len(chat.targets) tokens, and
-        the velocity error of each of the An images to generate, (A,).
+        """Velocity of the chat's A images to generate, and the cross-entropy summed over its supervised
+        tokens.
 
-        latents, noise (P, N, C), shifted time t (P,) and the condition dropout (P,) belong to all P images
-        of the batch, in order; so do the latents of another reader, `read` (P, *read_shape). The papers' loss
-        is the mean of the first + 2 x the mean of the second, each over the global batch. With k draws of
-        noise, time and dropout an image, k P rows, the language model still reads once, and k A errors come
-        back.
+        x_t (k A, N, C), shifted t (k A,) and condition dropout (k A,) hold k draws per image, all images'
+        first draws first: the language model reads once for all k. context_latents: (C, *read_shape), images
+        to read. The papers' loss is mean cross-entropy + 2 x mean velocity error, each over the global batch.
         """
-        answer = chat.answer_index
-        draws = len(noise) // len(latents) if len(latents) else 1
-        rows = torch.cat([answer + k * len(latents) for k in range(draws)])
-        contexts = (latents if read is None else read)[chat.context_index]
-        hidden = self.hidden_states(self.embed(chat, contexts))
-        logits = self.language_model.lm_head(hidden[chat.predict]).float()
-        cross_entropy = F.cross_entropy(logits, chat.targets, reduction="sum")
-        condition = self.diff_head_projector(hidden[chat.answers]).repeat(draws, 1, 1)
-        condition = self.dit.drop_condition(condition, dropped[rows])
-        return cross_entropy, flow_loss(
-            self.dit, latents[answer], condition, self.alpha, noise[rows], t[rows]
-        )
+        hidden = self.hidden_states(self.embed(chat, context_latents))
+        # logits of the supervised positions alone: of all, they would be the largest tensor of the step
+        labels = chat.next_labels.flatten()
+        logits = self.language_model.lm_head(hidden[self.positions(labels != IGNORED)]).float()
+        targets = to_device(labels[labels != IGNORED], self.device)
+        cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
+        condition = self.answer_condition(hidden, chat)
+        condition = condition.repeat(len(x_t) // max(1, len(condition)), 1, 1)
+        return self.dit(x_t, t, self.dit.drop_condition(condition, dropped)), cross_entropy
 
     # -- inference
 
-    def plain_text(self, texts: list[str], max_tokens: int = 256) -> None:
-        """Raises ValueError for user text that is empty, over-long, or contains a special token."""
+    def check_prompts(self, texts: list[str], max_tokens: int = 256) -> None:
+        """Raises ValueError for user text that is empty, too long or contains a special token."""
         special = [*self.tokenizer.get_added_vocab(), "<image>"]
         for text in texts:
             if not text.strip():
                 raise ValueError("empty prompt: describe an image, for example 'a red circle'")
-            if found := next((token for token in special if token in text), None):
-                raise ValueError(f"the prompt contains the special token {found}: remove it")
+            if token := next((token for token in special if token in text), None):
+                raise ValueError(f"the prompt contains the special token {token}: remove it")
             if (length := len(self.tokens(text))) > max_tokens:
                 raise ValueError(f"the prompt has {length} tokens, the limit is {max_tokens}: shorten it")
 
     @torch.no_grad()
     def condition(self, prompts: list[str] | Tensor) -> Tensor:
-        """Condition vectors (B, N, Z) for descriptions of images: one pass of the language model over the
-        request, the beginning of the answer and the queries. Those of a `Dialogue` are taken as they are.
-        Raises ValueError for an empty or over-long prompt."""
+        """Condition vectors (B, N, Z) for B prompts: one pass of the language model over the request, the
+        beginning of the reply and the queries. Those of a `Dialogue` are returned as they are. Raises
+        ValueError for a prompt that `check_prompts` refuses."""
         if isinstance(prompts, Tensor):
             return prompts
-        self.plain_text(prompts)
-        chat = self.chat([[("user", REQUEST.format(p)), ("assistant", REPLY)] for p in prompts]).to(
-            self.device
-        )
-        return self.diff_head_projector(self.hidden_states(self.embed(chat))[chat.answers])
+        self.check_prompts(prompts)
+        chat = self.chat([[("user", REQUEST.format(prompt)), ("assistant", REPLY)] for prompt in prompts])
+        return self.answer_condition(self.hidden_states(self.embed(chat)), chat)
 
     @torch.no_grad()
     def answer(self, image_or_latents: Tensor, question: str, max_tokens: int = 64) -> str:
         """Answers a question about one image, (3, H, W) in [0, 1], or about its latents, `read_shape`;
         greedy."""
         return Dialogue(self).say(question, image_or_latents, max_tokens)[0]
-
-    # -- test-time scaling: the model judges its own latents (Scale-RAE section 5)
-
-    @torch.no_grad()
-    def verify(self, prompt: str, latents: Tensor, max_tokens: int = 16) -> list["Verdict"]:
-        """What the language model thinks of images for a prompt, latents (B, *read_shape), without decoding
-        them. Raises ValueError for a prompt that is empty, over-long or contains a special token."""
-        self.plain_text([prompt])
-        header = self.tokens("<|im_start|>assistant\n")
-        question = f"<image>\nDoes this image align with the prompt: {prompt}?"
-        question, description = (
-            self.encode_chat([("user", text)])[0] + header
-            for text in (question, "<image>\nDescribe this image.")
-        )
-        end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        answers = self.answer_logits(question, latents, *map(self.forms, ("yes", "no")), end, max_tokens)
-        confidence = self.prompt_confidence(description, self.tokens(prompt), latents)
-        return [Verdict(*each) for each in zip(*answers, confidence.tolist(), strict=True)]
-
-    def forms(self, word: str) -> list[int]:
-        """The ids of a word in lower case, with a capital and in capitals, with and without a space before
-        it, as far as each is one token."""
-        forms = [f"{space}{form}" for form in (word, word.capitalize(), word.upper()) for space in ("", " ")]
-        return [ids[0] for form in forms if len(ids := self.tokens(form)) == 1]
-
-    def answer_logits(
-        self, ids: list[int], latents: Tensor, yes: list[int], no: list[int], end: int, max_tokens: int
-    ) -> tuple[list[str], list[float], list[float]]:
-        """Greedy answers to one question about each of B images: "yes" where any token is one of `yes`,
-        otherwise "no" or "uncertain"; and the raw logits of the last token that is one of `yes` and of `no`,
-        0 where there is none."""
-        model, cache = self.language_model, transformers.DynamicCache(config=self.language_model.config)
-        chat = self.collate([(ids, [IGNORED] * len(ids))] * len(latents)).to(self.device)
-        embeddings, alive = (
-            self.embed(chat, latents.to(self.device)),
-            torch.ones(len(latents), dtype=torch.bool),
-        )
-        words = [torch.tensor(word, dtype=torch.long, device=self.device) for word in (yes, no)]
-        alive = alive.to(self.device)
-        logits = [alive.new_zeros(len(latents), dtype=torch.float) for _ in words]
-        said = [torch.zeros_like(alive) for _ in words]
-        for _ in range(max_tokens):
-            hidden = model.model(None, None, None, cache, embeddings, use_cache=True).last_hidden_state[:, -1]
-            logit, token = model.lm_head(hidden).float().max(dim=-1)
-            for i, word in enumerate(words):
-                found = alive & torch.isin(token, word)
-                logits[i], said[i] = torch.where(found, logit, logits[i]), said[i] | found
-            alive = alive & (token != end)
-            if not alive.any():
-                break
-            embeddings = model.get_input_embeddings()(token)[:, None]
-        answers = [
-            "yes" if y else "no" if n else "uncertain" for y, n in zip(*map(Tensor.tolist, said), strict=True)
-        ]
-        return answers, *map(Tensor.tolist, logits)
-
-    def prompt_confidence(self, ids: list[int], prompt: list[int], latents: Tensor) -> Tensor:
-        """(B,): how certain the model is while it reads the prompt as a description of each of B images.
-        Mean over the prompt's positions of KL(uniform || next token) (self-certainty, arXiv 2502.18581)."""
-        ids = [*ids, *prompt]
-        chat = self.collate([(ids, [IGNORED] * len(ids))] * len(latents)).to(self.device)
-        hidden = self.hidden_states(self.embed(chat, latents.to(self.device)))
-        hidden = hidden.view(len(latents), len(ids), -1)[:, -len(prompt) :]
-        log_p = self.language_model.lm_head(hidden).float().log_softmax(dim=-1)
-        return -(log_p.mean(dim=(1, 2)) + math.log(log_p.shape[-1]))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
@@ -1494,9 +1370,9 @@ class TextToImage(LatentModel, library_name="rae"):
         and the weights (safetensors or pickles, whole or in shards), or their trainer's `model.pth.zstd` with
         the other two beside it, by its path or its folder's.
 
-        No file of theirs has the vision encoder, which their code keeps out of the state dict: it comes with
-        the autoencoder, which follows from the encoder that their config names, unless it is given. Raises
-        ValueError for a config, keys or shapes that this model has no place for.
+        None of their files has the vision encoder. It comes with the autoencoder, which follows from the
+        encoder that their config names, unless it is given. Raises ValueError for a config, keys or shapes
+        that do not fit this model.
         """
         import convert
 
@@ -1512,86 +1388,164 @@ class TextToImage(LatentModel, library_name="rae"):
         return model
 
 
-class Verdict(NamedTuple):
-    """What a language model thinks of an image for a prompt."""
+# -----------------------------------------------------------------------------------------------------------
+# 7. dialogue, and test-time scaling: the language model judges latents (Scale-RAE section 5)
 
-    answer: str  # to whether they align: yes, no or uncertain
+
+def read(model: TextToImage, ids: list[int], latents: Tensor | None = None, batch: int = 1) -> Tensor:
+    """Input embeddings (batch, L, width) of tokens without a loss, with the images to read among them."""
+    chat = model.collate([(ids, [IGNORED] * len(ids))] * batch)
+    return model.embed(chat, latents if latents is None else latents.to(model.device))
+
+
+def decode_greedily(model: TextToImage, embeddings: Tensor, max_tokens: int, stop: list[int]):
+    """Continues the embeddings (B, L, width). Returns the output of `transformers`' generate: `sequences`
+    (B, T), the new tokens up to and including one of `stop`, then padding, and `logits`, T tensors (B, V)."""
+    config = transformers.GenerationConfig(
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=stop[0],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+    model = model.language_model
+    return model.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=config)
+
+
+class Dialogue:
+    """A conversation in which the model decides what to do: it answers in words, greedily, or begins an
+    image."""
+
+    def __init__(self, model: TextToImage):
+        self.model = model
+        with torch.no_grad():
+            self.embeddings = read(
+                model, model.encode_turn("system", SYSTEM)
+            )  # (1, L, width), all turns so far
+
+    @torch.no_grad()
+    def say(
+        self, text: str, image_or_latents: Tensor | None = None, max_tokens: int = 64
+    ) -> tuple[str, Tensor | None]:
+        """The reply to a user's turn, sent as it is: its words, and the condition vectors (1, N, Z) of an
+        image if the reply ends with one, else None.
+
+        image_or_latents: something to look at in this turn, (3, H, W) in [0, 1] or of `read_shape`. An image
+        ends the turn; later turns see its queries, as in training. Raises ValueError for a text that
+        `check_prompts` refuses.
+        """
+        model, latents, condition = self.model, None, None
+        model.check_prompts([text], max_tokens=1024)
+        if image_or_latents is not None:
+            text, latents = f"<image>\n{text}", image_or_latents.to(model.device)[None]
+            latents = latents if latents.ndim == 3 else model.reader.encode(latents)
+        self.append(read(model, model.encode_turn("user", text), latents))
+        self.append(read(model, model.tokens("<|im_start|>assistant\n")))
+        [end] = model.tokens("<|im_end|>")
+        reply = (
+            decode_greedily(model, self.embeddings, max_tokens, [end, model.im_start]).sequences[0].tolist()
+        )
+        words = [token for token in reply if token not in (end, model.im_start)]
+        ending = model.tokens("<|im_end|>\n")
+        if words:
+            self.append(read(model, words))
+        if reply[-1] == model.im_start:
+            ids = [model.im_start, *[IMAGE] * model.latent_shape[0]]
+            self.append(model.embed(model.collate([(ids, ids)])))  # supervised, so an image to generate
+            at_queries = model.hidden_states(self.embeddings)[-model.latent_shape[0] :]
+            condition = model.diff_head_projector(at_queries)[None]
+            ending = [model.im_end, *ending]
+        self.append(read(model, ending))
+        return model.tokenizer.decode(words, skip_special_tokens=True).strip(), condition
+
+    def append(self, embeddings: Tensor) -> None:
+        self.embeddings = torch.cat([self.embeddings, embeddings], dim=1)
+
+
+class Verdict(NamedTuple):
+    """What the language model thinks of an image for a prompt."""
+
+    answer: str  # whether they align: yes, no or uncertain
     yes_logit: float
     no_logit: float
     prompt_confidence: float
 
 
-VERIFIERS = {  # keys to sort verdicts by, the best first; ties stay in order
+VERIFIERS = {  # sort keys, the best verdict first; ties keep their order
     "answer_logits": lambda verdict: (verdict.answer != "yes", -verdict.yes_logit, verdict.no_logit),
     "prompt_confidence": lambda verdict: -verdict.prompt_confidence,
 }
 
 
 def best(verdicts: list[Verdict], verifier: str, keep: int) -> list[int]:
-    """Which images to keep, the best first."""
-    order = sorted(range(len(verdicts)), key=lambda i: VERIFIERS[verifier](verdicts[i]))
-    return order[:keep]
+    """The numbers of the images to keep, the best first."""
+    return sorted(range(len(verdicts)), key=lambda i: VERIFIERS[verifier](verdicts[i]))[:keep]
 
 
-class Dialogue:
-    """A conversation with a TextToImage model in which the model decides what to do: it answers in words,
-    greedily, and may begin an image. Keys and values of what was said are kept, so that every turn costs its
-    own tokens only.
-    """
+@torch.no_grad()
+def verify(model: TextToImage, prompt: str, latents: Tensor, max_tokens: int = 16) -> list[Verdict]:
+    """What the language model thinks of images for a prompt, from their latents (B, *read_shape), which are
+    not decoded. Raises ValueError for a prompt that `check_prompts` refuses."""
+    model.check_prompts([prompt])
+    header = model.tokens("<|im_start|>assistant\n")
+    question = f"<image>\nDoes this image align with the prompt: {prompt}?"
+    question = model.encode_chat([("user", question)])[0] + header
+    description = model.encode_chat([("user", "<image>\nDescribe this image.")])[0] + header
+    [end] = model.tokens("<|im_end|>")
+    yes, no = word_ids(model, "yes"), word_ids(model, "no")
+    answers, yes_logits, no_logits = answer_logits(model, question, latents, yes, no, end, max_tokens)
+    confidence = prompt_confidence(model, description, model.tokens(prompt), latents).tolist()
+    rows = zip(answers, yes_logits, no_logits, confidence, strict=True)
+    return [Verdict(*row) for row in rows]
 
-    def __init__(self, model: TextToImage):
-        self.model, self.cache = model, transformers.DynamicCache(config=model.language_model.config)
-        self.ahead = model.encode_turn("system", SYSTEM)  # tokens that are part of it, but not read yet
 
-    @torch.no_grad()
-    def say(
-        self, text: str, image_or_latents: Tensor | None = None, max_tokens: int = 64
-    ) -> tuple[str, Tensor | None]:
-        """The reply to a user's turn, as it stands and with no request put around it: its words, and where
-        they end with an image the condition vectors (1, N, Z) to draw it from, else None.
+def word_ids(model: TextToImage, word: str) -> list[int]:
+    """The ids of a word in lower case, capitalised and in capitals, with and without a leading space, as far
+    as each is one token."""
+    spellings = [space + form for form in (word, word.capitalize(), word.upper()) for space in ("", " ")]
+    encoded = [model.tokens(spelling) for spelling in spellings]
+    return [ids[0] for ids in encoded if len(ids) == 1]
 
-        image_or_latents: something to look at in this turn, (3, H, W) in [0, 1] or of `read_shape`. An image
-        ends the turn, and later turns see its queries, as in training. Raises ValueError for a text that is
-        empty, over-long or contains a special token.
-        """
-        model, latents = self.model, None
-        model.plain_text([text], max_tokens=1024)
-        if image_or_latents is not None:
-            text, image = f"<image>\n{text}", image_or_latents.to(model.device)[None]
-            latents = image if image.ndim == 3 else model.reader.encode(image)
-        end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        ids = [*self.ahead, *model.encode_turn("user", text), *model.tokens("<|im_start|>assistant\n")]
-        hidden, said = self.read(ids, latents), []
-        while len(said) < max_tokens:
-            token = model.language_model.lm_head(hidden[-1:]).argmax().item()
-            if token in (end, model.im_start):
-                break
-            hidden = self.read([token])
-            said.append(token)
-        else:
-            token = end
-        condition = None
-        self.ahead = model.tokens("<|im_end|>\n")
-        if token == model.im_start:
-            self.read([token])
-            condition = model.diff_head_projector(self.forward(model.latent_queries[None]))[None]
-            self.ahead = [model.im_end, *self.ahead]
-        return model.tokenizer.decode(said, skip_special_tokens=True).strip(), condition
 
-    def read(self, ids: list[int], latents: Tensor | None = None) -> Tensor:
-        """Hidden states (L, width) of tokens that follow what was read, with one image among them if there
-        are latents (1, N, C)."""
-        chat = self.model.collate([(ids, [IGNORED] * len(ids))]).to(self.model.device)
-        return self.forward(self.model.embed(chat, latents))
+@torch.no_grad()
+def answer_logits(
+    model: TextToImage,
+    ids: list[int],
+    latents: Tensor,
+    yes: list[int],
+    no: list[int],
+    end: int,
+    max_tokens: int,
+) -> tuple[list[str], list[float], list[float]]:
+    """Greedy answers to one question (ids, with an image) about each of B images, latents (B, *read_shape):
+    "yes" if any token is in `yes`, else "no" or "uncertain"; and the raw logits of the last token that is in
+    `yes` and in `no`, 0 if there is none."""
+    out = decode_greedily(model, read(model, ids, latents, len(latents)), max_tokens, [end])
+    logits = torch.stack(out.logits, dim=1).gather(2, out.sequences[..., None])[..., 0]  # (B, T)
+    answers, yes_logits, no_logits = [], [], []
+    for tokens, row in zip(out.sequences.tolist(), logits.tolist(), strict=True):
+        of_yes = [logit for token, logit in zip(tokens, row, strict=True) if token in yes]
+        of_no = [logit for token, logit in zip(tokens, row, strict=True) if token in no]
+        answers.append("yes" if of_yes else "no" if of_no else "uncertain")
+        yes_logits.append(of_yes[-1] if of_yes else 0.0)
+        no_logits.append(of_no[-1] if of_no else 0.0)
+    return answers, yes_logits, no_logits
 
-    def forward(self, embeddings: Tensor) -> Tensor:
-        # by position: `transformers` 5.40 renames past_key_values to cache
-        out = self.model.language_model.model(None, None, None, self.cache, embeddings, use_cache=True)
-        return out.last_hidden_state[0]
+
+@torch.no_grad()
+def prompt_confidence(model: TextToImage, ids: list[int], prompt: list[int], latents: Tensor) -> Tensor:
+    """(B,): how certain the model is while it reads the prompt as the description of each of B images. Mean
+    over the prompt's positions of KL(uniform || next token) (self-certainty, arXiv 2502.18581)."""
+    embeddings = read(model, [*ids, *prompt], latents, len(latents))
+    hidden = model.hidden_states(embeddings).view(*embeddings.shape[:2], -1)[:, -len(prompt) :]
+    log_p = model.language_model.lm_head(hidden).float().log_softmax(dim=-1)
+    return -(log_p.mean(dim=(1, 2)) + math.log(log_p.shape[-1]))
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 7. presets and released weights
+# 8. sizes by the papers' names
 
 ENCODERS = {  # hub ids
     "siglip2-so400m": "google/siglip2-so400m-patch14-224",
@@ -1604,11 +1558,11 @@ ENCODERS = {  # hub ids
     "webssl-l": "facebook/webssl-dino300m-full2b-224",
     "mae-b": "facebook/vit-mae-base",
     "mae-l": "facebook/vit-mae-large",
-    "dino-s8": "facebook/dino-vits8",  # the discriminators' backbones
+    "dino-s8": "facebook/dino-vits8",  # backbones of the discriminators
     "dino-s16": "facebook/dino-vits16",
 }
 
-DECODERS = {  # RAE appendix; the XL's MLP is not 4 x its width; S is ours, for small GPUs
+DECODERS = {  # RAE appendix; the MLP of XL is not 4 x its width; S is ours, for small GPUs
     "ViT-S": {"width": 384, "depth": 12, "heads": 6, "mlp_width": 1536},
     "ViT-B": {"width": 768, "depth": 12, "heads": 12, "mlp_width": 3072},
     "ViT-L": {"width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096},
@@ -1616,35 +1570,37 @@ DECODERS = {  # RAE appendix; the XL's MLP is not 4 x its width; S is ours, for 
     "nano": {"width": 160, "depth": 4, "heads": 5, "mlp_width": 640},
 }
 
-HEAD = {"head": (2048, 2, 16), "readd_time": True, "xavier": False}  # of DiT-DH
-WIDE = {"head": (2688, 2, 16)}  # Scale-RAE's; the number of its heads is not published
-SCALE_DITS = {  # Scale-RAE table 10
+RAE_HEAD = {"head": (2048, 2, 16), "readd_time": True, "xavier": False}  # of DiT-DH
+SCALE_RAE_HEAD = {"head": (2688, 2, 16)}  # the number of its attention heads is not published
+SCALE_RAE_DITS = {  # Scale-RAE table 10
     "0.5B": {"width": 1280, "depth": 16, "heads": 32},
     "2.4B": {"width": 2048, "depth": 32, "heads": 32},
     "3.1B": {"width": 2304, "depth": 32, "heads": 32},
     "5.5B": {"width": 3072, "depth": 32, "heads": 32},
     "9.8B": {"width": 4096, "depth": 32, "heads": 32},
 }
-DITS = {  # RAE, Scale-RAE with and without the wide head, and the laptop's
+NANO_DIT = {"width": 256, "depth": 6, "heads": 4, "condition_width": 128}
+NANO_GUIDE = {"width": 128, "depth": 4, "heads": 4, "condition_width": 128}  # for AutoGuidance
+DITS = {
     "DiT-S": {"width": 384, "depth": 12, "heads": 6, "silu_condition": False},
     "DiT-B": {"width": 768, "depth": 12, "heads": 12, "silu_condition": False},
     "DiT-L": {"width": 1024, "depth": 24, "heads": 16, "silu_condition": False},
     "DiT-XL": {"width": 1152, "depth": 28, "heads": 16, "silu_condition": False},
-    "DiT-DH-S": {"width": 384, "depth": 12, "heads": 6} | HEAD,
-    "DiT-DH-B": {"width": 768, "depth": 12, "heads": 12} | HEAD,
-    "DiT-DH-L": {"width": 1024, "depth": 24, "heads": 16} | HEAD,
-    "DiT-DH-XL": {"width": 1152, "depth": 28, "heads": 16} | HEAD,
-    **SCALE_DITS,
-    **{f"{name}-DH": size | WIDE for name, size in SCALE_DITS.items()},
-    "nano": {"width": 256, "depth": 6, "heads": 4, "condition_width": 128},
-    "nano-DH": {"width": 256, "depth": 6, "heads": 4, "condition_width": 128, "head": (320, 2, 5)},
-    "nano-guide": {"width": 128, "depth": 4, "heads": 4, "condition_width": 128},  # for AutoGuidance
-    "nano-guide-DH": {"width": 128, "depth": 4, "heads": 4, "condition_width": 128, "head": (320, 2, 5)},
+    "DiT-DH-S": {"width": 384, "depth": 12, "heads": 6} | RAE_HEAD,
+    "DiT-DH-B": {"width": 768, "depth": 12, "heads": 12} | RAE_HEAD,
+    "DiT-DH-L": {"width": 1024, "depth": 24, "heads": 16} | RAE_HEAD,
+    "DiT-DH-XL": {"width": 1152, "depth": 28, "heads": 16} | RAE_HEAD,
+    **SCALE_RAE_DITS,
+    **{f"{name}-DH": size | SCALE_RAE_HEAD for name, size in SCALE_RAE_DITS.items()},
+    "nano": NANO_DIT,
+    "nano-DH": NANO_DIT | {"head": (320, 2, 5)},
+    "nano-guide": NANO_GUIDE,
+    "nano-guide-DH": NANO_GUIDE | {"head": (320, 2, 5)},
 }
 
 
 def class_dit(name: str, num_classes: int | None) -> dict:
-    """Arguments of `DiT` for class labels, or with None for none, from a name in DITS."""
+    """Arguments of `DiT` for class labels (None: unconditional), from a name in DITS."""
     size = {key: value for key, value in DITS[name].items() if key != "condition_width"}
     return size | ({"num_classes": num_classes} if num_classes else {})
 

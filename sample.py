@@ -305,7 +305,7 @@ def draw(config: Config, dist_ctx: common.DistContext) -> None:
         jobs = class_jobs(config, model.num_classes)
         model.condition([job.input for job in jobs])  # a mistake shows before the work begins
     else:
-        model.plain_text(config.prompts)
+        model.check_prompts(config.prompts)
         groups = prompt_jobs(config, config.best_of or config.n or 4)
         jobs = [job for group in groups for job in group]
     settings = settings_of(config, dist_ctx, model, guide)
@@ -413,7 +413,7 @@ def draw_best(
             read = latents[-1]
             if config.verify_pixels:
                 read = model.reader.encode(decode(read, model, dist_ctx).clamp(0, 1))
-            verdicts += model.verify(group[0].input, read)  # fp32: in bf16 many logits are the same
+            verdicts += rae.verify(model, group[0].input, read)  # fp32: in bf16 many logits are the same
         latents, kept = torch.cat(latents), rae.best(verdicts, config.verifier, config.keep)
         for i, image in zip(kept, decode(latents[kept], model, dist_ctx), strict=True):
             own = settings | verdicts[i]._asdict()
@@ -474,7 +474,6 @@ def latents_of(
             guide=guide,
             interval=interval(config),
             skip=config.skip,
-            graph=config.graph,
         )
 
 

@@ -1,32 +1,36 @@
-"""Stage 2: trains text-to-image (Scale-RAE), or class-to-image (RAE), in the latent space of an autoencoder.
+"""Stage 2: trains text-to-image (Scale-RAE) or class-to-image (RAE) in the latent space of an autoencoder.
 
     python train_t2i.py                                            # the nano world, on a laptop
-    python train_t2i.py --resume                                   # goes on after an interruption
+    python train_t2i.py --resume                                   # continues after an interruption
     python train_t2i.py --preset nano-class                        # class labels instead of text
+    python train_t2i.py --preset dit-dh-s-imagenet256 --data imagenet/train --grad-accum 16 \\
+        --activation-checkpointing                                 # one small GPU
+    torchrun --nproc-per-node 8 train_t2i.py --preset dit-dh-xl-imagenet256 --data imagenet/train
     torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-2.4b --shard full --out runs/t2i \\
         --data web=0.6,synthetic=0.3,questions.jsonl=0.1
     torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-finetune --data blip3o-60k.jsonl \\
         --init runs/t2i/model --shard full --out runs/finetuned
-    torchrun --nproc-per-node 8 train_t2i.py --preset dit-dh-xl-imagenet256 --data imagenet/train
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_t2i.py ...
-    python train_t2i.py --preset dit-dh-s-imagenet256 --data imagenet/train --accumulate 16 \\
-        --checkpoint-blocks                                        # one small GPU
 
-A language model reads the request, its hidden states at the latent queries condition the DiT, and all three
-learn together: loss = cross-entropy + 2 x velocity error (Scale-RAE section 3). A share of the samples are
-questions about images, which train the way back in. With --condition class the DiT alone learns, from the
-labels of folders, .cls files or a column `label`: loss = velocity error. Latents are encoded on the fly, or
-read from a folder that encode.py wrote. Writes OUT/model (a TextToImage or ClassToImage
-folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl and OUT/samples/.
+A language model reads the request, and its hidden states at the latent queries condition the DiT. They are
+trained together: loss = cross-entropy + 2 x velocity error (Scale-RAE section 3). Questions about images,
+mixed into the data, train the projector that reads latents. With --condition class the DiT alone is trained,
+on the labels of folders, .cls files or a column `label`: loss = velocity error (RAE section 5). Latents are
+encoded on the fly, or read from a folder that encode.py wrote. Writes OUT/model (a TextToImage or
+ClassToImage folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl, OUT/losses.png and
+OUT/samples/.
 """
 
 import copy
-import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import transformers
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import common
@@ -34,398 +38,510 @@ import data
 import rae
 from common import flag
 
-EPOCH = 1251  # steps of a pass over ImageNet at batch 1024
-IMAGENET = {  # RAE's code; its paper reports epoch 80 and 800 of one run
+# -----------------------------------------------------------------------------------------------------------
+# presets
+
+EPOCH = 1251  # steps of one epoch of ImageNet at batch 1024
+IMAGENET = {  # RAE's code and paper, which reports epochs 80 and 800 of one run
     "condition": "class",
-    "classes": 1000,
+    "num_classes": 1000,
     "flip": True,
     "batch": 1024,
     "steps": 800 * EPOCH,
     "dit_lr": 2e-4,
-    "schedule": "linear",
-    "decay_start": 40 * EPOCH,
-    "decay_end": 800 * EPOCH,
-    "final_lr": 0.1,
     "warmup": 0,
+    "decay_start": 40 * EPOCH,  # constant for 40 epochs, then linear to a tenth
+    "final_lr": 0.1,
     "ema": 0.9995,
-    "guidance": 1.0,
     "workers": 8,
     "save_every": 2 * EPOCH,
 }
-SCALE_RAE = {  # the authors' script; their table 8 rounds to 5e-5 and 5e-4. Other choices of theirs:
-    # --language-model Qwen/Qwen2.5-7B-Instruct; --autoencoder scale-rae-webssl-l, or a FLUX VAE with --reader
+SCALE_RAE = {  # stage 1, from the authors' script. Variants: --dit 2.4B-DH for the DDT head,
+    # --language-model Qwen/Qwen2.5-7B-Instruct, --autoencoder scale-rae-webssl-l, or a FLUX VAE with --reader
     "autoencoder": "scale-rae-siglip2-so400m",
     "language_model": "Qwen/Qwen2.5-1.5B-Instruct",
     "batch": 2048,
-    "lr": 5.65e-5,
-    "dit_lr": 5.65e-4,
+    "lr": 5.65e-5,  # table 8 rounds to 5e-5,
+    "dit_lr": 5.65e-4,  # and to 5e-4
     "steps": 30_000,
     "warmup": 0.0134,
     "ema": 0.0,
-    "guidance": 1.0,
     "workers": 8,
-    "checkpoint_blocks": True,
+    "activation_checkpointing": True,
     "save_every": 1000,
 }
-NANO = {"alpha": 3.0, "time": "uniform", "muon": 0.02, "batch": 32, "draws": 2}
+NANO = {  # A nano image is still recognisable at t = 0.9, where only the prompt should count: the papers'
+    # alpha of 0.92 hardly trains such noise levels. Uniform t keeps the low ones, which draw the outlines.
+    "alpha": 3.0,
+    "t_distribution": "uniform",
+    "muon": 0.02,
+    "batch": 32,
+    "draws": 2,
+}
 PRESETS = {
-    # A nano image has little in it and shines through noise even at t = 0.9, where it needs the prompt: the
-    # papers' factor hardly trains such times. Uniform draws keep the low ones, for the outlines.
-    # Of pure noise nothing is known but the prompt: unless the first steps see only that, the language model
-    # has forgotten the prompt by the time the DiT could use it.
-    "nano": NANO | {"noise_first": 400},
+    # At first only pure noise, which has no other information than the prompt. Otherwise the language model
+    # has forgotten the prompt by the time that the DiT could use it.
+    "nano": NANO | {"noise_only_steps": 400},
     "nano-class": NANO | {"condition": "class", "steps": 3000, "out": "runs/class"},
     "dit-dh-xl-imagenet256": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b"},
     "dit-dh-xl-imagenet512": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b-512"},
     "dit-dh-s-imagenet256": IMAGENET | {"dit": "DiT-DH-S", "autoencoder": "rae-dinov2-b"},
     "dit-xl-imagenet256": IMAGENET | {"dit": "DiT-XL", "autoencoder": "rae-dinov2-b"},
-    **{  # stage 1: 0.5b, 2.4b, 3.1b, 5.5b, 9.8b, and each with the wide head, 0.5b-dh, ...
-        f"scale-rae-{name.lower()}": SCALE_RAE | {"dit": name}
-        for name in (n + head for n in rae.SCALE_DITS for head in ("", "-DH"))
-    },
+    "scale-rae-0.5b": SCALE_RAE | {"dit": "0.5B"},
+    "scale-rae-2.4b": SCALE_RAE | {"dit": "2.4B"},
+    "scale-rae-3.1b": SCALE_RAE | {"dit": "3.1B"},
+    "scale-rae-5.5b": SCALE_RAE | {"dit": "5.5B"},
+    "scale-rae-9.8b": SCALE_RAE | {"dit": "9.8B"},
     "scale-rae-finetune": SCALE_RAE  # stage 2, table 9
     | {
-        "autoencoder": "",
+        "autoencoder": "",  # that of --init
         "init": "runs/t2i/model",
         "batch": 1024,
-        "steps": None,
-        "epochs": 4.0,
+        "steps": 235,  # 4 epochs of BLIP3o-60k
         "lr": 5.66e-5,
         "dit_lr": 5.66e-4,
         "warmup": 0.03,
-        "longest": 1024,
+        "max_seq_len": 1024,
+        "save_every": 235,
     },
 }
+VAL_TIMES = (0.3, 0.6, 0.9)  # noise levels of the validation loss
+VAL_SAMPLES = 64
+GRID_STEPS, GRID_GUIDANCE = 25, 3.0  # of the sample grids
 
 
 @dataclass
 class Config:
-    out: str = flag("runs/t2i", "folder of this training")
+    out: str = flag("runs/t2i", "folder of this run")
     resume: str = flag(
         "",
-        "go on from the newest checkpoint of OUT, if there is one (auto), or from a folder",
+        "continue from the newest checkpoint of OUT, if there is one (auto), or from a checkpoint folder",
         nargs="?",
         const="auto",
     )
-    seed: int = flag(0, "of weights, data order, noise and times")
-    condition: str = flag("text", "what images are asked for with", choices=["text", "class", "none"])
-    classes: int | None = flag(None, "how many, if --data does not say it", at_least=1)
-    data: str = flag(
-        "", "a source of images, or several with weights, see data.py (default: nano, nano:classes)"
+    seed: int = flag(0, "seed of weights, data order, noise and timesteps")
+    # model
+    condition: str = flag("text", "conditioning", choices=["text", "class", "none"])
+    num_classes: int | None = flag(None, "number of classes, if --data does not tell", at_least=1)
+    autoencoder: str = flag(
+        "", "RAE or VAE: folder, hub id or name (default: that of --init, or the nano one)"
     )
-    flip: bool = flag(False, "mirror half of the images")
-    autoencoder: str = flag("", "RAE folder or hub id (default: that of --init, or the shipped nano one)")
     language_model: str = flag(str(common.WEIGHTS / "language-model"), "transformers folder or hub id")
-    reader: str = flag("", "another, of whose latents questions are answered; beside a VAE for one")
+    reader: str = flag("", "encoder for understanding, if images are generated in a VAE's latents: an RAE")
     dit: str = flag("nano", "size of the DiT", choices=rae.DITS)
-    init: str = flag(
-        "",
-        "start from this model, a folder, hub id or name, whose --dit and --alpha stay, instead of a new one",
-    )
+    init: str = flag("", "start from this model (folder, hub id or name), with its --dit and --alpha")
     freeze: str = flag(
         "none",
-        "what stays as it is: the language model; or all but the DiT, its connector and the queries",
+        "frozen part: the language model, or all but the DiT, its connector and the latent queries",
         choices=["none", "language-model", "all-but-dit"],
     )
-    steps: int | None = flag(None, "optimizer steps in all (default 10,000)", at_least=1)
-    epochs: float = flag(0.0, "or passes over the data", at_least=0)
-    batch: int = flag(64, "samples a step, over all processes", at_least=1)
+    alpha: float | None = flag(None, "factor of the timestep shift (default: sqrt(N C / 4096))")
+    # data
+    data: str = flag(
+        "", "source of images, or several with weights, see data.py (default: nano or nano:classes)"
+    )
+    val_data: str = flag(
+        "", "held-out source (default: --data with another seed, unseen images for nano only)"
+    )
+    flip: bool = flag(False, "mirror half of the images")
+    max_seq_len: int = flag(512, "maximum tokens of a conversation, images included; longer ones are skipped")
+    workers: int = flag(1, "data loading processes per rank", at_least=0)
+    # optimization
+    steps: int = flag(10_000, "optimizer steps", at_least=1)
+    batch: int = flag(64, "samples per step, over all ranks", at_least=1)
     lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector")
     dit_lr: float = flag(1e-3, "peak learning rate of the DiT and its connector")
-    muon: float = flag(
-        0.0, "peak learning rate of Muon, for the matrices of the DiT's blocks (0: AdamW)", at_least=0
+    muon: float = flag(0.0, "peak learning rate of Muon for the DiT's matrices (0: AdamW)", at_least=0)
+    warmup: float = flag(200, "steps of linear warm-up; below 1, a fraction of all steps", at_least=0)
+    decay_start: int | None = flag(
+        None, "step at which a linear decay begins (default: cosine decay after the warm-up)", at_least=0
     )
-    warmup: float = flag(
-        200, "steps of linear warm-up, before the cosine; below 1, their share of all", at_least=0
+    final_lr: float = flag(0.0, "final learning rate, as a fraction of the peak")
+    t_distribution: str = flag(
+        "logit-normal", "distribution of t before the shift", choices=["logit-normal", "uniform"]
     )
-    schedule: str = flag("cosine", "from the peak down to FINAL_LR", choices=["cosine", "linear"])
-    decay_start: int = flag(0, "step at which the linear schedule leaves the peak", at_least=0)
-    decay_end: int | None = flag(None, "and is down (default: the last)", at_least=1)
-    final_lr: float = flag(0.0, "fraction of the peak at the end")
-    time: str = flag(
-        "logit-normal", "distribution of t, before its shift", choices=["logit-normal", "uniform"]
-    )
-    draws: int = flag(1, "noises and times an image: what it is conditioned on is computed once", at_least=1)
-    noise_first: int = flag(0, "first steps of a new model whose images are all noise, t = 1", at_least=0)
-    understanding: float = flag(0.1, "share of the samples that ask about an image (nano)")
-    max_seq_len: int = flag(
-        512, "tokens of a conversation, images included; longer ones are left out, but for nano's"
-    )
-    alpha: float | None = flag(None, "factor of the timestep shift (default: sqrt(N C / 4096))")
-    dropout: float = flag(0.1, "share of the images trained with the null condition")
-    ema: float = flag(0.999, "decay of the averaged weights, which are what is saved; 0: none")
-    sample_steps: int = flag(25, "sampling steps of the sample grids", at_least=1)
-    guidance: float = flag(3.0, "their scale of classifier-free guidance")
+    draws: int = flag(1, "draws of noise and t per image; the condition is computed once", at_least=1)
+    noise_only_steps: int = flag(0, "first steps of a new model at t = 1 only", at_least=0)
+    dropout: float = flag(0.1, "condition dropout: fraction of images trained with the null condition")
+    ema: float = flag(0.999, "EMA decay of the weights that are saved and sampled (0: no EMA)")
+    # system
     dtype: str = flag(
-        "auto",
-        "of the compute; weights are fp32 (on CUDA, fp32 multiplies as TF32)",
-        choices=["auto", "bf16", "fp32"],
+        "auto", "compute dtype (auto: bf16 on CUDA, else fp32)", choices=["auto", "bf16", "fp32"]
     )
     shard: str = flag(
         "none",
-        "weights held by each process: all (none), a share (full), a share of its machine's (hybrid)",
+        "FSDP2 sharding: none (replicate), full (across all ranks) or hybrid (within a node)",
         choices=["none", "full", "hybrid"],
     )
-    grad_accum: int = flag(
-        1, "pieces that each process cuts its part of a step into, to save memory", at_least=1
-    )
-    checkpoint_blocks: bool = flag(False, "compute the blocks twice, to save more of it")
-    compile: bool | None = flag(
-        None, "compile the blocks of the DiT and of the language model (default: on CUDA)"
-    )
-    workers: int = flag(1, "data loading processes for each training process", at_least=0)
+    grad_accum: int = flag(1, "gradient accumulation: micro-batches per step and rank", at_least=1)
+    activation_checkpointing: bool = flag(False, "recompute the blocks in backward, to save memory")
+    compile: bool | None = flag(None, "torch.compile the transformer blocks (default: on CUDA)")
     log_every: int = flag(50, "steps between log lines", at_least=1)
-    save_every: int = flag(500, "steps between checkpoints, each with a grid of samples", at_least=1)
-    keep: int = flag(2, "checkpoints to keep, the newest", at_least=1)
-    tensorboard: bool = flag(False, "log to OUT/tensorboard too")
+    eval_every: int = flag(500, "steps between validation losses", at_least=1)
+    save_every: int = flag(500, "steps between checkpoints, each with a sample grid", at_least=1)
+    keep: int = flag(2, "newest checkpoints to keep", at_least=1)
+    wandb: str = flag("", "also log to this Weights & Biases project", metavar="PROJECT")
 
 
-def build(
+# -----------------------------------------------------------------------------------------------------------
+# model and optimizer
+
+
+def build_model(
     config: Config,
-    shape: tuple[int, int],
-    classes: int | None = None,
-    read_shape: tuple[int, int] | None = None,
-    model: rae.TextToImage | rae.ClassToImage | None = None,
-) -> rae.TextToImage | rae.ClassToImage:
-    """A new model on the CPU, or that of --init, if it is of these latents and classes; else ValueError."""
-    text = config.condition == "text"
-    reads = {"reader": config.reader, "reader_channels": read_shape[1]} if read_shape else {}
-    if model:
-        for name, found, own in (
-            ("latents", model.latent_shape, shape),
-            ("classes", getattr(model, "num_classes", None), classes),
-            ("latents to read", getattr(model, "read_shape", None), (read_shape or shape) if text else None),
+    init: rae.LatentModel | None,
+    latent_shape: tuple[int, int],
+    num_classes: int | None,
+    reader: rae.RAE | None,
+) -> rae.LatentModel:
+    """A new model on the CPU, or that of --init, with the parts of --freeze frozen. Raises ValueError for an
+    --init of other latents or classes."""
+    read_shape = (reader.latent_shape if reader else latent_shape) if config.condition == "text" else None
+    if init:
+        for name, actual, expected in (
+            ("latents", init.latent_shape, latent_shape),
+            ("classes", getattr(init, "num_classes", None), num_classes),
+            ("latents to read", getattr(init, "read_shape", None), read_shape),
         ):
-            if found != own:
-                more = ": give its --reader" if name == "latents to read" else ""
-                raise ValueError(f"--init {config.init} has {name} {found}, not {own}{more}")
+            if actual != expected:
+                hint = ": give its --reader" if name == "latents to read" else ""
+                raise ValueError(f"--init {config.init} has {name} {actual}, not {expected}{hint}")
+        model = init
         if config.reader:
             model.reader_path = config.reader
-    elif text:
-        size = rae.DITS[config.dit]
+    elif config.condition == "text":
+        reads = {"reader": config.reader, "reader_channels": read_shape[1]} if reader else {}
+        dit = rae.DITS[config.dit]
         with common.loading(config.language_model):
             model = rae.TextToImage(
-                config.language_model, size, shape, config.autoencoder, config.alpha, **reads
+                config.language_model, dit, latent_shape, config.autoencoder, config.alpha, **reads
             )
     else:
-        model = rae.ClassToImage(rae.class_dit(config.dit, classes), shape, config.autoencoder, config.alpha)
+        dit = rae.class_dit(config.dit, num_classes)
+        model = rae.ClassToImage(dit, latent_shape, config.autoencoder, config.alpha)
     for name, parameter in model.named_parameters():
-        frozen = {
+        is_frozen = {
             "none": False,
             "language-model": name.startswith("language_model."),
             "all-but-dit": not name.startswith(("dit.", "diff_head_projector.", "latent_queries")),
         }
-        if frozen[config.freeze]:
+        if is_frozen[config.freeze]:
             parameter.requires_grad_(False)
     return model
 
 
 def count_classes(config: Config, source: data.Mixture) -> int | None:
-    """Of a class-conditional model: what the data says, or --classes. Raises ValueError if they disagree."""
+    """Of a class-conditional model: from the data, or --num-classes. Raises ValueError if they disagree."""
     if config.condition != "class":
-        if config.classes:
-            raise ValueError(f"--classes {config.classes} needs --condition class")
+        if config.num_classes:
+            raise ValueError(f"--num-classes {config.num_classes} needs --condition class")
         return None
-    if not (source.classes or config.classes):
-        raise ValueError(f"{config.data} does not say how many classes it has: give --classes")
-    if source.classes and config.classes not in (None, source.classes):
-        raise ValueError(f"{config.data} has {source.classes} classes, not --classes {config.classes}")
-    return source.classes or config.classes
+    if not (source.classes or config.num_classes):
+        raise ValueError(f"{config.data} does not tell how many classes it has: give --num-classes")
+    if source.classes and config.num_classes not in (None, source.classes):
+        raise ValueError(f"{config.data} has {source.classes} classes, not {config.num_classes}")
+    return source.classes or config.num_classes
 
 
-def check_latents(config: Config, source: data.Mixture, shape: tuple[int, int]) -> None:
-    """Raises ValueError for a folder of latents that another autoencoder made."""
-    if source.latents and config.reader:
-        raise ValueError(f"--reader {config.reader} reads images, and {config.data} has latents only")
-    for about in source.latents:
-        if tuple(about["latent_shape"]) != shape or about["autoencoder"] != config.autoencoder:
+def make_optimizers(config: Config, model: nn.Module) -> common.Optimizers:
+    """AdamW in two groups, the DiT and the rest; with --muon, the matrices of the DiT's blocks go to Muon."""
+    dit, rest, matrices = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if config.muon and name.startswith("dit.blocks.") and parameter.ndim == 2:
+            matrices.append(parameter)
+        elif name.startswith(("dit.", "diff_head_projector.")):
+            dit.append(parameter)
+        else:
+            rest.append(parameter)
+    groups = [{"params": dit, "lr": config.dit_lr, "betas": (0.9, 0.95)}]  # the betas of Scale-RAE's code
+    if rest:
+        groups.append({"params": rest, "lr": config.lr, "betas": (0.9, 0.999)})
+    optimizers = [torch.optim.AdamW(groups, weight_decay=0.0, fused=True)]
+    if matrices:
+        optimizers.append(common.Muon(matrices, config.muon, weight_decay=0.0))
+    return common.Optimizers(*optimizers)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Factor of the peak learning rates."""
+    if config.decay_start is not None:
+        return common.linear(step, config.decay_start, config.steps, config.final_lr)
+    warmup = math.ceil(config.warmup * config.steps) if config.warmup < 1 else int(config.warmup)
+    return common.cosine(step, config.steps, warmup, config.final_lr)
+
+
+def flops_per_step(
+    config: Config, model: rae.LatentModel, autoencoder: rae.RAE | rae.VAE, seq_len: int
+) -> float:
+    """Of the global batch, for the MFU: 3 x forward of what is trained; nothing recomputed is counted."""
+    zeros = partial(torch.zeros, device="meta")
+    tokens, channels = model.latent_shape
+    condition = {
+        "text": zeros(1, tokens, rae.DITS[config.dit].get("condition_width", model.dit.pos_embed.shape[-1])),
+        "class": zeros(1, dtype=torch.long),
+        "none": None,
+    }[config.condition]
+    flops = 3 * config.draws * common.count_flops(model.dit, zeros(1, tokens, channels), zeros(1), condition)
+    if config.condition == "text":
+        language_model = model.language_model.model
+        inputs = {"inputs_embeds": zeros(1, seq_len, language_model.config.hidden_size)}
+        inputs |= {"attention_mask": {"full_attention": None}, "use_cache": False}
+        passes = 3 if config.freeze == "none" else 2  # gradients pass through a frozen one, to the queries
+        flops += passes * common.count_flops(language_model, **inputs)
+    if isinstance(autoencoder, rae.RAE):
+        size = autoencoder.encoder_size
+        flops += common.count_flops(autoencoder.encoder, zeros(1, 3, size, size))
+    return flops * config.batch
+
+
+# -----------------------------------------------------------------------------------------------------------
+# batches
+
+
+class Inputs(NamedTuple):
+    """What the model is conditioned on in one micro-batch of B samples with P images."""
+
+    condition: rae.Chat | Tensor | None  # conversations, or labels (B,)
+    answers: list[int]  # which of the P images are to be generated
+    contexts: list[int]  # which are to be read
+    tokens: int  # supervised tokens
+
+
+def prepare(config: Config, model: rae.LatentModel, batch: dict) -> Inputs:
+    if config.condition == "text":
+        chat = model.chat(batch["conversation"])
+        answers, contexts = chat.is_answer.nonzero().flatten(), (~chat.is_answer).nonzero().flatten()
+        return Inputs(chat, answers.tolist(), contexts.tolist(), chat.supervised_tokens)
+    labels = batch["label"]
+    if config.condition == "class" and None in labels:
+        raise ValueError(f"{config.data} has images without labels: see the top of data.py")
+    return Inputs(model.condition(labels), list(range(len(labels))), [], 0)
+
+
+@torch.no_grad()
+def encode(
+    config: Config, model: rae.LatentModel, autoencoder, reader, batch: dict, dist_ctx: common.DistContext
+) -> tuple[Tensor, Tensor]:
+    """Latents (P, N, C) of a micro-batch's images, and what the language model reads of them, (P,
+    *read_shape)."""
+    if "latents" in batch:
+        latents = rae.to_device(batch["latents"], dist_ctx.device)
+        return latents, latents
+    if not batch["image_index"]:  # text alone
+        shapes = model.latent_shape, getattr(model, "read_shape", model.latent_shape)
+        return tuple(torch.zeros(0, *shape, device=dist_ctx.device) for shape in shapes)
+    images = data.to_unit(batch["image"], dist_ctx.device)
+    with dist_ctx.autocast():
+        if isinstance(autoencoder, rae.VAE):  # a sample of the posterior, as Scale-RAE trains on
+            seed = data.hash_seed(config.seed, "posterior")
+            noise, *_ = data.flow_draws(model.latent_shape, seed, batch["image_index"], dist_ctx.device)
+            latents = autoencoder.encode(images, noise)
+        else:
+            latents = autoencoder.encode(images)
+        return latents, reader.encode(images) if reader else latents
+
+
+def open_data(
+    config: Config, init: rae.LatentModel | None, autoencoder: rae.RAE | rae.VAE, reader: rae.RAE | None
+) -> tuple[data.Mixture, data.Mixture]:
+    """The training and the validation source. Raises ValueError for latents of another autoencoder, and for a
+    reader that does not fit."""
+    shape, is_text = autoencoder.latent_shape, config.condition == "text"
+    options = {"flip": config.flip, "text_only": is_text}
+    if is_text:
+        with common.loading(config.language_model):
+            tokenizer = (
+                init.tokenizer if init else transformers.AutoTokenizer.from_pretrained(config.language_model)
+            )
+        options["length"] = partial(rae.chat_length, tokenizer=tokenizer, image_tokens=shape[0])
+        options["max_seq_len"] = config.max_seq_len
+    source = data.open_source(config.data, autoencoder.image_size, config.seed, **options)
+    val_source = config.val_data or config.data
+    val_source = data.open_source(val_source, autoencoder.image_size, config.seed + 1, **options)
+    for info in [*source.latents, *val_source.latents]:
+        if tuple(info["latent_shape"]) != shape or info["autoencoder"] != config.autoencoder:
             raise ValueError(
-                f"{config.data} has latents {tuple(about['latent_shape'])} of {about['autoencoder']}, "
+                f"{config.data} has latents {tuple(info['latent_shape'])} of {info['autoencoder']}, but "
                 f"--autoencoder {config.autoencoder} has {shape}: give the one that made them"
             )
-
-
-def grid_prompts(config: Config, source: data.Mixture) -> list[str]:
-    """What 16 samples of the data ask for. Raises ValueError if there is no such thing."""
-    batches = itertools.islice(data.Loader(source, 16, workers=0), 64)
-    found = (data.requested_caption(turns) for batch in batches for turns in batch["conversation"])
-    texts = list(itertools.islice((text for text in found if text is not None), 16))
-    if not texts:
-        raise ValueError(f"{config.data} asks for no image in its first 1,024 samples")
-    if not all(texts):
-        raise ValueError(f"{config.data} has images without captions: write them into its metadata.jsonl")
-    return texts
-
-
-def main() -> None:
-    config = common.parse(Config, __doc__, PRESETS)
-    text = config.condition == "text"
-    config.data = config.data or ("nano" if text else "nano:classes")
-    dist_ctx = common.init_distributed(config.dtype, config.shard)
-    run = common.Run(config, dist_ctx)
-    start_from = None
-    if config.init:
-        kind = rae.TextToImage if text else rae.ClassToImage
-        with common.loading(config.init):
-            start_from = kind.from_pretrained(config.init, config.autoencoder).train()
-        config.autoencoder = start_from.autoencoder_path
-    config.autoencoder = config.autoencoder or str(common.WEIGHTS / "rae")
-
-    # -------------------------------------------------------------------------------------------------------
-    # data: the training stream, and what to look at: captions of another seed, or some of the classes
-    autoencoder = common.load_autoencoder(config.autoencoder, dist_ctx)
-    shape, size = autoencoder.latent_shape, autoencoder.image_size
-    options = {"understanding": config.understanding * text, "flip": config.flip, "text_only": text}
-    torch.manual_seed(config.seed)
-    reader = common.load_autoencoder(config.reader, dist_ctx) if config.reader else None
-    if reader and not (text and reader.latent_shape[0] == shape[0]):
+    if reader and not (is_text and reader.latent_shape[0] == shape[0]):
         raise ValueError(
             f"--reader {config.reader} has {reader.latent_shape[0]} tokens: it needs as many as the latents, "
             f"{shape[0]}, and --condition text"
         )
-    if text:
-        model = build(config, shape, read_shape=reader and reader.latent_shape, model=start_from)
-        length = partial(rae.chat_length, tokenizer=model.tokenizer, image=shape[0])
-        options |= {"length": length, "longest": config.max_seq_len}
-    source = data.open_source(config.data, size, config.seed, **options)
-    classes = count_classes(config, source)
-    check_latents(config, source, shape)
-    if not text:
-        model = build(config, shape, classes, model=start_from)
-    samples = [i * (classes or 16) // 16 for i in range(16)]
-    if text:
-        samples = grid_prompts(config, data.open_source(config.data, size, config.seed + 1, **options))
-    fixed_noise, *_ = data.flow_draws(shape, config.seed + 1, list(range(len(samples))), dist_ctx.device)
+    if reader and source.latents:
+        raise ValueError(f"--reader {config.reader} reads images, but {config.data} has latents only")
+    return source, val_source
 
-    if config.epochs and config.steps:
-        raise ValueError(f"--steps {config.steps} and --epochs {config.epochs:g}: give one, and 0 epochs")
-    steps = config.steps or 10_000
-    if config.epochs:
-        steps = math.ceil(config.epochs * len(source) / config.batch)
-    warmup = math.ceil(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
 
-    # -------------------------------------------------------------------------------------------------------
-    # average -> shard -> compile -> optimizer
-    export = copy.deepcopy(model) if dist_ctx.is_main else None  # on its own, to save the average with
+class Validation:
+    """Fixed held-out images with fixed noise, for the validation loss; and the inputs of the sample grid."""
+
+    def __init__(self, config: Config, model: rae.LatentModel, autoencoder, reader, batch: dict, dist_ctx):
+        self.dist_ctx, self.autoencoder = dist_ctx, autoencoder
+        self.inputs = prepare(config, model, batch)
+        answers, contexts = self.inputs.answers, self.inputs.contexts
+        source = config.val_data or config.data
+        if not answers:
+            raise ValueError(f"{source} asks for no image in its first {VAL_SAMPLES} samples")
+        latents, readable = encode(config, model, autoencoder, reader, batch, dist_ctx)
+        self.latents, self.contexts = latents[answers].float(), readable[contexts]
+        index = list(range(len(answers)))
+        self.noise, *_ = data.flow_draws(model.latent_shape, config.seed + 1, index, dist_ctx.device)
+        self.guidance = 1.0 if config.condition == "none" else GRID_GUIDANCE
+        if config.condition == "text":
+            captions = map(data.requested_caption, batch["conversation"])
+            self.grid_inputs = [caption for caption in captions if caption is not None][:16]
+            if not all(self.grid_inputs):
+                raise ValueError(f"{source} has images without captions: write them into its metadata.jsonl")
+        else:
+            classes = getattr(model, "num_classes", None) or 16
+            self.grid_inputs = [i * classes // 16 for i in range(16)]
+
+    @torch.no_grad()
+    def losses(self, ema: rae.LatentModel) -> dict[str, float]:
+        """Velocity error at each noise level, and their mean."""
+        levels = len(VAL_TIMES)
+        latents, noise = self.latents.repeat(levels, 1, 1), self.noise.repeat(levels, 1, 1)
+        t = torch.tensor(VAL_TIMES, device=noise.device).repeat_interleave(len(self.noise))
+        x_t = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
+        with self.dist_ctx.autocast():
+            velocity, _ = ema(self.inputs.condition, x_t, t, torch.zeros_like(t).bool(), self.contexts)
+        errors = (velocity - (noise - latents)).square().view(levels, -1).mean(dim=1).tolist()
+        losses = {f"val_loss_{level}": error for level, error in zip(VAL_TIMES, errors, strict=True)}
+        return {"val_loss": sum(errors) / levels} | losses
+
+    @torch.no_grad()
+    def save_grid(self, ema: rae.LatentModel, path: Path) -> None:
+        """Samples of the EMA weights; under FSDP every rank has to take part."""
+        noise = self.noise[torch.arange(len(self.grid_inputs)) % len(self.noise)]
+        with self.dist_ctx.autocast():
+            latents = ema.generate(self.grid_inputs, GRID_STEPS, self.guidance, noise=noise)
+            images = self.autoencoder.decode(latents)
+        if self.dist_ctx.is_main:
+            prompts = "\n".join(map(str, self.grid_inputs))
+            common.save_image(path, common.image_grid(images, 8, scale=2), prompts=prompts)
+
+
+# -----------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    config = common.parse(Config, __doc__, PRESETS)
+    is_text = config.condition == "text"
+    config.data = config.data or ("nano" if is_text else "nano:classes")
+    dist_ctx = common.init_distributed(config.dtype, config.shard)
+    device = dist_ctx.device
+    run = common.Run(config, dist_ctx)
+
+    # ---- autoencoder and data ------------------------------------------------------------------------------
+    init = None
+    if config.init:
+        cls = rae.TextToImage if is_text else rae.ClassToImage
+        with common.loading(config.init):
+            init = cls.from_pretrained(config.init, config.autoencoder).train()
+        config.autoencoder = init.autoencoder_path
+    config.autoencoder = config.autoencoder or str(common.WEIGHTS / "rae")
+    autoencoder = common.load_autoencoder(config.autoencoder, dist_ctx)
+    reader = common.load_autoencoder(config.reader, dist_ctx) if config.reader else None
+    source, val_source = open_data(config, init, autoencoder, reader)
+
+    # ---- model -> EMA -> shard -> compile -> optimizer -----------------------------------------------------
+    torch.manual_seed(config.seed)
+    model = build_model(config, init, autoencoder.latent_shape, count_classes(config, source), reader)
+    export = copy.deepcopy(model) if dist_ctx.is_main else None  # stays unsharded, to write OUT/model with
     ema = copy.deepcopy(model) if config.ema else model
+    val_batch = next(data.Loader(val_source, VAL_SAMPLES, workers=0))
+    if dist_ctx.peak_flops():
+        seq_len = model.chat(val_batch["conversation"]).ids.shape[1] if is_text else 0
+        run.flops_per_step = flops_per_step(config, model, autoencoder, seq_len)
     modules = {"model": model, "ema": ema} if config.ema else {"ema": model}
-    for each in modules.values():
-        common.shard_model(each, each.blocks, dist_ctx, "generate")
-    encoder = getattr(autoencoder, "encoder", None)  # a VAE has none
-    frozen = list(encoder.blocks) if encoder else []
-    common.compile_blocks([*model.blocks, *frozen], config.compile, dist_ctx)
-    if config.checkpoint_blocks:
+    for module in modules.values():
+        common.shard_model(module, module.blocks, dist_ctx, "generate")
+    encoder_blocks = autoencoder.encoder.blocks if isinstance(autoencoder, rae.RAE) else []
+    common.compile_blocks([*model.blocks, *encoder_blocks], config.compile, dist_ctx)
+    if config.activation_checkpointing:
         common.checkpoint_blocks(model.blocks)
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    of_dit = ("dit.", "diff_head_projector.")
-    matrices = {n: p for n, p in named.items() if config.muon and n.startswith("dit.blocks.") and p.ndim == 2}
-    others = {name: p for name, p in named.items() if name not in matrices}
-    groups = [  # learning rate and beta2 by module, as in Scale-RAE
-        {"params": [], "lr": config.dit_lr, "betas": (0.9, 0.95)},
-        {"params": [], "lr": config.lr, "betas": (0.9, 0.999)},
-    ]
-    for name, parameter in others.items():
-        groups[not name.startswith(of_dit)]["params"].append(parameter)
-    optimizers = [torch.optim.AdamW(groups[: 1 + text], weight_decay=0.0, fused=True)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices.values(), config.muon, weight_decay=0.0))
-    stepper = common.Stepper(*optimizers)
-    state = run.load(modules, [stepper], export)
-    start = state["step"]
+    optimizers = make_optimizers(config, model)
+    state = run.load(modules, [optimizers], export)
+    start = step = state["step"]
+    validation = Validation(config, model, autoencoder, reader, val_batch, dist_ctx)
     loader = data.Loader(
         source, config.batch, config.workers, start, dist_ctx.rank, dist_ctx.world_size, state["positions"]
     )
+    flow_weight = 2.0 if is_text else 1.0  # Scale-RAE section 3; RAE has no other loss
+    t_mean = 0.0 if config.t_distribution == "logit-normal" else None
 
-    def prepare(micro_batch: dict) -> tuple:
-        """What the model is conditioned on, a Chat or labels, and its numbers of learned tokens and of
-        images to generate."""
-        if text:
-            chat = model.chat(micro_batch["conversation"]).to(dist_ctx.device)
-            return chat, len(chat.targets), len(chat.answers)
-        if config.condition == "class" and None in micro_batch["label"]:
-            raise ValueError(f"{config.data} has images without labels: see the top of data.py")
-        return model.condition(micro_batch["label"]), 0, len(micro_batch["label"])
-
-    @torch.no_grad()
-    def checkpoint(step: int, with_samples: bool) -> None:
-        run.save(step, loader)
-        if not with_samples:
-            return
-        guidance = 1.0 if config.condition == "none" else config.guidance
-        with dist_ctx.autocast():
-            latents = ema.generate(samples, config.sample_steps, guidance, noise=fixed_noise)
-            images = autoencoder.decode(latents)
-        if dist_ctx.is_main:
-            grid = common.image_grid(images, 8, scale=2)
-            prompts = "\n".join(map(str, samples))
-            common.save_image(run.out / "samples" / f"{step:07d}.png", grid, prompts=prompts)
-
-    # -------------------------------------------------------------------------------------------------------
-    # the loop
-    done = start
+    # ---- loop ----------------------------------------------------------------------------------------------
     run.begin(start)
-    bar = tqdm(range(start, steps), initial=start, total=steps, disable=not dist_ctx.is_main)
+    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not dist_ctx.is_main)
     for step in bar:
-        if config.schedule == "linear":
-            factor = common.linear(step, config.decay_start, config.decay_end or steps, config.final_lr)
-        else:
-            factor = common.cosine(step, steps, warmup, config.final_lr)
-        stepper.scale(factor)
+        optimizers.set_lr(learning_rate(config, step))
         micro_batches = data.micro_batches(next(loader), config.grad_accum)
-        inputs, of_tokens, of_images = zip(*map(prepare, micro_batches), strict=True)
-        tokens, drawn = common.global_sum(sum(of_tokens), config.draws * sum(of_images))
-        losses = torch.zeros(2, device=dist_ctx.device)  # this process's share of the two
-        for micro_batch, condition in zip(micro_batches, inputs, strict=True):
-            noise, for_time, for_dropout = data.flow_draws(
-                shape, config.seed, micro_batch["image_index"], dist_ctx.device, config.draws
+        inputs = [prepare(config, model, micro_batch) for micro_batch in micro_batches]
+        # Losses are divided by the counts of the global batch, and gradients are summed. So any number of
+        # ranks and micro-batches, however unequal, gives the gradient of one big batch.
+        tokens, images = common.global_sum(sum(i.tokens for i in inputs), sum(len(i.answers) for i in inputs))
+        losses = torch.zeros(2, device=device)
+        for micro_batch, (condition, answers, contexts, _) in zip(micro_batches, inputs, strict=True):
+            # ---- latents: frozen encoder, no gradient ------------------------- (P, 3, H, W) -> (P, N, C)
+            latents, readable = encode(config, model, autoencoder, reader, micro_batch, dist_ctx)
+            latents = latents[answers].float().repeat(config.draws, 1, 1)  # (k A, N, C), k draws per image
+
+            # ---- flow matching: noise and t depend on (seed, sample index) alone, not on rank or batch
+            index = [micro_batch["image_index"][i] for i in answers]
+            noise, u_time, u_drop = data.flow_draws(
+                model.latent_shape, config.seed, index, device, config.draws
             )
-            mean = 0.0 if config.time == "logit-normal" else None
-            t = rae.to_device(rae.sample_time(for_time, model.alpha, mean), dist_ctx.device)
-            if step < config.noise_first and not config.init:
+            t = rae.to_device(rae.sample_time(u_time, model.alpha, t_mean), device)  # (k A,), shifted
+            if step < config.noise_only_steps and not config.init:
                 t = torch.ones_like(t)
-            dropped = rae.to_device(for_dropout < config.dropout, dist_ctx.device)
+            dropped = rae.to_device(u_drop < config.dropout, device)
+            x_t = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
+
+            # ---- forward: language model or labels -> condition -> DiT
             with dist_ctx.autocast():
-                read = ()
-                if "latents" in micro_batch:
-                    latents = rae.to_device(micro_batch["latents"], dist_ctx.device)
-                elif micro_batch["image_index"]:
-                    pixels, sampled = data.to_unit(micro_batch["image"], dist_ctx.device), ()
-                    if not encoder:  # of a VAE's posterior, as Scale-RAE has it
-                        of_posterior = data.hash_seed(config.seed, "posterior")
-                        sampled = data.flow_draws(
-                            shape, of_posterior, micro_batch["image_index"], dist_ctx.device
-                        )[:1]
-                    latents = autoencoder.encode(pixels, *sampled)
-                    read = (reader.encode(pixels),) if reader else ()
-                else:
-                    latents = noise  # none, of the right shape: text alone
-                    read = (noise.new_zeros(0, *model.read_shape),) if reader else ()
-                out = model(condition, latents, noise, t, dropped, *read)
-            cross_entropy, velocity_errors = out if text else (torch.zeros((), device=dist_ctx.device), out)
-            text_loss, flow_loss = cross_entropy / max(tokens, 1), velocity_errors.sum() / max(drawn, 1)
-            common.backward(text_loss + 2 * flow_loss if text else flow_loss)
+                velocity, cross_entropy = model(condition, x_t, t, dropped, readable[contexts])
+
+            # ---- loss
+            squared_error = (velocity - (noise - latents)).square().mean(dim=(1, 2))
+            flow_loss = squared_error.sum() / max(1, images * config.draws)
+            text_loss = cross_entropy / max(1, tokens)
+            loss = text_loss + flow_weight * flow_loss
+            # An infinite loss can have finite gradients. Multiplied by NaN, they make all ranks skip the
+            # step.
+            loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))
             losses += torch.stack([text_loss, flow_loss]).detach()
-        norm = stepper.step()
+        grad_norm = optimizers.step()
         if config.ema:
             common.update_ema(ema, model, config.ema, step)
 
-        done = step + 1
-        if done % 10 == 0:
-            stepper.check()
-        if done % config.log_every == 0 or done == steps:
+        # ---- log, validate, save
+        step += 1
+        is_last = step == config.steps
+        if step % 10 == 0:
+            optimizers.check_skipped()
+        if step % config.log_every == 0 or is_last:
             text_loss, flow_loss = common.global_sum(*losses.tolist())
-            values = {"loss": flow_loss}
-            if text:
-                values = {"loss": text_loss + 2 * flow_loss, "text_loss": text_loss, "flow_loss": flow_loss}
-            values |= {"lr": config.dit_lr * factor, "grad_norm": norm, "skipped_steps": stepper.check()}
-            run.log(done, bar.write, loader, **values)
+            values = {"loss": text_loss + flow_weight * flow_loss}
+            if is_text:
+                values |= {"text_loss": text_loss, "flow_loss": flow_loss}
+            values |= {"lr": config.dit_lr * learning_rate(config, step - 1), "grad_norm": grad_norm}
+            run.log(step, bar.write, loader, **values, skipped_steps=optimizers.check_skipped())
+        if step % config.eval_every == 0 or is_last:
+            run.log_row(bar.write, {"step": step} | validation.losses(ema))
+            run.start_timer(step)
         stop = run.stopping()
-        if done % config.save_every == 0 or done == steps or stop:
-            checkpoint(done, with_samples=not stop)
-            run.time_from(done)
+        if step % config.save_every == 0 or is_last or stop:
+            run.save(step, loader)
+            if not stop:
+                validation.save_grid(ema, run.out / "samples" / f"{step:07d}.png")
+            run.start_timer(step)
         if stop:
             break
-    run.finish(done)
+    run.finish(step)
 
 
 if __name__ == "__main__":

@@ -497,7 +497,7 @@ def full_model():
 @torch.no_grad()
 def generated(model, ids, noise):
     hidden, logits = logits_of(model, ids, learned=True)
-    condition = model.diff_head_projector(hidden[chat(model, ids, learned=True).answers])
+    condition = model.answer_condition(hidden, chat(model, ids, learned=True))
     return logits, condition, sampled(model.dit, condition, noise)
 
 
@@ -544,9 +544,9 @@ def test_verdicts(full_model):
     latents, image = torch.cat([ramp(**x) for x in given.question_latents]), [rae.IMAGE] * 256
     with torch.no_grad():
         question = [*given.question_before, *image, *given.question_after]
-        answers = full_model.answer_logits(question, latents, given.yes, given.no, given.eos, 4)
+        answers = rae.answer_logits(full_model, question, latents, given.yes, given.no, given.eos, 4)
         description = [*given.describe_before, *image, *given.describe_after]
-        confidence = full_model.prompt_confidence(description, given.prompt, latents).tolist()
+        confidence = rae.prompt_confidence(full_model, description, given.prompt, latents).tolist()
     assert answers[0] == expected["answer"]
     for name, found in zip(("yes_logit", "no_logit"), answers[1:], strict=True):
         assert found == pytest.approx(expected[name], abs=1e-3)
@@ -566,16 +566,25 @@ def with_patches(ids, labels):
     )
 
 
+def losses(model, batch, latents, noise, t):
+    """Summed cross-entropy, and the velocity error of each image to generate, as train_t2i.py computes them."""
+    answers = batch.is_answer
+    x_1, x_0, t, context = noise[answers], latents[answers], t[answers], latents[~answers]
+    x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * x_1
+    velocity, cross_entropy = model(batch, x_t, t, torch.zeros(len(t), dtype=torch.bool), context)
+    return cross_entropy, (velocity - (x_1 - x_0)).square().mean(dim=(1, 2))
+
+
 def test_training_step():
     model, given, expected = text_to_image("SE"), inputs("SE"), GOLDEN["SE"]["outputs"]
     encoded = [with_patches(ids, labels) for ids, labels in zip(given.ids, given.labels, strict=True)]
     batch, images = model.collate(encoded), [0, 1, 3]  # the samples with one
-    assert batch.context_index.tolist() == [0] and batch.answer_index.tolist() == [1, 2]
+    assert batch.is_answer.tolist() == [False, True, True]
     latents = F.layer_norm(given.features, (1152,), eps=1e-6)[images]
     noise, t = pack(given.noise)[images], torch.tensor(given.t)[images]
-    cross_entropy, flow = model(batch, latents, noise, t, torch.zeros(3, dtype=torch.bool))
+    cross_entropy, flow = losses(model, batch, latents, noise, t)
     check(flow, {"first5": GOLDEN["SE"]["per_image"]}, 2e-6)
-    cross_entropy, diffusion = cross_entropy / len(batch.targets), flow.mean()
+    cross_entropy, diffusion = cross_entropy / batch.supervised_tokens, flow.mean()
     loss = cross_entropy + 2 * diffusion
     check(cross_entropy, expected["ce"], 2e-6)
     check(diffusion, expected["diffusion"], 2e-6)
@@ -614,8 +623,8 @@ def test_weak_training_step():
     latents = F.layer_norm(ramp((3, 16, 1152), a=0.71), (1152,), eps=1e-6)[:2]
     noise, t = pack(ramp((3, 1152, 4, 4), a=0.53))[:2], torch.tensor([0.3, 0.5])
     batch = model.collate([with_patches(*sample) for sample in samples])
-    cross_entropy, flow = model(batch, latents, noise, t, torch.zeros(2, dtype=torch.bool))
-    cross_entropy, diffusion = cross_entropy / len(batch.targets), flow.mean()
+    cross_entropy, flow = losses(model, batch, latents, noise, t)
+    cross_entropy, diffusion = cross_entropy / batch.supervised_tokens, flow.mean()
     loss = cross_entropy + 2 * diffusion
     loss.backward()
     found = [loss.item(), cross_entropy.item(), diffusion.item()]

@@ -231,7 +231,7 @@ def test_images_are_asked_what_verifiers_ask(parts, monkeypatch):
     model, asked = rae.TextToImage.from_pretrained(parts / "t2i").eval(), []
     encode = model.encode_chat
     monkeypatch.setattr(model, "encode_chat", lambda turns: asked.append(turns) or encode(turns))
-    model.verify(align.split(": ", 1)[1][:-1], torch.zeros(1, *model.read_shape))
+    rae.verify(model, align.split(": ", 1)[1][:-1], torch.zeros(1, *model.read_shape))
     assert asked == [[("user", f"<image>\n{question}")] for question in (align, describe)]
 
 

@@ -102,7 +102,7 @@ def test_best_of_keeps_what_the_verifier_prefers(run, parts, tmp_path):
     for prompt, name, lines in (("a red star", "a-red-star", out[:2]), ("two rings", "two-rings", out[2:4])):
         noise = torch.stack([sample.draw_noise(seed, (16, 24)) for seed in range(3, 9)])
         latents = model.generate([prompt] * 6, 2, 3.0, noise=noise)
-        verdicts = model.verify(prompt, latents)
+        verdicts = rae.verify(model, prompt, latents)
         expected = rae.best(verdicts, "prompt_confidence", 2)
         assert [Path(line).name for line in lines] == [f"{name}-{3 + i}.png" for i in expected]
         rows = json.loads((tmp_path / f"{name}-3-scores.json").read_text())["candidates"]
