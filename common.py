@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import types
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -38,6 +39,9 @@ WEIGHTS = Path(os.path.relpath(Path(__file__).parent / "nano" / "weights"))  # s
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, by device name
 
 transformers.logging.disable_progress_bar()  # one for each small folder that is read
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled"
+)  # by every checkpoint of one process
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every data loading process prints a warning
 
 # -----------------------------------------------------------------------------------------------------------
@@ -48,6 +52,32 @@ def flag(default, help: str, **kwargs):
     """A field of a config dataclass with its line of help. `at_least` bounds a number; the rest goes to
     argparse."""
     return dataclasses.field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass
+class TrainConfig:
+    """The flags that both trainers share."""
+
+    out: str = flag("runs/train", "folder of this run")
+    resume: str = flag("", "continue from OUT's newest checkpoint, or a given one", nargs="?", const="auto")
+    seed: int = flag(0, "seed of weights, data order, noise and every other random draw")
+    batch: int = flag(64, "samples per step, over all ranks", at_least=1)
+    grad_accum: int = flag(1, "gradient accumulation: micro-batches per step and rank", at_least=1)
+    dtype: str = flag(
+        "auto", "compute dtype; auto: bf16 on CUDA, else fp32", choices=["auto", "bf16", "fp32"]
+    )
+    shard: str = flag(
+        "none",
+        "FSDP2 sharding: none (replicate), full (across all ranks) or hybrid (within a node)",
+        choices=["none", "full", "hybrid"],
+    )
+    activation_checkpointing: bool = flag(False, "recompute the blocks in backward, to save memory")
+    compile: bool | None = flag(None, "torch.compile the transformer blocks (default: on CUDA)")
+    workers: int = flag(1, "data loading processes per rank", at_least=0)
+    log_every: int = flag(50, "steps between log lines", at_least=1)
+    save_every: int = flag(500, "steps between checkpoints, each with a grid of samples", at_least=1)
+    keep: int = flag(2, "newest checkpoints to keep", at_least=1)
+    wandb: str = flag("", "also log to this Weights & Biases project", metavar="PROJECT")
 
 
 def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
@@ -744,8 +774,15 @@ class Run:
             number  # a second one changes nothing: torchrun repeats a Ctrl-C that arrived already
         )
 
-    def stopping(self) -> bool:
-        """Whether any process was asked to stop: all of them leave the loop after the same step."""
+    def is_due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.config.steps
+
+    def stopping(self, step: int) -> bool:
+        """Whether any process was asked to stop: all of them leave the loop after the same step. Raises
+        ValueError after ten skipped steps in a row."""
+        if step % 10 == 0:
+            for optimizer in self.optimizers:
+                optimizer.check_skipped()
         [asked] = global_sum(self.stop_signal is not None)
         if asked:
             self.stop_signal = self.stop_signal or signal.SIGTERM
@@ -770,7 +807,9 @@ class Run:
         row["data_wait"] = loader.waited / (now - began)  # share of the time, on the main process
         loader.waited = 0.0
         self.count_skipped(loader, write)
-        row |= {"skipped_samples": self.skipped_samples, "time": now}
+        row["skipped_samples"] = self.skipped_samples
+        row["skipped_steps"] = sum(optimizer.check_skipped() for optimizer in self.optimizers)
+        row["time"] = now
         self.log_row(write, row)
         self.start_timer(step)
 

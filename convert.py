@@ -1,7 +1,9 @@
-"""Released weights: the authors' files and diffusers folders <-> the modules of rae.py.
+"""Released weights <-> the models of rae.py: the authors' RAE and Scale-RAE files, and diffusers folders.
 
-`rae.py` imports this file only inside of `from_pretrained` and `from_official`. A released state dict is recognised
-by its keys; a key map is a prefix, a rename and a reshape. Loading is strict.
+rae.py imports this file only when something is opened or exported; what it calls is at the end. Submodules of
+rae.py carry the released names, so a key map is a prefix, a rename and a reshape. Sizes are read from tensor
+shapes; configs only add what shapes cannot tell, such as the number of attention heads. Loading is strict:
+every key and every shape must fit.
 """
 
 import json
@@ -10,12 +12,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import torch
+import torch.nn.functional as F
 import transformers
 from einops import rearrange
 from huggingface_hub import hf_hub_download
@@ -25,16 +27,20 @@ from torch import Tensor, nn
 import rae
 
 # -----------------------------------------------------------------------------------------------------------
-# names
+# released names
+
+COLLECTION = "nyu-visionx/RAE-collections"
 
 
 def collection(decoder: str, stats: str, encoder: str) -> dict[str, str]:
-    parts = {"decoder": f"decoders/{decoder}/model.pt", "stats": f"stats/{stats}/stat.pt"}
-    parts = {name: f"nyu-visionx/RAE-collections/{path}" for name, path in parts.items()}
-    return parts | {"encoder": rae.ENCODERS[encoder]}
+    return {
+        "decoder": f"{COLLECTION}/decoders/{decoder}/model.pt",
+        "stats": f"{COLLECTION}/stats/{stats}/stat.pt",
+        "encoder": rae.ENCODERS[encoder],
+    }
 
 
-RELEASED = {  # arguments of `RAE.from_pretrained`; the number of tokens tells the size of the encoder's input
+RELEASED = {  # arguments of `RAE.from_pretrained`; the encoder's input size follows from the number of tokens
     "rae-dinov2-b": collection("dinov2/wReg_base/ViTXL_n08", "dinov2/wReg_base/imagenet1k", "dinov2-b"),
     "rae-dinov2-b-512": collection(
         "dinov2/wReg_base/ViTXL_n08_i512", "dinov2/wReg_base/imagenet1k_512", "dinov2-b"
@@ -43,6 +49,7 @@ RELEASED = {  # arguments of `RAE.from_pretrained`; the number of tokens tells t
     "rae-siglip2-b": collection(
         "siglip2/base_p16_i256/ViTXL_n08", "siglip2/base_p16_i256/ImageNet1k", "siglip2-b"
     ),
+    # Scale-RAE does not normalise its latents: no statistics
     "scale-rae-siglip2-so400m": {
         "decoder": "nyu-visionx/siglip2_decoder",
         "encoder": rae.ENCODERS["siglip2-so400m"],
@@ -50,19 +57,13 @@ RELEASED = {  # arguments of `RAE.from_pretrained`; the number of tokens tells t
     "scale-rae-webssl-l": {"decoder": "nyu-visionx/webssl300m_decoder", "encoder": rae.ENCODERS["webssl-l"]},
 }
 
-
-def released_dit(path: str, autoencoder: str) -> tuple[str, str]:
-    folder = "nyu-visionx/RAE-collections/DiTs/Dinov2/wReg_base"
-    return f"{folder}/{path}/stage2_model.pt", autoencoder
-
-
-RELEASED_DITS = {  # file, autoencoder; S are the guides
-    "rae-dit-dh-xl-256": released_dit("ImageNet256/DiTDH-XL", "rae-dinov2-b"),
-    "rae-dit-dh-s-256": released_dit("ImageNet256/DiTDH-S_ep14", "rae-dinov2-b"),
-    "rae-dit-dh-xl-512": released_dit("ImageNet512/DiTDH-XL_ep400", "rae-dinov2-b-512"),
-    "rae-dit-dh-s-512": released_dit("ImageNet512/DiTDH-S_ep20", "rae-dinov2-b-512"),
+DITS_FOLDER = f"{COLLECTION}/DiTs/Dinov2/wReg_base"
+RELEASED_DITS = {  # (file, autoencoder); the S models are guides for AutoGuidance
+    "rae-dit-dh-xl-256": (f"{DITS_FOLDER}/ImageNet256/DiTDH-XL/stage2_model.pt", "rae-dinov2-b"),
+    "rae-dit-dh-s-256": (f"{DITS_FOLDER}/ImageNet256/DiTDH-S_ep14/stage2_model.pt", "rae-dinov2-b"),
+    "rae-dit-dh-xl-512": (f"{DITS_FOLDER}/ImageNet512/DiTDH-XL_ep400/stage2_model.pt", "rae-dinov2-b-512"),
+    "rae-dit-dh-s-512": (f"{DITS_FOLDER}/ImageNet512/DiTDH-S_ep20/stage2_model.pt", "rae-dinov2-b-512"),
 }
-
 
 RELEASED_TEXT_TO_IMAGE = {  # hub ids; 64ep: finetuned for 64 epochs
     "scale-rae-1.5b-2.4b": "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B",
@@ -73,137 +74,202 @@ RELEASED_TEXT_TO_IMAGE = {  # hub ids; 64ep: finetuned for 64 epochs
 }
 
 
-def from_official(state_dict: dict[str, Tensor], **given) -> nn.Module:
-    """The module of a state dict that the authors released, in eval mode, recognised by its keys: a whole
-    RAE or its decoder, LightningDiT or DiT-DH, Scale-RAE's diffusion head in both forms (without
-    `diff_head.model.`), or a whole Scale-RAE model. What trainers wrap around names is removed.
+# -----------------------------------------------------------------------------------------------------------
+# recognising a state dict, and loading it strictly
 
-    Sizes are read from the tensors; `given` adds what they cannot tell and is checked where they can: heads=,
-    needed for a decoder that is not of a size in DECODERS, and where a DiT's RoPE tables were left out. With
-    the wide head, heads=, width= and depth= are pairs (backbone, head), and one number of heads stands for
-    both. A whole RAE needs encoder=, a config or model of `transformers`, image_mean= and image_std=, and
-    takes encoder_size= and stats=, {"mean", "var"} of its latents, each (C, h, w) or None. A whole Scale-RAE
-    needs language_model=, a config or model of `transformers`, and takes im_start= and im_end=, the ids of
-    the tokens around an image; tokenizer and autoencoder are set later, neither is in the dict. Raises
-    ValueError, with the first keys that do not fit, for a dict that is unknown or damaged, and for a keyword
-    that contradicts it.
+
+def from_official(state_dict: dict[str, Tensor], **options) -> nn.Module:
+    """Build the model of a released state dict, in eval mode. Its keys tell which one it is:
+
+    - RAE's decoder -> Decoder
+    - a whole RAE -> RAE; needs encoder= (config or model of `transformers`), image_mean= and image_std=;
+      takes encoder_size= (default: from the number of tokens) and stats= ({"mean", "var"}, (C, h, w) or None)
+    - LightningDiT, DiT-DH, or Scale-RAE's DiT without its prefix `diff_head.model.` -> DiT
+    - a whole Scale-RAE model -> TextToImage; needs language_model= (config or model of `transformers`); takes
+      im_start= and im_end=, ids of the tokens around an image. Set its tokenizer and autoencoder afterwards
+
+    heads= is needed for a decoder whose size is not in `rae.DECODERS`, and for a DiT without its RoPE tables.
+    All other sizes are read from the tensors, and checked against options such as width= and depth=. With the
+    DDT head, heads, width and depth are pairs (backbone, head); a single number stands for both.
+
+    Prefixes of DDP, FSDP and torch_xla are removed from the keys. Raises ValueError for an unknown or damaged
+    state dict, naming the first keys that do not fit, and for options that contradict it.
     """
-    state_dict = {unwrapped(name): tensor for name, tensor in state_dict.items()}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    parts = {name.split(".")[0] for name in state_dict}
-    if "diff_head" in parts:
-        return official_text_to_image(state_dict, given)
-    if {"encoder", "decoder"} <= parts:
-        return official_rae(state_dict, given)
-    if "decoder_layers" in parts:
-        return official_decoder(state_dict, given)
-    if parts & {"blocks", "dit_blocks"}:
-        return official_dit(state_dict, given, scale="dit_blocks" in parts, wide="s_embedder" in parts)
+    wrappers = r"(?<![^.])(_orig_module|module|_fsdp_wrapped_module|_fpw_module)\."
+    weights = {re.sub(wrappers, "", name): tensor for name, tensor in state_dict.items()}
+    # lists become tuples, which compare equal to the sizes read from the tensors
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    modules = {name.split(".")[0] for name in weights}
+    if "diff_head" in modules:
+        return build_text_to_image(weights, **options)
+    if {"encoder", "decoder"} <= modules:
+        return build_whole_rae(weights, **options)
+    if "decoder_layers" in modules:
+        return load_official(rae.Decoder(**decoder_sizes(weights, options)), weights)
+    if modules & {"blocks", "dit_blocks"}:
+        released = ReleasedDiT(weights)
+        dit = rae.DiT(**released.sizes(options))
+        return load_official(dit, released.reshaped(), released.rename, released.rope_tables(dit))
     raise ValueError(f"unknown state dict, no decoder_layers, blocks or dit_blocks: {list(state_dict)[:5]}")
 
 
-def unwrapped(name: str) -> str:
-    wrappers = ("_orig_module", "module", "_fsdp_wrapped_module", "_fpw_module")  # of torch_xla, DDP, FSDP
-    return ".".join(part for part in name.split(".") if part not in wrappers)
-
-
 def config_of(model) -> dict | None:
-    """The config of a model of `transformers`; a config, or a dict of it, may be given itself."""
+    """The config of a `transformers` model as a dict; configs and dicts are accepted too."""
     config = getattr(model, "config", model)
     if isinstance(config, transformers.PretrainedConfig):
         config = config.to_diff_dict() | {"model_type": config.model_type}
     return config
 
 
-def official_decoder(weights: dict[str, Tensor], given: dict) -> rae.Decoder:
-    return load_official(rae.Decoder(**decoder_sizes(weights, given)), weights)
+def size_of(weights: dict[str, Tensor], name: str, axis: int = 0) -> int:
+    if name not in weights or weights[name].ndim <= axis:
+        raise ValueError(f"damaged state dict: {name} is missing or has fewer than {axis + 1} axes")
+    return weights[name].shape[axis]
 
 
-def decoder_sizes(weights: dict[str, Tensor], given: dict, prefix: str = "") -> dict:
-    def size(name: str, axis: int = 0) -> int:
-        return official_size(weights, prefix + name, axis)
+def count_blocks(weights: dict[str, Tensor], blocks: str) -> int:
+    numbers = [re.match(rf"{re.escape(blocks)}\.(\d+)\.", name) for name in weights]
+    return max((int(number[1]) + 1 for number in numbers if number), default=0)
 
-    sizes = {  # a number that should be a square and is not gives a shape that does not fit
-        "latent_shape": (math.isqrt(size("decoder_pos_embed", 1) - 1) ** 2, size("decoder_embed.weight", 1)),
-        "patch_size": math.isqrt(size("decoder_pred.bias") // 3),
-        "width": size("decoder_embed.weight"),
-        "depth": official_depth(weights, f"{prefix}decoder_layers"),
-        "mlp_width": size("decoder_layers.0.intermediate.dense.bias"),
+
+def check_options(options: dict, sizes: dict, widths: tuple, heads: tuple) -> None:
+    """Raise ValueError for options that contradict the tensors, and for numbers of heads that cannot be."""
+    for name, value in options.items():
+        if name not in sizes or sizes[name] != value:
+            raise ValueError(f"{name}={value}, but the state dict says {sizes.get(name, 'nothing of it')}")
+    if len(heads) != len(widths) or not all(h and w % h == 0 for w, h in zip(widths, heads, strict=True)):
+        raise ValueError(f"give heads=, the attention heads, divisors of the width {widths}; not {heads}")
+
+
+def load_official(model: nn.Module, weights: dict, rename=str, rope_tables: dict | None = None) -> nn.Module:
+    """Load released weights strictly; returns the model in eval mode.
+
+    rename: function, our key -> the released key. rope_tables: what the RoPE tables must be, by released key.
+    A file may leave all of them out. Raises ValueError with the first keys that do not fit.
+    """
+    ours = model.state_dict()
+    released_key = {name: rename(name) for name in ours}
+    shapes = {released_key[name]: [tensor.shape] for name, tensor in ours.items()}
+    for name, shape in swiglu_shapes(model).items():
+        shapes[released_key[name]].append(shape)
+    rope_tables = rope_tables or {}
+    if weights.keys() & rope_tables.keys():
+        shapes |= {name: [table.shape] for name, table in rope_tables.items()}
+
+    problems = [f"{name} is missing" for name in shapes if name not in weights]
+    for name, tensor in weights.items():
+        if name not in shapes:
+            problems.append(f"{name} is unknown")
+        elif tensor.shape not in shapes[name]:
+            problems.append(f"{name} is {tuple(tensor.shape)}, not {tuple(shapes[name][-1])}")
+        # the tolerance is bf16's rounding: other heads, or another grid, are off by more
+        elif name in rope_tables and not torch.allclose(tensor.float(), rope_tables[name], atol=4e-3):
+            problems.append(f"{name} is not the RoPE table of these heads")
+    if problems:
+        first = "; ".join(problems[:5])
+        raise ValueError(f"{type(model).__name__}: {len(problems)} keys do not fit: {first}")
+    model.load_state_dict({name: weights[released_key[name]] for name in released_key})
+    return model.eval()
+
+
+def swiglu_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Released shapes of the SwiGLU layers, which round their hidden width up to a multiple of 8 and pad
+    weights as they load. They would pad a damaged tensor too, so the exact width is checked here."""
+    shapes = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, rae.SwiGLU):
+            width, hidden = layer.w3.out_features, layer.hidden
+            shapes |= {f"{name}.w12.weight": (2 * hidden, width), f"{name}.w12.bias": (2 * hidden,)}
+            shapes |= {f"{name}.w3.weight": (width, hidden)}
+    return shapes
+
+
+# -----------------------------------------------------------------------------------------------------------
+# decoder
+
+
+def decoder_sizes(weights: dict[str, Tensor], options: dict, prefix: str = "") -> dict:
+    """The arguments of `rae.Decoder`, from the shapes of the keys that start with `prefix`."""
+    size = partial(size_of, weights)
+    tokens = math.isqrt(size(f"{prefix}decoder_pos_embed", 1) - 1) ** 2  # its first row is the class token's
+    sizes = {  # where a number should be a square and is not, `load_official` reports the shape
+        "latent_shape": (tokens, size(f"{prefix}decoder_embed.weight", 1)),
+        "patch_size": math.isqrt(size(f"{prefix}decoder_pred.bias") // 3),
+        "width": size(f"{prefix}decoder_embed.weight"),
+        "depth": count_blocks(weights, f"{prefix}decoder_layers"),
+        "mlp_width": size(f"{prefix}decoder_layers.0.intermediate.dense.bias"),
+        "heads": options.get("heads"),
     }
-    same = ("width", "depth", "mlp_width")
-    known = (
-        size["heads"] for size in rae.DECODERS.values() if all(size[name] == sizes[name] for name in same)
-    )
-    sizes["heads"] = given.get("heads", next(known, None))
-    check_given(given, sizes, [sizes["width"]], [sizes["heads"]])
+    for preset in rae.DECODERS.values():
+        same_size = all(preset[name] == sizes[name] for name in ("width", "depth", "mlp_width"))
+        if sizes["heads"] is None and same_size:
+            sizes["heads"] = preset["heads"]
+    check_options(options, sizes, (sizes["width"],), (sizes["heads"],))
     return sizes
 
 
-def official_rae(weights: dict[str, Tensor], given: dict) -> rae.RAE:
-    model = rae_of_decoder(weights, given | {"encoder": config_of(given.get("encoder"))}, "decoder.")
-    dino = model.encoder.config.model_type.startswith("dinov2")
-    return load_rae(model, weights, "encoder.encoder." if dino else "encoder.model.")
+# -----------------------------------------------------------------------------------------------------------
+# RAE: encoder + decoder + latent statistics
 
 
-def load_rae(
-    model: rae.RAE, weights: dict[str, Tensor], prefix: str, rename: Callable[[str], str] = str
+def build_whole_rae(weights: dict[str, Tensor], encoder=None, **options) -> rae.RAE:
+    model = build_rae(weights, config_of(encoder), prefix="decoder.", **options)
+    # the authors' encoder wrappers keep the `transformers` model under one of two names
+    is_dino = model.encoder.config.model_type.startswith("dinov2")
+    return load_rae(model, weights, "encoder.encoder." if is_dino else "encoder.model.")
+
+
+def build_rae(
+    weights, encoder, encoder_size=None, image_mean=None, image_std=None, stats=None, prefix="", **options
 ) -> rae.RAE:
-    """Loads strictly; statistics that are not in the file stay as they are. prefix: of the encoder's keys;
-    rename: our other keys -> theirs."""
-
-    def theirs(name: str) -> str:
-        return old_encoder_name(re.sub(r"^encoder\.model\.", prefix, rename(name)), prefix)
-
-    weights = {old_encoder_name(name, prefix): tensor for name, tensor in weights.items()}
-    if model.encoder.config.model_type == "siglip_vision_model":  # its pooling head is not used
-        weights = {name: w for name, w in weights.items() if not name.startswith(f"{prefix}head.")}
-    weights = {name: getattr(model, name) for name in ("latent_mean", "latent_std")} | weights
-    return load_official(model, weights, theirs)
-
-
-def rae_of_decoder(weights: dict[str, Tensor], given: dict, prefix: str = "") -> rae.RAE:
-    """An RAE of the sizes of this decoder, without its weights but with the latent statistics."""
-    names = ("encoder", "encoder_size", "image_mean", "image_std", "stats")
-    encoder, encoder_size, image_mean, image_std, stats = (given.get(name) for name in names)
-    given = {name: value for name, value in given.items() if name not in names}
+    """An RAE around a decoder of these sizes, with latent statistics but without the decoder's weights. The
+    arguments are those of `from_official`; options: the decoder's. prefix: of the decoder's keys."""
     if encoder is None:
-        raise ValueError("give encoder=, whose latents this decoder takes: a hub id or folder, or a config")
-    sizes = decoder_sizes(weights, given, prefix)
+        raise ValueError("give encoder=, whose latents this decoder takes: a hub id, a folder or a config")
+    sizes = decoder_sizes(weights, options, prefix)
     tokens, channels = sizes.pop("latent_shape")
     if encoder_size is None:
         read = transformers.AutoConfig
         config = read.for_model(**encoder) if isinstance(encoder, dict) else read.from_pretrained(encoder)
         encoder_size = math.isqrt(tokens) * getattr(config, "vision_config", config).patch_size
-    model = rae.RAE(
-        encoder, sizes, encoder_size, image_mean and list(image_mean), image_std and list(image_std)
-    )
+    image_mean, image_std = list(image_mean or []), list(image_std or [])
+    model = rae.RAE(encoder, sizes, encoder_size, image_mean, image_std)
     if model.latent_shape != (tokens, channels):
         raise ValueError(
             f"the decoder takes latents {(tokens, channels)}, this encoder gives {model.latent_shape} at "
             f"encoder_size {encoder_size}: give the encoder that it was trained with"
         )
-    if stats:
-        set_statistics(model, stats)
+    # the authors' statistics are (C, h, w), ours (N, C)
+    expected = (channels, math.isqrt(tokens), math.isqrt(tokens))
+    for name, value in (stats or {}).items():
+        shape = tuple(getattr(value, "shape", ()))
+        if name not in ("mean", "var") or (value is not None and shape != expected):
+            raise ValueError(f"statistics: {name} is {shape}; give mean and var, {expected} or None")
+        if value is not None and name == "mean":
+            model.latent_mean.copy_(value.flatten(1).mT)
+        elif value is not None:
+            model.latent_std.copy_((value.flatten(1).mT + 1e-5).sqrt())
     return model
 
 
-def set_statistics(model: rae.RAE, stats: dict[str, Tensor | None]) -> None:
-    """The authors' statistics, {"mean", "var"}, each (C, h, w) or None; the std is sqrt(var + 1e-5)."""
-    tokens, channels = model.latent_shape
-    shape = (channels, math.isqrt(tokens), math.isqrt(tokens))
-    for name, value in stats.items():
-        found = getattr(value, "shape", type(value).__name__)
-        if name not in ("mean", "var") or value is not None and found != shape:
-            raise ValueError(f"statistics: {name} is {found}; give mean and var, each {shape} or None")
-    if stats.get("mean") is not None:
-        model.latent_mean.copy_(stats["mean"].flatten(1).mT)
-    if stats.get("var") is not None:
-        model.latent_std.copy_((stats["var"].flatten(1).mT + 1e-5).sqrt())
+def load_rae(model: rae.RAE, weights: dict[str, Tensor], prefix: str, rename=str) -> rae.RAE:
+    """Load a whole RAE strictly; latent statistics that are not in the file keep their values. prefix: of the
+    encoder's keys in the file; rename: our other keys -> the file's."""
+
+    def file_key(name: str) -> str:
+        return old_encoder_key(re.sub(r"^encoder\.model\.", prefix, rename(name)), prefix)
+
+    # files and the installed `transformers` may use old or new names: compare both in the old ones
+    weights = {old_encoder_key(name, prefix): tensor for name, tensor in weights.items()}
+    if model.encoder.config.model_type == "siglip_vision_model":  # our encoder has no pooling head
+        weights = {name: w for name, w in weights.items() if not name.startswith(f"{prefix}head.")}
+    statistics = {"latent_mean": model.latent_mean, "latent_std": model.latent_std}
+    return load_official(model, statistics | weights, file_key)
 
 
-def old_encoder_name(name: str, prefix: str) -> str:
-    """A key of an encoder as transformers 4.56 had it, with which the released files were made. 5.23 calls
-    the linear layers of DINOv2 and MAE otherwise, and has no `vision_model.` in SigLIP."""
+def old_encoder_key(name: str, prefix: str) -> str:
+    """An encoder's key as in transformers 4.56, which the released files were made with. 5.23 renamed the
+    linear layers of DINOv2 and MAE, and dropped `vision_model.` from SigLIP."""
     if not name.startswith(prefix):
         return name
     key = name.removeprefix(prefix)
@@ -221,182 +287,208 @@ def old_encoder_name(name: str, prefix: str) -> str:
     return prefix + key
 
 
-class DiTNames(NamedTuple):
-    """The authors' names in a DiT."""
+# -----------------------------------------------------------------------------------------------------------
+# DiT: LightningDiT, DiT-DH (with the DDT head), and Scale-RAE's
 
-    embedders: list[str]  # of the latents, for the backbone and for the wide head
-    ropes: list[str]  # likewise
-    rename: Callable[[str], str]  # our key -> theirs
-
-
-def dit_names(scale: bool, wide: bool, prefix: str = "") -> DiTNames:
-    """scale: Scale-RAE's, not RAE's; wide: with the wide head."""
-    embedders, ropes = ["x_embedder.proj"], ["feat_rope"]
-    if wide:
-        embedders, ropes = ["s_embedder.proj", "x_embedder.proj"], ["enc_feat_rope", "dec_feat_rope"]
-    if wide and scale:  # here x_embedder feeds the backbone and s_embedder the head
-        embedders, ropes = embedders[::-1], ["enc_rope", "dec_rope"]
-    blocks = "dit_blocks" if scale else "blocks"
-    names = {"s_embedder": embedders[0], "x_embedder": embedders[-1], "blocks": blocks}
-
-    def rename(name: str) -> str:
-        return prefix + re.sub(r"^\w+", lambda first: names.get(first[0], first[0]), name)
-
-    return DiTNames([prefix + name for name in embedders], [prefix + name for name in ropes], rename)
+# (Scale-RAE?, DDT head?) -> latent embedders and RoPE tables, of the backbone and then of the head. Trap: the
+# two projects name the embedders of the DDT head the other way round.
+DIT_NAMES = {
+    (False, False): (["x_embedder"], ["feat_rope"]),
+    (False, True): (["s_embedder", "x_embedder"], ["enc_feat_rope", "dec_feat_rope"]),
+    (True, False): (["x_embedder"], ["feat_rope"]),
+    (True, True): (["x_embedder", "s_embedder"], ["enc_rope", "dec_rope"]),
+}
 
 
-def dit_sizes(weights: dict[str, Tensor], given: dict, scale: bool, wide: bool, names: DiTNames) -> dict:
-    """The arguments of `DiT`. With the wide head, the sizes given are pairs (backbone, head)."""
-    size, (embedders, ropes, rename) = partial(official_size, weights), names
-    tuples = {name: (given[name],) * len(ropes) for name in given if isinstance(given[name], int)}
-    given = given | {name: tuples[name] for name in ("width", "depth", "heads") if name in tuples}
+class ReleasedDiT:
+    """The state dict of a released DiT, whose keys start with `prefix`: its names, sizes and weights."""
 
-    width, blocks = tuple(size(f"{name}.weight") for name in embedders), rename("blocks")
-    widths = [size(f"{blocks}.{i}.norm1.weight") for i in range(official_depth(weights, blocks))]
-    in_head = widths.count(width[-1])
-    depth = (len(widths) - in_head, in_head) if wide else (len(widths),)
-    if wide and width[0] == width[1]:  # no telling where the head begins: it has two blocks in both papers
-        depth = given.get("depth", (len(widths) - 2, 2))
-    heads = given.get("heads", ())
-    if f"{ropes[0]}.freqs_cos" in weights:
-        heads = tuple(w // size(f"{rope}.freqs_cos", 1) for w, rope in zip(width, ropes, strict=True))
-    channels = size(f"{embedders[0]}.weight", 1) * size(f"{embedders[0]}.weight", 3) ** 2
-    sizes = {
-        "latent_shape": (math.isqrt(size(rename("pos_embed"), 1)) ** 2, channels),
-        "num_classes": None if scale else size(rename("y_embedder.embedding_table.weight")) - 1,
-        "condition_width": size(rename("y_embedder.dropout_embedding")) if scale else None,
-    }
-    check_given(given, sizes | {"width": width, "depth": depth, "heads": heads}, width, heads)
-    return sizes | {
-        "width": width[0],
-        "depth": depth[0],
-        "heads": heads[0],
-        "head": (width[1], depth[1], heads[1]) if wide else None,
-        "silu_condition": scale or wide,
-        "readd_time": wide and not scale,
-        "xavier": scale or not wide,
-        "qk_norm": any(".q_norm." in name for name in weights),
-        "swiglu": not any(".mlp.fc1." in name for name in weights),
-    }
+    def __init__(self, weights: dict[str, Tensor], prefix: str = ""):
+        self.weights, self.prefix = weights, prefix
+        modules = {name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)}
+        self.scale_rae, self.ddt_head = "dit_blocks" in modules, "s_embedder" in modules
+        self.blocks = "dit_blocks" if self.scale_rae else "blocks"
+        self.embedders, self.ropes = DIT_NAMES[self.scale_rae, self.ddt_head]
+
+    def rename(self, name: str) -> str:
+        """Our key of a DiT -> the released key. Ours are RAE's, but for `.proj` of the embedders."""
+        module, dot, rest = name.partition(".")
+        if module in ("s_embedder", "x_embedder"):
+            module = self.embedders[0 if module == "s_embedder" else -1] + ".proj"
+        elif module == "blocks":
+            module = self.blocks
+        return self.prefix + module + dot + rest
+
+    def size(self, name: str, axis: int = 0) -> int:
+        return size_of(self.weights, self.prefix + name, axis)
+
+    def sizes(self, options: dict) -> dict:
+        """The arguments of `rae.DiT`. Raises ValueError for options that contradict the tensors."""
+        # with the DDT head there are two of each: (backbone, head)
+        options = dict(options)
+        for name in ("width", "depth", "heads"):
+            if isinstance(options.get(name), int):
+                options[name] = (options[name],) * len(self.embedders)
+        width = tuple(self.size(f"{name}.proj.weight") for name in self.embedders)
+        blocks = count_blocks(self.weights, self.prefix + self.blocks)
+        in_head = sum(self.size(f"{self.blocks}.{i}.norm1.weight") == width[-1] for i in range(blocks))
+        depth = (blocks - in_head, in_head) if self.ddt_head else (blocks,)
+        if self.ddt_head and width[0] == width[1]:
+            # widths do not tell where the head begins; it has two blocks in both papers
+            depth = options.get("depth", (blocks - 2, 2))
+        heads = options.get("heads", ())
+        if f"{self.prefix}{self.ropes[0]}.freqs_cos" in self.weights:
+            head_widths = [self.size(f"{rope}.freqs_cos", 1) for rope in self.ropes]
+            heads = tuple(w // h for w, h in zip(width, head_widths, strict=True))
+        # (width, C, p, p): a patch of p x p latents is one token
+        embedder = f"{self.embedders[0]}.proj.weight"
+        channels = self.size(embedder, 1) * self.size(embedder, 3) ** 2
+        sizes = {"latent_shape": (math.isqrt(self.size("pos_embed", 1)) ** 2, channels)}
+        if self.scale_rae:
+            sizes |= {"num_classes": None, "condition_width": self.size("y_embedder.dropout_embedding")}
+        else:  # the last row of the table is the null label
+            classes = self.size("y_embedder.embedding_table.weight") - 1
+            sizes |= {"num_classes": classes, "condition_width": None}
+        check_options(options, sizes | {"width": width, "depth": depth, "heads": heads}, width, heads)
+        return sizes | {
+            "width": width[0],
+            "depth": depth[0],
+            "heads": heads[0],
+            "head": (width[1], depth[1], heads[1]) if self.ddt_head else None,
+            "silu_condition": self.scale_rae or self.ddt_head,
+            "readd_time": self.ddt_head and not self.scale_rae,
+            "xavier": self.scale_rae or not self.ddt_head,
+            "qk_norm": any(".q_norm." in name for name in self.weights),
+            "swiglu": not any(".mlp.fc1." in name for name in self.weights),
+        }
+
+    def reshaped(self) -> dict[str, Tensor]:
+        """The state dict with its tensors in our shapes, still under the released names."""
+        weights = dict(self.weights)
+        if self.scale_rae:  # its files leave the fixed frequencies out, which ours save
+            weights.setdefault(f"{self.prefix}t_embedder.W", rae.TimeEmbedding(1).W)
+        # patch embedding as a convolution -> linear layer on tokens of p * p * channels
+        patch = self.size(f"{self.embedders[0]}.proj.weight", 3)
+        for embedder in self.embedders:
+            name = f"{self.prefix}{embedder}.proj.weight"
+            weights[name] = weights[name].flatten(1)
+            channels = weights[name].shape[1]
+        # the output layer makes patches in the order (row, column, channel), ours are (channel, row, column)
+        for part in ("weight", "bias"):
+            name = f"{self.prefix}final_layer.linear.{part}"
+            if name in weights and len(weights[name]) == channels:
+                weights[name] = rearrange(weights[name], "(p q c) ... -> (c p q) ...", p=patch, q=patch)
+        return weights
+
+    def rope_tables(self, dit: rae.DiT) -> dict[str, Tensor]:
+        """Released key -> the RoPE table that it must be. These are in the authors' files, not in ours."""
+        tables = {}
+        ours = [dit.rope, dit.head_rope] if self.ddt_head else [dit.rope]
+        for name, rope in zip(self.ropes, ours, strict=True):
+            tables[f"{self.prefix}{name}.freqs_cos"], tables[f"{self.prefix}{name}.freqs_sin"] = rope
+        return tables
 
 
-def dit_weights(weights: dict[str, Tensor], scale: bool, names: DiTNames) -> dict[str, Tensor]:
-    """The authors' weights in our shapes."""
-    weights = {name: rae.pad_swiglu(name, tensor) for name, tensor in weights.items()}
-    patch = weights[f"{names.embedders[0]}.weight"].shape[3]
-    if scale:  # its files leave the frequencies out
-        weights.setdefault(names.rename("t_embedder.W"), rae.TimeEmbedding(1).W)
-    for name in names.embedders:
-        weights[f"{name}.weight"] = weights[f"{name}.weight"].flatten(1)
-    channels = weights[f"{names.embedders[0]}.weight"].shape[1]
-    for name in map(names.rename, ("final_layer.linear.weight", "final_layer.linear.bias")):
-        if patch > 1 and name in weights and len(weights[name]) == channels:  # patches: ours are (c p q)
-            weights[name] = rearrange(weights[name], "(p q c) ... -> (c p q) ...", p=patch, q=patch)
-    return weights
+# -----------------------------------------------------------------------------------------------------------
+# Scale-RAE: language model + latent queries + DiT
 
 
-def dit_tables(dit: rae.DiT, names: DiTNames) -> dict[str, Tensor]:
-    """The RoPE tables, which are in the authors' files and not in ours."""
-    tables = zip(names.ropes, [dit.rope, dit.head_rope] if dit.head else [dit.rope], strict=True)
-    return {
-        f"{name}.freqs_{part}": table[i] for name, table in tables for i, part in enumerate(("cos", "sin"))
-    }
-
-
-def official_dit(weights: dict[str, Tensor], given: dict, scale: bool, wide: bool) -> rae.DiT:
-    names = dit_names(scale, wide)
-    dit = rae.DiT(**dit_sizes(weights, given, scale, wide, names))
-    return load_official(dit, dit_weights(weights, scale, names), names.rename, dit_tables(dit, names))
-
-
-HEAD_PREFIX = "diff_head.model."  # of the DiT in a whole Scale-RAE model
-
-
-def scale_rae_name(dit: DiTNames, name: str) -> str:
-    """Our key of a TextToImage -> theirs."""
-    if name.startswith("dit."):
-        return dit.rename(name.removeprefix("dit."))
-    return re.sub("^(?=latent_queries|mm_projector)", "model.", name.removeprefix("language_model."))
-
-
-def official_text_to_image(weights: dict[str, Tensor], given: dict) -> rae.TextToImage:
-    """What the released files have not is unknown here: statistics of the latents (`diff_head.data_mean`),
-    heads of other losses, a vision tower."""
-    language_model = config_of(given.pop("language_model", None))
-    tokens = {name: given.pop(name, None) for name in ("im_start", "im_end")}
+def build_text_to_image(
+    weights, language_model=None, im_start=None, im_end=None, **options
+) -> rae.TextToImage:
+    """A whole Scale-RAE model; options: of its DiT. Keys that no released file has are errors, such as
+    statistics of the latents (`diff_head.data_mean`), heads of other losses or a vision tower."""
     if language_model is None:
         raise ValueError("give language_model=, the config of the language model")
-    wide = any(name.startswith(f"{HEAD_PREFIX}s_embedder.") for name in weights)
-    names = dit_names(True, wide, HEAD_PREFIX)
-    sizes = dit_sizes(weights, given, True, wide, names)
-    shape = sizes.pop("latent_shape")
-    read = official_size(weights, "model.mm_projector.0.weight", 1)
-    read = None if read == shape[1] else read  # latents of a VAE, and a vision encoder to read with
-    model = rae.TextToImage({"model_type": "qwen2"} | language_model, sizes, shape, reader_channels=read)
-    weights = dit_weights(weights, True, names)
-    if model.language_model.config.tie_word_embeddings:  # files have one of them, or both
-        tied = ("model.embed_tokens.weight", "lm_head.weight")
-        for name, other in (tied, tied[::-1]):
-            if name in weights and not torch.equal(weights.setdefault(other, weights[name]), weights[name]):
-                raise ValueError(f"language_model= ties {other} to {name}, but they differ")
-    load_official(model, weights, partial(scale_rae_name, names), dit_tables(model.dit, names))
+    released = ReleasedDiT(weights, "diff_head.model.")
+    dit = released.sizes(options)
+    latent_shape = dit.pop("latent_shape")
+    # channels of the latents that are read; they differ where images are generated in a VAE's latents
+    channels = size_of(weights, "model.mm_projector.0.weight", 1)
+    reader_channels = None if channels == latent_shape[1] else channels
+    config = {"model_type": "qwen2"} | config_of(language_model)
+    model = rae.TextToImage(config, dit, latent_shape, reader_channels=reader_channels)
+
+    weights = released.reshaped()
+    if model.language_model.config.tie_word_embeddings:  # files hold one of the two tensors, or both
+        tied = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in weights]
+        if len(tied) == 2 and not torch.equal(weights[tied[0]], weights[tied[1]]):
+            raise ValueError(f"language_model= ties {tied[1]} to {tied[0]}, but they differ")
+        if tied:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"] = weights[tied[0]]
+
+    def released_key(name: str) -> str:
+        if name.startswith("dit."):
+            return released.rename(name.removeprefix("dit."))
+        if name.startswith(("latent_queries", "mm_projector")):
+            return f"model.{name}"
+        return name.removeprefix("language_model.")
+
+    load_official(model, weights, released_key, released.rope_tables(model.dit))
     rows = model.language_model.config.vocab_size
-    for name, token in tokens.items():
+    for name, token in (("im_start", im_start), ("im_end", im_end)):
         if token is not None and not 0 <= token < rows:
             raise ValueError(f"{name}={token}, but the state dict has {rows} tokens")
         setattr(model, name, token)
     return model
 
 
-def official_size(weights: dict[str, Tensor], name: str, axis: int = 0) -> int:
-    if name not in weights or weights[name].ndim <= axis:
-        raise ValueError(f"damaged state dict: {name} is missing or has less than {axis + 1} axes")
-    return weights[name].shape[axis]
+# keys of their config.json that are Qwen2's
+SCALE_RAE_LANGUAGE_MODEL = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "hidden_act max_position_embeddings rms_norm_eps rope_theta tie_word_embeddings attention_dropout "
+    "initializer_range"
+).split()
+SCALE_RAE_DIT = {"width": "hidden_size", "depth": "depth", "heads": "heads"}  # after `diffusion_model_`
+SCALE_RAE_SWITCHES = {  # the only values that rae.py implements
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -1,
+    "mm_use_im_start_end": True,
+    "vision_loss_mode": "query",  # causal attention
+    "dit_cls": "DiT",
+    "use_sliding_window": False,
+    "aux_regression": False,
+    "diffusion_norm_stats_path": None,
+}
 
 
-def official_depth(weights: dict[str, Tensor], blocks: str) -> int:
-    found = (re.match(rf"{blocks}\.(\d+)\.", name) for name in weights)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+def read_scale_rae(source: str, folder: str, config: dict, revision: str | None) -> rae.TextToImage:
+    """A whole Scale-RAE model. source: of the weights; folder: of the config and the tokenizer."""
+    check_config(folder, config, SCALE_RAE_SWITCHES)
+    language_model = {name: config[name] for name in SCALE_RAE_LANGUAGE_MODEL if name in config}
+    options = {option: config.get(f"diffusion_model_{key}") for option, key in SCALE_RAE_DIT.items()}
+    options = {option: value for option, value in options.items() if value is not None}
+    model = from_official(read_weights(source, revision), language_model=language_model, **options)
+    # with the config, AutoTokenizer does not read config.json, whose model type it does not know
+    config_lm = model.language_model.config
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config_lm, revision=revision)
+    if len(tokenizer) > config_lm.vocab_size:
+        raise ValueError(f"{folder}: {len(tokenizer)} tokens, but weights for only {config_lm.vocab_size}")
+    model.set_tokenizer(tokenizer)
+
+    # the config names only the encoder, from which the released autoencoder follows
+    encoder = next(iter(config.get("mm_vision_tower_aux_list") or []), None)
+    model.autoencoder_path = encoder
+    for name, parts in RELEASED.items():
+        if name.startswith("scale-rae-") and parts["encoder"] == encoder:
+            model.autoencoder_path = name
+    vae = config.get("generation_alignment_tower")
+    if vae:  # images are generated in its latents and read through the vision encoder
+        model.reader_path, model.autoencoder_path = model.autoencoder_path, re.sub(r"-res\d+$", "", vae)
+    if config.get("diffusion_base_dim"):
+        model.alpha = math.sqrt(math.prod(model.latent_shape) / config["diffusion_base_dim"])
+    # `save_pretrained` writes these as config.json
+    saved = {"autoencoder": model.autoencoder_path, "reader": model.reader_path, "alpha": model.alpha}
+    model._hub_mixin_config.update(saved)
+    return model
 
 
-def check_given(given: dict, sizes: dict, width: list[int], heads: list[int | None]) -> None:
-    for name, value in given.items():
-        if name not in sizes or sizes[name] != value:
-            raise ValueError(f"{name}={value}, but the state dict says {sizes.get(name, 'nothing of it')}")
-    if len(heads) != len(width) or not all(h and w % h == 0 for w, h in zip(width, heads, strict=True)):
-        raise ValueError(f"give heads=, the attention heads, divisors of the width {width}; not {heads}")
-
-
-def load_official(
-    model: nn.Module,
-    weights: dict[str, Tensor],
-    rename: Callable[[str], str] = str,
-    tables: dict[str, Tensor] | None = None,
-) -> nn.Module:
-    """Loads strictly. rename: our name -> theirs; tables: what the RoPE tables must be."""
-    own, tables = model.state_dict(), tables or {}
-    theirs = {name: rename(name) for name in own}
-    expected = {theirs[name]: tensor for name, tensor in own.items()}
-    if weights.keys() & tables.keys():
-        expected |= tables
-    wrong = [f"{name} is missing" for name in expected if name not in weights]
-    wrong += [f"{name} is unknown" for name in weights if name not in expected]
-    both = [(name, weights[name], tensor) for name, tensor in expected.items() if name in weights]
-    wrong += [f"{n} is {tuple(w.shape)}, not {tuple(e.shape)}" for n, w, e in both if w.shape != e.shape]
-    for name in [] if wrong else tables.keys() & weights.keys():
-        if not torch.allclose(weights[name].float(), tables[name], atol=4e-3):  # bf16 rounds them
-            wrong.append(f"{name} is another table")
-    if wrong:
-        raise ValueError(f"{type(model).__name__}: {len(wrong)} keys do not fit: {'; '.join(wrong[:5])}")
-    model.load_state_dict({name: weights[theirs[name]] for name in own})
-    return model.eval()
-
-
-# -- files: the authors' and diffusers'
+# -----------------------------------------------------------------------------------------------------------
+# files: on disk or on the hub; safetensors, pickles, shards, zstd
 
 
 def fetch(path: str, revision: str | None = None) -> str:
-    """The local path of a file that is given by its path, or on the hub by org/repository/path."""
+    """The local path of a file, which is on disk or on the hub as org/repository/path."""
     if os.path.isfile(path):
         return path
     org, repository, file = [*path.split("/", 2), "", ""][:3]
@@ -408,20 +500,6 @@ def fetch(path: str, revision: str | None = None) -> str:
         raise ValueError(f"no file {path}, neither here nor on the hub: {error}") from error
 
 
-def read_config(source: str, revision: str | None = None) -> tuple[dict, str]:
-    """config.json of a model, and the folder that has it: pipelines such as FLUX's keep their VAE in vae."""
-    folder = ""
-    try:
-        path = fetch(f"{source}/config.json", revision)
-    except ValueError as error:
-        folder = "vae"
-        try:
-            path = fetch(f"{source}/vae/config.json", revision)
-        except ValueError:
-            raise error from None
-    return json.loads(Path(path).read_text()), folder
-
-
 def exists(path: str, revision: str | None) -> bool:
     try:
         return bool(fetch(path, revision))
@@ -429,23 +507,31 @@ def exists(path: str, revision: str | None) -> bool:
         return False
 
 
+def read_config(source: str, revision: str | None = None) -> tuple[dict, str]:
+    """The config.json of a model, and its subfolder: pipelines such as FLUX's keep their VAE in vae/."""
+    in_vae = not exists(f"{source}/config.json", revision) and exists(f"{source}/vae/config.json", revision)
+    path = f"{source}/vae/config.json" if in_vae else f"{source}/config.json"
+    return json.loads(Path(fetch(path, revision)).read_text()), "vae" if in_vae else ""
+
+
 def read_tensors(path: str, revision: str | None) -> dict[str, Tensor]:
-    """A state dict from a file of safetensors, or of torch, which may be compressed (`.zstd`)."""
+    """A state dict from a safetensors file or a torch file; the latter may be compressed (`.zstd`)."""
     path = fetch(path, revision)
     try:
         if path.endswith(".safetensors"):
             return load_file(path)
-        with unpacked(path) if path.endswith(".zstd") else open(path, "rb") as file:
+        with decompress(path) if path.endswith(".zstd") else open(path, "rb") as file:
+            # weights_only: unpickling must not run code from a downloaded file
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of pickle, zipfile, torch, safetensors or zstandard
+    except Exception as error:  # pickle, zipfile, torch, safetensors and zstandard raise their own
         raise ValueError(f"{path} is damaged, or holds more than tensors: {type(error).__name__}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
     return content
 
 
-def unpacked(path: str) -> BinaryIO:
-    """A temporary file, since torch jumps about in what it reads."""
+def decompress(path: str) -> BinaryIO:
+    """Decompress to a temporary file, because `torch.load` needs to seek."""
     import zstandard
 
     file = tempfile.TemporaryFile()
@@ -457,97 +543,39 @@ def unpacked(path: str) -> BinaryIO:
 
 
 def read_weights(source: str, revision: str | None) -> dict[str, Tensor]:
-    """The state dict of a folder or hub id: as `transformers` writes it, in one file or in shards, or as
-    Scale-RAE's trainer does, a `.zstd` file, which may be given itself."""
+    """The state dict of a folder or hub id: one file or shards, as `transformers` writes them, or the `.zstd`
+    file of Scale-RAE's trainer, whose path may be given too."""
     names = ("model.safetensors", "pytorch_model.bin", "model.pth.zstd")
-    for file in [source] if source.endswith(".zstd") else [f"{source}/{name}" for name in names]:
-        if exists(f"{file}.index.json", revision):
-            index = json.loads(Path(fetch(f"{file}.index.json", revision)).read_text())
-            shards = [f"{source}/{shard}" for shard in sorted(set(index.get("weight_map", {}).values()))]
-            return {name: w for shard in shards for name, w in read_tensors(shard, revision).items()}
-        if exists(file, revision):
-            content = read_tensors(file, revision)
+    for path in [source] if source.endswith(".zstd") else [f"{source}/{name}" for name in names]:
+        if exists(f"{path}.index.json", revision):
+            index = json.loads(Path(fetch(f"{path}.index.json", revision)).read_text())
+            weights = {}
+            for shard in sorted(set(index.get("weight_map", {}).values())):
+                weights |= read_tensors(f"{source}/{shard}", revision)
+            return weights
+        if exists(path, revision):
+            content = read_tensors(path, revision)
             return content["model"] if isinstance(content.get("model"), dict) else content
-    raise ValueError(f"{source} has no weights: there is none of {', '.join(names)}")
+    raise ValueError(f"{source} has no weights: none of {', '.join(names)} is there")
 
 
 def check_config(source: str, config: dict, known: dict) -> None:
-    """Raises ValueError for another value of these switches than the one that this code has."""
+    """Raise ValueError for a switch with another value than the one that rae.py implements."""
     for name, value in known.items():
         if config.get(name) not in (value, None):
             raise ValueError(f"{source}: config.json has {name} {config[name]}, only {value} is known")
 
 
-def read_decoder(source: str, config: dict, revision: str | None, given: dict) -> rae.RAE:
-    """An RAE of a decoder's file (its config is then {}) or repository. Of the config, a ViT-MAE's whose
-    sizes may be placeholders, only what the tensors cannot tell is read."""
-    check_config(source, config, {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "qkv_bias": True})
-    if "decoder_num_attention_heads" in config:
-        given = {"heads": config["decoder_num_attention_heads"], **given}
-    if "stats" in given:
-        given = given | {"stats": read_tensors(given["stats"], revision)}
-    weights = read_tensors(f"{source}/model.pt" if config else source, revision)
-    model = rae_of_decoder(weights, given)
-    load_official(model.decoder, weights)
-    return model.eval()
+# -----------------------------------------------------------------------------------------------------------
+# diffusers' AutoencoderRAE
 
-
-SCALE_RAE_LANGUAGE_MODEL = (  # what is Qwen2's in their config.json
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta"),
-    *("tie_word_embeddings", "attention_dropout", "initializer_range"),
-)
-SCALE_RAE_DIT = {  # ours: theirs; lists of two with the wide head
-    "width": "diffusion_model_hidden_size",
-    "depth": "diffusion_model_depth",
-    "heads": "diffusion_model_heads",
-}
-SCALE_RAE_SWITCHES = {  # what this code has of them
-    "mm_projector_type": "mlp2x_gelu",
-    "mm_vision_select_layer": -1,
-    "mm_use_im_start_end": True,
-    "vision_loss_mode": "query",  # causal attention
-    "dit_cls": "DiT",
-    "use_sliding_window": False,
-    "aux_regression": False,
-    "diffusion_norm_stats_path": None,
-}
-SCALE_RAE_AUTOENCODERS = {  # by the encoder, which is all that their config.json names
-    parts["encoder"]: name for name, parts in RELEASED.items() if name.startswith("scale-rae-")
-}
-
-
-def read_scale_rae(source: str, folder: str, config: dict, revision: str | None) -> rae.TextToImage:
-    """source: of the weights; folder: of the config and the tokenizer."""
-    check_config(folder, config, SCALE_RAE_SWITCHES)
-    language_model = {name: config[name] for name in SCALE_RAE_LANGUAGE_MODEL if name in config}
-    given = {ours: config[theirs] for ours, theirs in SCALE_RAE_DIT.items() if theirs in config}
-    model = from_official(read_weights(source, revision), language_model=language_model, **given)
-    language_model = model.language_model.config  # else it looks for one in config.json
-    model.set_tokenizer(
-        transformers.AutoTokenizer.from_pretrained(folder, config=language_model, revision=revision)
-    )
-    if len(model.tokenizer) > language_model.vocab_size:
-        raise ValueError(
-            f"{folder}: {len(model.tokenizer)} tokens, but weights of only {language_model.vocab_size}"
-        )
-    encoder = next(iter(config.get("mm_vision_tower_aux_list") or []), None)
-    model.autoencoder_path = SCALE_RAE_AUTOENCODERS.get(encoder, encoder)
-    if vae := config.get("generation_alignment_tower"):  # it is drawn with, and the vision encoder read with
-        model.reader_path, model.autoencoder_path = model.autoencoder_path, re.sub(r"-res\d+$", "", vae)
-        model._hub_mixin_config["reader"] = model.reader_path
-    if config.get("diffusion_base_dim"):
-        model.alpha = math.sqrt(math.prod(model.latent_shape) / config["diffusion_base_dim"])
-    model._hub_mixin_config.update(autoencoder=model.autoencoder_path, alpha=model.alpha)
-    return model
-
-
-DIFFUSERS_ENCODERS = {  # what AutoencoderRAE builds, by encoder_type; image_size: of the position table
+# the configs that it builds, by encoder_type; image_size: of the position table
+DIFFUSERS_ENCODERS = {
     "dinov2": {"model_type": "dinov2_with_registers", "image_size": 518},
     "siglip2": {"model_type": "siglip_vision_model", "image_size": 256},
     "mae": {"model_type": "vit_mae", "image_size": 224},
 }
-DIFFUSERS_SIZES = {  # the decoder's, ours: theirs
+DIFFUSERS_DECODER = {  # our argument: its argument
     "patch_size": "patch_size",
     "width": "decoder_hidden_size",
     "depth": "decoder_num_hidden_layers",
@@ -557,7 +585,7 @@ DIFFUSERS_SIZES = {  # the decoder's, ours: theirs
 
 
 def diffusers_encoder(config: dict) -> dict:
-    """The config of the encoder that AutoencoderRAE builds: what is not here has its class's default."""
+    """Config of the encoder that AutoencoderRAE builds; what is not here has its class's default."""
     if config["encoder_type"] not in DIFFUSERS_ENCODERS:
         raise ValueError(f"encoder_type {config['encoder_type']}: known are {', '.join(DIFFUSERS_ENCODERS)}")
     return DIFFUSERS_ENCODERS[config["encoder_type"]] | {
@@ -569,13 +597,13 @@ def diffusers_encoder(config: dict) -> dict:
 
 
 def diffusers_table(tokens: int, width: int) -> Tensor:
-    """The decoder's positions in diffusers, (1, 1 + N, width): whatever the grid, they span 16 x 16."""
+    """The decoder's position table in diffusers, (1, 1 + N, width). Positions of any grid span 16 x 16."""
     table = rae.sincos_table(tokens, width, spacing=16 / math.isqrt(tokens))
-    return torch.nn.functional.pad(table, (0, 0, 1, 0))[None]
+    return F.pad(table, (0, 0, 1, 0))[None]
 
 
-def diffusers_name(name: str) -> str:
-    """Our key of the decoder -> theirs."""
+def diffusers_key(name: str) -> str:
+    """Our key -> diffusers' key; only the decoder's attention differs."""
     if not name.startswith("decoder."):
         return name
     name = re.sub(r"attention\.attention\.([qkv])\w+", r"attention.to_\1", name)
@@ -583,65 +611,73 @@ def diffusers_name(name: str) -> str:
 
 
 def read_diffusers(source: str, config: dict, revision: str | None) -> rae.RAE:
-    """A folder of `diffusers.AutoencoderRAE`, whose latents are divided by std + 1e-5. It makes the
-    decoder's position table anew; one that is in the file all the same is the trained one, and is used."""
+    """An RAE from a folder of `diffusers.AutoencoderRAE`."""
     weights = load_file(fetch(f"{source}/diffusion_pytorch_model.safetensors", revision))
-    buffers = ("encoder_mean", "encoder_std", "_latents_mean", "_latents_std")
     try:
-        encoder, size = diffusers_encoder(config), config["encoder_input_size"]
-        decoder = {ours: config[theirs] for ours, theirs in DIFFUSERS_SIZES.items()}
-        pixel_mean, pixel_std, mean, std = (weights.pop(name) for name in buffers)
+        encoder, encoder_size = diffusers_encoder(config), config["encoder_input_size"]
+        decoder = {ours: config[theirs] for ours, theirs in DIFFUSERS_DECODER.items()}
+        image_mean = weights.pop("encoder_mean").flatten().tolist()
+        image_std = weights.pop("encoder_std").flatten().tolist()
+        latent_mean = weights.pop("_latents_mean").double()
+        latent_std = weights.pop("_latents_std").double() + 1e-5  # diffusers divides by std + 1e-5
     except KeyError as error:
         raise ValueError(f"damaged folder {source}: {error} is missing") from error
-    model = rae.RAE(encoder, decoder, size, pixel_mean.flatten().tolist(), pixel_std.flatten().tolist())
-    (tokens, channels), side = model.latent_shape, math.isqrt(model.latent_shape[0])
-    for buffer, stat in ((model.latent_mean, mean.double()), (model.latent_std, std.double() + 1e-5)):
-        if stat.numel() not in (1, tokens * channels):
-            raise ValueError(f"{source}: statistics {tuple(stat.shape)}, not {(channels, side, side)}")
-        buffer.copy_(stat.expand(1, channels, side, side).flatten(2)[0].mT)
+    model = rae.RAE(encoder, decoder, encoder_size, image_mean, image_std)
+
+    # statistics: a scalar or (1, C, h, w) -> (N, C)
+    tokens, channels = model.latent_shape
+    side = math.isqrt(tokens)
+    for buffer, value in ((model.latent_mean, latent_mean), (model.latent_std, latent_std)):
+        if value.numel() not in (1, tokens * channels):
+            raise ValueError(f"{source}: statistics {tuple(value.shape)}, not {(channels, side, side)}")
+        buffer.copy_(value.expand(1, channels, side, side).flatten(2)[0].mT)
     model.latent_std /= config.get("scaling_factor", 1.0)
+    # diffusers recomputes the position table, so files leave it out; one that is there was trained
     weights.setdefault("decoder.decoder_pos_embed", diffusers_table(tokens, decoder["width"]))
-    return load_rae(model, weights, "encoder.", diffusers_name)
+    return load_rae(model, weights, "encoder.", diffusers_key)
 
 
 def write_diffusers(model: rae.RAE, folder: Path) -> None:
-    side = model.decoder.side
+    """Write a folder that AutoencoderRAE opens. Raises ValueError for a model that it cannot hold."""
     config = diffusers_config(model)
     weights = {name: tensor.float().cpu() for name, tensor in model.state_dict().items()}
-    mean, std, table = (weights.pop(k) for k in ("latent_mean", "latent_std", "decoder.decoder_pos_embed"))
+    table, side = weights.pop("decoder.decoder_pos_embed"), model.decoder.side
     if not torch.allclose(table, diffusers_table(side**2, table.shape[-1]), atol=1e-5):
         raise ValueError(
-            "diffusers makes the decoder's position table itself, the sin-cos one of 16 x 16 tokens; this "
-            f"decoder, of {side} x {side} tokens, has another"
+            "diffusers computes the decoder's position table itself, the sin-cos one of 16 x 16 tokens; "
+            f"this decoder, of {side} x {side} tokens, has another"
         )
+    statistics = {
+        "mean": weights.pop("latent_mean"),
+        "std": (weights.pop("latent_std").double() - 1e-5).float(),  # diffusers adds it when it divides
+    }
     prefix = "encoder."
     if config["encoder_type"] == "siglip2":
+        # diffusers wants the unused pooling head too, and the names of transformers 4
         prefix = "encoder.vision_model."
-        with torch.device("meta"):  # the pooling head, which is there and not used
-            head = transformers.SiglipVisionModel(
-                transformers.AutoConfig.for_model(**diffusers_encoder(config))
-            ).head.state_dict(prefix="encoder.model.head.")
+        with torch.device("meta"):  # only its shapes are needed
+            built = transformers.AutoConfig.for_model(**diffusers_encoder(config))
+            head = transformers.SiglipVisionModel(built).head.state_dict(prefix="encoder.model.head.")
         weights |= {name: torch.zeros(tensor.shape) for name, tensor in head.items()}
-    weights = {re.sub(r"^encoder\.model\.", prefix, diffusers_name(k)): w for k, w in weights.items()}
-    for name, statistic in (("mean", mean), ("std", (std.double() - 1e-5).float())):
-        statistic = statistic.mT.unflatten(1, (side, side)).contiguous()
+    weights = {re.sub(r"^encoder\.model\.", prefix, diffusers_key(name)): w for name, w in weights.items()}
+    for name, value in statistics.items():
+        value = value.mT.unflatten(1, (side, side)).contiguous()  # (N, C) -> (C, h, w)
         pixels = getattr(model, f"image_{name}").cpu()
-        weights |= {f"_latents_{name}": statistic, f"encoder_{name}": pixels[None]}
-        config |= {f"latents_{name}": statistic.tolist(), f"encoder_norm_{name}": pixels.flatten().tolist()}
+        weights |= {f"_latents_{name}": value, f"encoder_{name}": pixels[None]}
+        config |= {f"latents_{name}": value.tolist(), f"encoder_norm_{name}": pixels.flatten().tolist()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(weights, folder / "diffusion_pytorch_model.safetensors")
 
 
 def diffusers_config(model: rae.RAE) -> dict:
-    """The arguments of AutoencoderRAE for this model's sizes; ValueError for an encoder that it cannot
-    build."""
+    """The arguments of AutoencoderRAE. Raises ValueError for an encoder that it would build differently."""
     encoder, decoder = model.encoder.config, model.decoder
     families = {known["model_type"]: name for name, known in DIFFUSERS_ENCODERS.items()}
     if encoder.model_type not in families:
         raise ValueError(f"diffusers builds no encoder {encoder.model_type}, only {', '.join(families)}")
     sizes = decoder_sizes(decoder.state_dict(), {"heads": decoder.decoder_layers[0].heads})
-    config = {theirs: sizes[ours] for ours, theirs in DIFFUSERS_SIZES.items()} | {
+    config = {theirs: sizes[ours] for ours, theirs in DIFFUSERS_DECODER.items()} | {
         "_class_name": "AutoencoderRAE",
         "encoder_type": families[encoder.model_type],
         "encoder_hidden_size": encoder.hidden_size,
@@ -649,58 +685,74 @@ def diffusers_config(model: rae.RAE) -> dict:
         "encoder_num_hidden_layers": encoder.num_hidden_layers,
         "encoder_input_size": model.encoder_size,
     }
+    # AutoencoderRAE has no arguments for these: a difference would silently give other latents
     built = transformers.AutoConfig.for_model(**diffusers_encoder(config))
-    for name in (
-        *("image_size", "num_attention_heads", "intermediate_size", "mlp_ratio", "hidden_act"),
-        *("layer_norm_eps", "qkv_bias", "num_register_tokens", "use_swiglu_ffn"),
-    ):
-        given, known = getattr(encoder, name, None), getattr(built, name, None)
-        if given != known:
-            raise ValueError(f"diffusers builds encoders with {name} {known} only; this one has {given}")
+    names = (
+        "image_size num_attention_heads intermediate_size mlp_ratio hidden_act layer_norm_eps qkv_bias "
+        "num_register_tokens use_swiglu_ffn"
+    )
+    for name in names.split():
+        ours, theirs = getattr(encoder, name, None), getattr(built, name, None)
+        if ours != theirs:
+            raise ValueError(f"diffusers builds encoders with {name} {theirs} only; this one has {ours}")
     return config
 
 
 # -----------------------------------------------------------------------------------------------------------
-# what `from_pretrained` of rae.py calls
+# entry points: each returns None for a folder of `save_pretrained`, which rae.py reads itself
 
 
-def open_rae(source: str, revision: str | None, **given) -> rae.RAE | None:
-    """An RAE that was released, or a folder of diffusers; None for a folder of `save_pretrained`."""
-    given = {name: value for name, value in given.items() if value is not None}
+def open_rae(source: str, revision: str | None, **options) -> rae.RAE | None:
+    """A released RAE or a diffusers folder. options: arguments of `RAE.from_pretrained`, may be None."""
+    options = {name: value for name, value in options.items() if value is not None}
     if source in RELEASED:
-        source, given = RELEASED[source]["decoder"], RELEASED[source] | given
-        del given["decoder"]
+        options = {**RELEASED[source], **options}
+        source = options.pop("decoder")
     config = {} if source.endswith(".pt") else read_config(source, revision)[0]
-    of_diffusers = config.get("_class_name")
-    if not of_diffusers and (source.endswith(".pt") or "decoder_hidden_size" in config):
-        return read_decoder(source, config, revision, given)
-    if given:
-        raise ValueError(f"{source} is a whole autoencoder: it has its own {', '.join(given)}")
-    if of_diffusers == "AutoencoderRAE":
+    class_name = config.get("_class_name")  # of diffusers
+    if not config or (class_name is None and "decoder_hidden_size" in config):
+        return read_decoder(source, config, revision, options)
+    if options:
+        raise ValueError(f"{source} is a whole autoencoder: it has its own {', '.join(options)}")
+    if class_name == "AutoencoderRAE":
         return read_diffusers(source, config, revision)
-    if of_diffusers:
-        raise ValueError(f"{source} is no RAE but diffusers' {of_diffusers}: see open_autoencoder")
+    if class_name:
+        raise ValueError(f"{source} is no RAE but diffusers' {class_name}: see open_autoencoder")
     return None
 
 
+def read_decoder(source: str, config: dict, revision: str | None, options: dict) -> rae.RAE:
+    """An RAE from a released decoder: RAE's file (config is then {}) or Scale-RAE's repository."""
+    # the config is a ViT-MAE's with placeholders for sizes: only what tensors cannot tell is read
+    check_config(source, config, {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "qkv_bias": True})
+    options = {"encoder": None, **options}
+    if "decoder_num_attention_heads" in config:
+        options.setdefault("heads", config["decoder_num_attention_heads"])
+    if "stats" in options:
+        options["stats"] = read_tensors(options["stats"], revision)
+    weights = read_tensors(f"{source}/model.pt" if config else source, revision)
+    model = build_rae(weights, **options)
+    load_official(model.decoder, weights)
+    return model.eval()
+
+
 def open_class_to_image(source: str, revision: str | None) -> rae.ClassToImage | None:
-    """A DiT that was released; None for a folder of `save_pretrained`."""
-    autoencoder = None
-    if source in RELEASED_DITS:
-        source, autoencoder = RELEASED_DITS[source]
+    """A released class-conditional DiT, by name or file."""
+    source, autoencoder = RELEASED_DITS.get(source, (source, None))
     if not source.endswith(".pt"):
         return None
     weights = read_tensors(source, revision)
     dit = from_official(weights["ema"] if isinstance(weights.get("ema"), dict) else weights)
-    given = {name: value for name, value in dit._hub_mixin_config.items() if name != "latent_shape"}
-    with torch.device("meta"):  # the DiT is there already
-        model = rae.ClassToImage(given, dit._hub_mixin_config["latent_shape"], autoencoder)
+    sizes = dict(dit._hub_mixin_config)
+    latent_shape = sizes.pop("latent_shape")
+    with torch.device("meta"):  # no memory: the DiT exists already
+        model = rae.ClassToImage(sizes, latent_shape, autoencoder)
     model.dit = dit
     return model.eval()
 
 
 def open_text_to_image(source: str, revision: str | None) -> rae.TextToImage | None:
-    """A Scale-RAE model that was released; None for a folder of `save_pretrained`."""
+    """A released Scale-RAE model, by name, hub id, folder or `.zstd` file."""
     source = RELEASED_TEXT_TO_IMAGE.get(source, source)
     folder = os.path.dirname(source) if source.endswith(".zstd") else source
     config, _ = read_config(folder, revision)

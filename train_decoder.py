@@ -1,13 +1,14 @@
 """Stage 1: trains the decoder of a representation autoencoder on the latents of a frozen encoder.
 
     python train_decoder.py                                        # the nano world, on a laptop
-    python train_decoder.py --resume                               # goes on after an interruption
+    python train_decoder.py --resume                               # continues after an interruption
     torchrun --nproc-per-node 8 train_decoder.py --preset rae-dinov2-b --data imagenet/train
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_decoder.py ...
 
-First the mean and standard deviation of the latents are measured, then the decoder learns to invert the
-encoder: loss = L1 + perceptual + Gram + GAN, each with a weight (RAE section 3.1, Scale-RAE table 7). Writes
-OUT/model (an RAE folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl and OUT/samples/.
+First the mean and standard deviation of the latents are measured. Then the decoder learns to invert the
+encoder: loss = L1 + perceptual + Gram + adversarial, with weights (RAE section 3.1, Scale-RAE table 7).
+Writes OUT/model (an RAE folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl, OUT/losses.png
+and OUT/samples/.
 """
 
 import copy
@@ -31,8 +32,11 @@ import data
 import rae
 from common import flag
 
-EPOCH = 2502  # steps of a pass over ImageNet at batch 512
-RAE_RECIPE = {  # RAE's code, the same for all encoders; its discriminator's cosine never reached its end
+# -----------------------------------------------------------------------------------------------------------
+# presets
+
+EPOCH = 2502  # steps of one epoch of ImageNet at batch 512
+RAE_RECIPE = {  # RAE's code, for all encoders; its discriminator's cosine never reaches the end
     "decoder": "ViT-XL",
     "patch_size": 16,
     "crop": "random",
@@ -44,7 +48,6 @@ RAE_RECIPE = {  # RAE's code, the same for all encoders; its discriminator's cos
     "clip": 0.0,
     "ema": 0.9978,
     "tau": 0.8,
-    "sigma": "uniform",
     "perceptual": "lpips",
     "gan_weight": 0.75,
     "discriminator": rae.ENCODERS["dino-s8"],
@@ -52,30 +55,27 @@ RAE_RECIPE = {  # RAE's code, the same for all encoders; its discriminator's cos
     "disc_warmup": EPOCH,
     "disc_start": 6 * EPOCH,
     "gan_start": 8 * EPOCH,
-    "statistics": 0,
+    "statistics": -1,
     "workers": 8,
 }
 VIRTUAL = 2500  # steps of Scale-RAE's virtual epoch of 1.28 M images
-SCALE_RAE_RECIPE = (
-    RAE_RECIPE
-    | {  # Scale-RAE table 7; crops, EMA and clipping are not in it, nor an adaptive weight
-        "patch_size": 14,
-        "steps": 80 * VIRTUAL,
-        "warmup": 2 * VIRTUAL,
-        "tau": 0.0,
-        "gram_weight": 100.0,
-        "gan_weight": 10.0,
-        "adaptive": False,
-        "discriminator": rae.ENCODERS["dino-s16"],
-        "disc_warmup": VIRTUAL,
-        "normalise": "none",
-    }
-)
+SCALE_RAE_RECIPE = RAE_RECIPE | {  # Scale-RAE table 7; crops, EMA and clipping are not in it
+    "patch_size": 14,
+    "steps": 80 * VIRTUAL,
+    "warmup": 2 * VIRTUAL,
+    "tau": 0.0,
+    "gram_weight": 100.0,
+    "gan_weight": 10.0,
+    "adaptive": False,
+    "discriminator": rae.ENCODERS["dino-s16"],
+    "disc_warmup": VIRTUAL,
+    "statistics": 0,  # latents are not normalised
+}
 PRESETS = {
     "nano": {"muon": 0.02, "tau": 0.2},
     "nano-full": {  # every loss, at the size of a laptop
         "perceptual": "encoder",
-        "gram_weight": 1e4,  # of smaller features than VGG's
+        "gram_weight": 1e4,  # the features are smaller than VGG's
         "gan_weight": 0.75,
         "disc_start": 1000,
         "gan_start": 1500,
@@ -103,92 +103,42 @@ PRESETS = {
 
 
 @dataclass
-class Config:
-    out: str = flag("runs/decoder", "folder of this training")
-    resume: str = flag(
-        "",
-        "go on from the newest checkpoint of OUT, if there is one (auto), or from a folder",
-        nargs="?",
-        const="auto",
-    )
-    seed: int = flag(0, "of weights, data order, crops, noise and augmentations")
-    data: str = flag("nano", "a source of images, or several with weights, see data.py")
-    crop: str = flag(
-        "centre",
-        "of images: their centre, or a random square of them at 1.5 times the size",
-        choices=["centre", "random"],
-    )
-    encoder: str = flag(
-        str(common.WEIGHTS / "encoder"), "transformers folder or hub id of the frozen encoder"
-    )
-    encoder_size: int | None = flag(None, "side of its input in pixels, if not the one of its config")
+class Config(common.TrainConfig):
+    out: str = flag("runs/decoder", "folder of this run")
+    # model
+    encoder: str = flag(str(common.WEIGHTS / "encoder"), "frozen encoder: transformers folder or hub id")
+    encoder_size: int | None = flag(None, "side of its input in pixels (default: that of its config)")
     decoder: str = flag("nano", "size of the decoder", choices=rae.DECODERS)
-    init: str = flag(
-        "",
-        "start from this RAE, a folder, hub id or name, instead of a new decoder of --encoder, --decoder and "
-        "--statistics (default: a generator's)",
+    patch_size: int | None = flag(None, "side in pixels of a token's output (default: the encoder's patch)")
+    init: str = flag("", "start from this RAE (folder, hub id or name) instead of a new decoder")
+    generator: str = flag("", "text-to-image model: decode latents that it regenerated from noised ones")
+    statistics: int = flag(8192, "images to measure latent mean and std on (0: do not normalise; -1: all)")
+    # data
+    data: str = flag("nano", "source of images, or several with weights, see data.py")
+    crop: str = flag(
+        "centre", "centre square, or a random one at 1.5 x the size", choices=["centre", "random"]
     )
-    patch_size: int | None = flag(
-        None, "side in pixels of the square that each token becomes (default: the encoder's)"
-    )
-    steps: int = flag(3000, "optimizer steps in all", at_least=1)
-    batch: int = flag(64, "images a step, over all processes", at_least=1)
-    lr: float = flag(1e-3, "peak learning rate")
-    muon: float = flag(
-        0.0, "peak learning rate of Muon, for the matrices of the decoder's layers (0: AdamW)", at_least=0
-    )
-    warmup: int = flag(100, "steps of linear warm-up, before the cosine", at_least=0)
-    final_lr: float = flag(0.02, "fraction of the peak at the last step")
-    clip: float = flag(1.0, "norm to which gradients are clipped (0: they are not)", at_least=0)
-    ema: float = flag(0.998, "decay of the averaged weights, which are what is saved")
-    tau: float = flag(0.0, "noise on the latents, of a sigma drawn for each image (0: none)", at_least=0)
-    sigma: str = flag("normal", "its distribution: |N(0, tau^2)| or U(0, tau)", choices=["normal", "uniform"])
-    generator: str = flag(
-        "",
-        "text-to-image model that makes the latents to decode from noised ones, so that it leaves its marks",
-    )
+    # losses
+    tau: float = flag(0.0, "noise-augmented decoding: an image's sigma is uniform in [0, tau)", at_least=0)
     perceptual: str = flag(
-        "none", "features to compare: VGG16's (lpips), the encoder's", choices=["lpips", "encoder", "none"]
+        "none", "its features: VGG16's or the encoder's", choices=["lpips", "encoder", "none"]
     )
-    perceptual_weight: float = flag(1.0, "of their distance", at_least=0)
-    gram_weight: float = flag(0.0, "of the distance of their Gram matrices", at_least=0)
-    gan_weight: float = flag(0.0, "of the adversarial loss (0: no discriminator)", at_least=0)
-    adaptive: bool = flag(True, "multiply it so that its gradient is as large as that of all other losses")
-    discriminator: str = flag(
-        str(common.WEIGHTS / "encoder"), "transformers folder or hub id of its frozen backbone"
-    )
+    gram_weight: float = flag(0.0, "weight of the distance of the features' Gram matrices", at_least=0)
+    gan_weight: float = flag(0.0, "weight of the adversarial loss (0: no discriminator)", at_least=0)
+    adaptive: bool = flag(True, "scale the adversarial gradient to that of the other losses (VQGAN)")
+    discriminator: str = flag(str(common.WEIGHTS / "encoder"), "its frozen backbone: folder or hub id")
     disc_lr: float = flag(2e-4, "peak learning rate of the discriminator")
-    disc_warmup: int = flag(100, "steps of its linear warm-up, before the cosine", at_least=0)
-    disc_start: int = flag(0, "step at which it begins to learn", at_least=0)
-    gan_start: int = flag(0, "step at which the decoder begins to learn from it", at_least=0)
-    normalise: str = flag(
-        "token",
-        "latents by their statistics: for each token, or channel",
-        choices=["token", "channel", "none"],
-    )
-    statistics: int = flag(
-        8192, "images to measure them on (0: those of every source, once, whatever its weight)", at_least=0
-    )
-    dtype: str = flag(
-        "auto",
-        "of the compute; weights are fp32 (on CUDA, fp32 multiplies as TF32)",
-        choices=["auto", "bf16", "fp32"],
-    )
-    shard: str = flag(
-        "none",
-        "weights held by each process: all (none), a share (full), a share of its machine's (hybrid)",
-        choices=["none", "full", "hybrid"],
-    )
-    grad_accum: int = flag(
-        1, "pieces that each process cuts its part of a step into; each has its adaptive weight", at_least=1
-    )
-    checkpoint_blocks: bool = flag(False, "compute the decoder's layers twice, to save more of it")
-    compile: bool | None = flag(None, "compile the layers of all three networks (default: on CUDA)")
-    workers: int = flag(1, "data loading processes for each training process", at_least=0)
-    log_every: int = flag(50, "steps between log lines", at_least=1)
-    save_every: int = flag(500, "steps between checkpoints, each with a grid of reconstructions", at_least=1)
-    keep: int = flag(2, "checkpoints to keep, the newest", at_least=1)
-    tensorboard: bool = flag(False, "log to OUT/tensorboard too")
+    disc_warmup: int = flag(100, "its steps of linear warm-up, before the cosine decay", at_least=0)
+    disc_start: int = flag(0, "step at which the discriminator starts to train", at_least=0)
+    gan_start: int = flag(0, "step at which the adversarial loss is added", at_least=0)
+    # optimization
+    steps: int = flag(3000, "optimizer steps", at_least=1)
+    lr: float = flag(1e-3, "peak learning rate")
+    muon: float = flag(0.0, "peak learning rate of Muon for the decoder's matrices (0: AdamW)", at_least=0)
+    warmup: int = flag(100, "steps of linear warm-up, before the cosine decay", at_least=0)
+    final_lr: float = flag(0.02, "final learning rate, as a fraction of the peak")
+    clip: float = flag(1.0, "gradient norm to clip to (0: no clipping)", at_least=0)
+    ema: float = flag(0.998, "EMA decay of the weights that are saved")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -197,10 +147,10 @@ class Config:
 
 @torch.no_grad()
 def latent_statistics(
-    model: rae.RAE, batches: Iterable[dict], per: str, dist_ctx: common.DistContext
+    model: rae.RAE, batches: Iterable[dict], dist_ctx: common.DistContext
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation sqrt(var + 1e-5) of the raw latents, (N, C) each: per token and channel
-    (RAE section 4), or per channel. Exact sums in fp64 over all batches of all processes."""
+    """Mean and standard deviation sqrt(var + 1e-5) of the raw latents, (N, C) each, per token and channel
+    (RAE section 4). Exact sums in fp64 over all batches of all ranks."""
     total, count = torch.zeros(2, *model.latent_shape, dtype=torch.float64, device="cpu"), 0
     for batch in batches:
         latents = model.encode(data.to_unit(batch["image"], dist_ctx.device)).cpu().double()
@@ -212,27 +162,18 @@ def latent_statistics(
     if not count:
         raise ValueError("no image to measure the latents on")
     mean, square = total / count
-    if per == "channel":
-        mean, square = (table.mean(dim=0).expand_as(table) for table in (mean, square))
     return mean.float(), (square - mean**2 + 1e-5).sqrt().float()
 
 
-def noise_scale(uniform: Tensor, tau: float, distribution: str) -> Tensor:
-    """Standard deviations (B,) of the latents' noise from uniform draws: of |N(0, tau^2)|, as RAE's text has
-    it, or of U(0, tau), as its code."""
-    if distribution == "normal":
-        uniform = torch.special.ndtri((1 + uniform.double()) / 2).float()
-    return tau * uniform
-
-
-def remade(
+def regenerated(
     latents: Tensor, generator: rae.TextToImage, captions: list[str], seed: int, index: list[int], step: int
 ) -> Tensor:
-    """Latents (B, N, C) noised to one t of U(0, 0.8) a step and sampled from there by a text-to-image model.
+    """Latents (B, N, C) noised to one t of U(0, 0.8) per step and sampled from there by a text-to-image
+    model.
 
-    What is where in an image is decided above and stays. Below, the model leaves its marks: parts that look
-    clean and do not quite agree, which noise is not. A decoder learns which of them to believe. (Not of a
-    paper: it was found in the nano world, see docs/nano.md.)
+    What is where in an image is decided at higher noise levels and stays. At lower ones the model makes its
+    own mistakes: parts that look clean but do not quite agree, unlike noise. The decoder learns which of them
+    to believe. (Not from a paper: found in the nano world, see docs/nano.md.)
     """
     start = 0.8 * data.uniform_draws(1, seed, [step], "remade").item()
     unshifted = rae.shift_time(start, 1 / generator.alpha)
@@ -240,20 +181,18 @@ def remade(
     noise, _, _ = data.flow_draws(
         generator.latent_shape, data.hash_seed(seed, "remade"), index, latents.device
     )
-    noisy = torch.lerp(latents.float(), noise, start)
-    return generator.generate(captions, steps, noise=noisy, start=start)
+    return generator.generate(captions, steps, noise=torch.lerp(latents.float(), noise, start), start=start)
 
 
 # -----------------------------------------------------------------------------------------------------------
 # features of frozen networks, and distances between them
-
 
 DINO_CHANGES = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}  # as in RAE's code
 
 
 class Backbone(nn.Module):
     """Inner features of a frozen vision transformer: images (B, 3, H, W) in [-1, 1], resized to its input
-    (bilinear, no antialias), -> a map (B, C, N) after each of `layers`, by default after each quarter."""
+    (bilinear, no antialias) -> a map (B, C, N) after each of `layers`, by default after each quarter."""
 
     def __init__(
         self, encoder: rae.Encoder, size: int, mean: Tensor, std: Tensor, layers: Sequence[int] = ()
@@ -267,7 +206,7 @@ class Backbone(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str, layers: Sequence[int] = ()) -> "Backbone":
-        """From a hub id or folder. DINO's gets the tanh GELU that the published discriminators have."""
+        """From a hub id or folder. A DINO gets the tanh GELU that the published discriminators have."""
         config = transformers.AutoConfig.from_pretrained(source)
         encoder = rae.Encoder(source, DINO_CHANGES if config.model_type == "vit" else {})
         size, mean, std = rae.input_of(source, encoder)
@@ -275,13 +214,14 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         images = F.interpolate(images, (self.size, self.size), mode="bilinear")
-        return [x.mT for x in self.encoder.features(((images + 1) / 2 - self.mean) / self.std, self.layers)]
+        pixels = ((images + 1) / 2 - self.mean) / self.std
+        return [tokens.mT for tokens in self.encoder.features(pixels, self.layers)]
 
 
 class Perceptual(nn.Module):
-    """Features of a frozen network, and distances between those of two batches of images.
+    """Features of a frozen network, and the distance between those of two batches of images.
 
-    kind: "lpips", VGG16's with learned weights of channels (arXiv 1801.03924), or "encoder", `backbone`'s.
+    kind: "lpips", VGG16's with trained channel weights (arXiv 1801.03924), or "encoder", those of `backbone`.
     """
 
     def __init__(self, kind: str, backbone: Backbone | None = None):
@@ -297,33 +237,34 @@ class Perceptual(nn.Module):
         self.requires_grad_(False).eval()
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Maps (B, C, P), of P positions, of images (B, 3, H, W) in [-1, 1]."""
+        """Maps (B, C, P) with P positions, of images (B, 3, H, W) in [-1, 1]."""
         if self.lpips:
             return [x.flatten(2) for x in self.lpips.net(self.lpips.scaling_layer(images))]
         return [F.layer_norm(x.mT, x.shape[1:2]).mT for x in self.backbone(images)]
 
-    def distance(self, one: list[Tensor], other: list[Tensor]) -> Tensor:
-        """LPIPS of two lists of maps, or its like for the encoder's; (B,)."""
+    def distance(self, maps: list[Tensor], others: list[Tensor]) -> Tensor:
+        """LPIPS of two lists of maps, or its analogue for the encoder's; (B,)."""
         total = 0.0
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            a, b = (x.float() / (x.float().norm(dim=1, keepdim=True) + 1e-10) for x in (a, b))
+        for i, (a, b) in enumerate(zip(maps, others, strict=True)):
+            a = a.float() / (a.float().norm(dim=1, keepdim=True) + 1e-10)
+            b = b.float() / (b.float().norm(dim=1, keepdim=True) + 1e-10)
             difference = (a - b).square()
             if self.lpips:
                 with torch.autocast(a.device.type, enabled=False):
                     difference = self.lpips.lins[i](difference[..., None]).flatten(2)
             total = total + difference.sum(dim=1).mean(dim=1)
-        return total if self.lpips else total / len(one)
+        return total if self.lpips else total / len(maps)
 
 
-def gram_distance(one: list[Tensor], other: list[Tensor]) -> Tensor:
-    """Mean squared difference of the Gram matrices of two lists of maps, summed over them; (B,)."""
-    pairs = zip(one, other, strict=True)
+def gram_distance(maps: list[Tensor], others: list[Tensor]) -> Tensor:
+    """Mean squared difference of the Gram matrices of two lists of maps, summed over the maps; (B,)."""
+    pairs = zip(maps, others, strict=True)
     return sum((gram_matrix(a) - gram_matrix(b)).square().mean(dim=(1, 2)) for a, b in pairs)
 
 
 def gram_matrix(features: Tensor) -> Tensor:
     """Products of the channels (B, C, C) of a map (B, C, P), over C P. Scale-RAE gives the weight of the Gram
-    loss, but not its scale."""
+    loss but not its scale."""
     with torch.autocast(features.device.type, enabled=False):
         features = features.float()
         return features @ features.mT / features[0].numel()
@@ -335,7 +276,7 @@ def gram_matrix(features: Tensor) -> Tensor:
 
 class SpectralConv1d(nn.Module):
     """Convolution with circular padding, its weight divided by an estimate of its largest singular value. In
-    training, each call first makes the estimate better by one power iteration."""
+    training, each call first improves the estimate by one power iteration."""
 
     def __init__(self, channels: int, out_channels: int, kernel: int):
         super().__init__()
@@ -363,7 +304,7 @@ class SpectralConv1d(nn.Module):
 
 
 class TokenNorm(nn.Module):
-    """Each channel of each image is normalised over its tokens, in fp32; then learned scale and shift."""
+    """Normalises each channel of each image over its tokens, in fp32; then a trained scale and shift."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -387,10 +328,10 @@ def convolution(channels: int, kernel: int) -> nn.Sequential:
 
 
 class Discriminator(nn.Module):
-    """Real or reconstructed? Images (B, 3, H, W) in [-1, 1] -> logits (B, maps * tokens): those of the last
-    map of the backbone first, then of all of its maps in order, each by a head of its own (RAE's code).
+    """Real or reconstructed? Images (B, 3, H, W) in [-1, 1] -> logits (B, maps * tokens): those of the
+    backbone's last map first, then those of all its maps in order, each by a head of its own (RAE's code).
 
-    The frozen backbone, a hub id or folder maybe, is not part of the state dict.
+    The frozen backbone, which may be a hub id or folder, is not part of the state dict.
     """
 
     def __init__(self, backbone: Backbone | str):
@@ -399,15 +340,18 @@ class Discriminator(nn.Module):
             backbone = Backbone.from_pretrained(backbone)
         self._backbone = [backbone]  # in a list it is no submodule
         channels = backbone.encoder.config.hidden_size
-        self.heads = nn.ModuleList(
-            nn.Sequential(
-                convolution(channels, 1), Residual(convolution(channels, 9)), SpectralConv1d(channels, 1, 1)
-            )
-            for _ in range(len(backbone.layers) + 1)
-        )
+        heads = []
+        for _ in range(len(backbone.layers) + 1):
+            residual = Residual(convolution(channels, 9))
+            heads.append(nn.Sequential(convolution(channels, 1), residual, SpectralConv1d(channels, 1, 1)))
+        self.heads = nn.ModuleList(heads)
+
+    @property
+    def backbone(self) -> Backbone:
+        return self._backbone[0]
 
     def _apply(self, fn, recurse: bool = True) -> "Discriminator":
-        self._backbone[0]._apply(fn)  # .to(device) and its like
+        self.backbone._apply(fn)  # .to(device) moves the backbone too
         return super()._apply(fn, recurse)
 
     @classmethod
@@ -419,10 +363,11 @@ class Discriminator(nn.Module):
         layers: Sequence[int] = (),
     ) -> "Discriminator":
         """The authors' discriminator, in eval mode: the state dict of its heads, and its backbone, which may
-        be a state dict of DINO's own release, with its attention heads and the layers of the maps if they are
-        not a small DINO's. Raises ValueError for dicts that do not fit."""
+        be a state dict of DINO's own release; then `heads` (attention heads) and `layers` (of the maps) say
+        what it cannot tell, if it is not a small DINO. Raises ValueError for dicts that do not fit."""
         if isinstance(backbone, dict):
-            backbone = official_dino(backbone, heads, layers)
+            encoder, size = convert.official_dino(backbone, heads, DINO_CHANGES)
+            backbone = Backbone(encoder, size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), layers)
         elif heads or layers and not isinstance(backbone, str):
             raise ValueError(f"heads={heads}, layers={layers}: this backbone has its own")
         elif isinstance(backbone, str):
@@ -430,53 +375,22 @@ class Discriminator(nn.Module):
         return convert.load_official(cls(backbone), heads_dict)
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = self._backbone[0](images)
+        maps = self.backbone(images)
         pairs = zip(self.heads, [maps[-1], *maps], strict=True)
         return torch.cat([head(x).flatten(1) for head, x in pairs], dim=1)
 
 
-def official_dino(weights: dict[str, Tensor], heads: int | None, layers: Sequence[int]) -> Backbone:
-    """A DINO of its own release, with the changes of `Backbone.from_pretrained`."""
-    try:
-        width, patch = weights["patch_embed.proj.weight"].shape[::3]
-        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-        size = patch * math.isqrt(weights["pos_embed"].shape[1] - 1)
-        hidden = len(weights["blocks.0.mlp.fc1.bias"])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"no state dict of a DINO: {error} is missing") from error
-    encoder = rae.Encoder(
-        {"model_type": "vit", "hidden_size": width, "num_hidden_layers": depth, "intermediate_size": hidden,
-         "num_attention_heads": heads or width // 64, "image_size": size, "patch_size": patch},
-        DINO_CHANGES,
-    )  # fmt: skip
-    renamed = {}
-    for name, value in weights.items():
-        name = name.replace("blocks.", "layers.").replace("norm1", "layernorm_before")
-        name = name.replace("norm2", "layernorm_after").replace("attn.proj", "attention.o_proj")
-        name = name.replace("patch_embed.proj", "embeddings.patch_embeddings.projection")
-        name = name.replace("cls_token", "embeddings.cls_token")
-        name = name.replace("pos_embed", "embeddings.position_embeddings")
-        if "attn.qkv" in name:
-            for part, micro_batch in zip("qkv", value.chunk(3), strict=True):
-                renamed[name.replace("attn.qkv", f"attention.{part}_proj")] = micro_batch
-        elif not name.startswith("norm."):  # the last norm is not used
-            renamed[name] = value
-    convert.load_official(encoder.model, renamed)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return Backbone(encoder, size, mean, std, layers)
-
-
 def augment(images: Tensor, uniform: Tensor, cutout: float = 0.0) -> Tensor:
     """DiffAug (arXiv 2006.10738) of images (B, 3, H, W) in [-1, 1], by uniform draws (7, B): translation by
-    up to 1/8, filled with grey; brightness, saturation and contrast; a square of side `cutout` H removed."""
+    up to 1/8, filled with grey; brightness, saturation and contrast; a square of side `cutout` H is
+    removed."""
     b, _, h, w = images.shape
     r, images = rae.to_device(uniform, images.device), images.float()
     rows, columns = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
 
-    y, x = (
-        places + (draw[:, None] * (2 * round(side / 8) + 1)).floor().long() - round(side / 8) + 1
-        for places, draw, side in ((rows, r[0], h), (columns, r[1], w))
-    )  # (B, H) and (B, W), of the image with a grey frame of one pixel
+    # translation: positions in the image with a grey frame of one pixel, clamped into it
+    y = rows + (r[0][:, None] * (2 * round(h / 8) + 1)).floor().long() - round(h / 8) + 1  # (B, H)
+    x = columns + (r[1][:, None] * (2 * round(w / 8) + 1)).floor().long() - round(w / 8) + 1  # (B, W)
     framed = F.pad(images, (1, 1, 1, 1))
     y, x = y.clamp(0, h + 1)[:, None, :, None], x.clamp(0, w + 1)[:, None, None, :]
     sample, channel = torch.arange(b, device=r.device), torch.arange(3, device=r.device)
@@ -490,10 +404,8 @@ def augment(images: Tensor, uniform: Tensor, cutout: float = 0.0) -> Tensor:
     images = mean + (images - mean) * (contrast + 0.5)
 
     if side := round(cutout * h):
-        y, x = (
-            (places - (draw[:, None] * (length + 1 - side % 2)).floor() + side // 2)
-            for places, draw, length in ((rows, r[5], h), (columns, r[6], w))
-        )
+        y = rows - (r[5][:, None] * (h + 1 - side % 2)).floor() + side // 2
+        x = columns - (r[6][:, None] * (w + 1 - side % 2)).floor() + side // 2
         inside = ((y >= 0) & (y < side))[:, None, :, None] & ((x >= 0) & (x < side))[:, None, None, :]
         images = images.masked_fill(inside, 0.0)
     return images
@@ -505,23 +417,24 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def to_256_levels(images: Tensor) -> Tensor:
-    """Images in [-1, 1], clamped and rounded as 8-bit files are, which real ones come from."""
+    """Images in [-1, 1], clamped and rounded like the 8-bit files that real ones come from: otherwise the
+    discriminator could tell them by that."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
 class LastLayer:
-    """Gradients of the weight of a decoder's last layer, from those of its images: without a second pass
-    through the losses' networks, and where the weight itself is spread over processes."""
+    """Gradients of the weight of a decoder's last layer, from those of its output images: one matrix product,
+    without another backward pass, and also where the weight itself is sharded."""
 
     def __init__(self, model: rae.RAE):
         self.model = model
-        model.decoder.decoder_pred.register_forward_pre_hook(self.keep)
+        model.decoder.decoder_pred.register_forward_pre_hook(self.keep_input)
 
-    def keep(self, module: nn.Module, given: tuple[Tensor]) -> None:
-        self.tokens = given[0].detach()
+    def keep_input(self, module: nn.Module, args: tuple[Tensor]) -> None:
+        self.tokens = args[0].detach()
 
     def gradient(self, of_images: Tensor) -> Tensor:
-        """(B, 3, H, W) of the last batch that was decoded -> (3 p^2, width), over all processes."""
+        """(B, 3, H, W), of the images decoded last -> (3 p^2, width), summed over all ranks."""
         p = self.model.decoder.patch_size
         pixels = (of_images * self.model.image_std).type_as(self.tokens)
         pixels = rearrange(pixels, "b c (h p) (w q) -> (b h w) (p q c)", p=p, q=p)
@@ -532,8 +445,148 @@ class LastLayer:
 
 
 def adaptive_weight(of_reconstruction: Tensor, of_gan: Tensor) -> Tensor:
-    """Factor that makes the second gradient as long as the first (VQGAN, arXiv 2012.09841), up to 10^4."""
+    """Factor that scales the second gradient to the norm of the first (VQGAN, arXiv 2012.09841), up to
+    10^4."""
     return (of_reconstruction.norm() / (of_gan.norm() + 1e-6)).clamp(0, 1e4)
+
+
+def nan_unless_finite(loss: Tensor) -> Tensor:
+    """1, or NaN for a loss that is not finite. It multiplies the gradients, which may be finite even if the
+    loss is not, so that all ranks skip the step together."""
+    return torch.where(loss.isfinite(), 1.0, math.nan)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# the stages of a step, on one micro-batch; each returns its losses by name
+
+
+def reconstruction_losses(
+    config: Config, perceptual: Perceptual | None, pixels: Tensor, images: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L1 + perceptual + Gram loss of reconstructions and originals (B, 3, H, W) in [0, 1], and its parts."""
+    loss = F.l1_loss(pixels, images)
+    losses = {"l1_loss": loss}
+    if perceptual:
+        with torch.no_grad():
+            originals = perceptual.features(2 * images - 1)
+        maps = perceptual.features(2 * pixels - 1)
+        if config.perceptual != "none":
+            losses["perceptual_loss"] = perceptual.distance(originals, maps).mean()
+            loss = loss + losses["perceptual_loss"]
+        if config.gram_weight:
+            losses["gram_loss"] = gram_distance(originals, maps).mean()
+            loss = loss + config.gram_weight * losses["gram_loss"]
+    return loss, losses
+
+
+def generator_loss(config: Config, discriminator: Discriminator, pixels: Tensor, index: list[int]) -> Tensor:
+    """The decoder's adversarial loss: minus the mean logit of its augmented reconstructions."""
+    draws = data.uniform_draws(7, config.seed, index, "generator")
+    return -discriminator(augment(2 * pixels - 1, draws)).float().mean()
+
+
+def discriminator_loss(
+    config: Config, discriminator: Discriminator, images: Tensor, fake: Tensor, index: list[int], update: bool
+) -> dict[str, Tensor]:
+    """Hinge loss on augmented originals and reconstructions in [-1, 1]. update: whether spectral norms take a
+    power iteration, once per step."""
+    of_real = data.uniform_draws(7, config.seed, index, "real")
+    of_fake = data.uniform_draws(7, config.seed, index, "fake")
+    real_logits = discriminator.train(update)(augment(images, of_real)).float()
+    fake_logits = discriminator.eval()(augment(fake, of_fake)).float()
+    loss = hinge_loss(real_logits, fake_logits)
+    return {"disc_loss": loss, "real_logits": real_logits.mean(), "fake_logits": fake_logits.mean()}
+
+
+def add_losses(totals: dict[str, Tensor], losses: dict[str, Tensor], share: float) -> None:
+    for name, value in losses.items():
+        totals[name] += value.detach() * share
+
+
+# -----------------------------------------------------------------------------------------------------------
+# set-up
+
+
+def build_model(config: Config, dist_ctx: common.DistContext) -> tuple[rae.RAE, rae.TextToImage | None]:
+    """A new RAE, or that of --init or the generator; and the generator."""
+    torch.manual_seed(config.seed)
+    generator = None
+    if config.generator:
+        generator = common.load_model(rae.TextToImage, config.generator, config.init, dist_ctx)
+    if not (config.generator or config.init):
+        size = dict(rae.DECODERS[config.decoder])
+        if config.patch_size:
+            size["patch_size"] = config.patch_size
+        with common.loading(config.encoder):
+            return rae.RAE(config.encoder, size, config.encoder_size).to(dist_ctx.device), None
+    model = generator.autoencoder if generator else common.load_autoencoder(config.init, dist_ctx)
+    if not isinstance(model, rae.RAE):
+        raise ValueError(
+            "--init, or the generator's autoencoder, is a VAE: this script trains an RAE's decoder"
+        )
+    for name, actual in (("patch_size", model.decoder.patch_size), ("encoder_size", model.encoder_size)):
+        value = getattr(config, name)
+        if value not in (None, actual):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: the model to start from has {actual}")
+    return model, generator
+
+
+def build_loss_networks(
+    config: Config, model: rae.RAE, dist_ctx: common.DistContext
+) -> tuple[Perceptual | None, Discriminator | None]:
+    perceptual = discriminator = None
+    if config.perceptual != "none" or config.gram_weight:
+        backbone = Backbone(model.encoder, model.encoder_size, model.image_mean, model.image_std)
+        perceptual = Perceptual(config.perceptual, backbone).to(dist_ctx.device)
+    if config.gan_weight:
+        with common.loading(config.discriminator):
+            backbone = Backbone.from_pretrained(config.discriminator)
+        torch.manual_seed(config.seed)  # the same heads on every rank
+        discriminator = Discriminator(backbone).to(dist_ctx.device).eval()
+    return perceptual, discriminator
+
+
+def measure_statistics(config: Config, model: rae.RAE, run: common.Run, dist_ctx: common.DistContext) -> None:
+    """Sets the model's latent statistics, from centre crops."""
+    source = data.open_source(config.data, model.image_size, config.seed)
+    limit = None if config.statistics < 0 else config.statistics
+    batches = data.OnePass(source, config.batch, limit, config.workers, dist_ctx.rank, dist_ctx.world_size)
+    bar = tqdm(batches, "statistics", disable=not dist_ctx.is_main)
+    mean, std = latent_statistics(model, bar, dist_ctx)
+    run.count_skipped(batches)
+    model.latent_mean.copy_(mean)
+    model.latent_std.copy_(std)
+
+
+def make_optimizer(config: Config, model: rae.RAE) -> common.Optimizers:
+    """AdamW; with --muon, the matrices of the decoder's layers go to Muon."""
+    matrices, rest = [], []
+    for name, parameter in model.decoder.named_parameters():
+        if parameter.requires_grad:
+            to_muon = config.muon and name.startswith("decoder_layers") and parameter.ndim == 2
+            (matrices if to_muon else rest).append(parameter)
+    optimizers = [torch.optim.AdamW(rest, config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    if matrices:
+        optimizers.append(common.Muon(matrices, config.muon, weight_decay=0.0))
+    return common.Optimizers(*optimizers, clip=config.clip)
+
+
+def flops_per_step(config: Config, model: rae.RAE) -> float:
+    """Of the encoder's and the decoder's passes, for the MFU; the networks of the losses are not counted."""
+    zeros = partial(torch.zeros, device="meta")
+    encoder = common.count_flops(model.encoder, zeros(1, 3, model.encoder_size, model.encoder_size))
+    decoder = common.count_flops(model.decoder, zeros(1, *model.latent_shape))
+    return config.batch * (encoder + 3 * decoder)
+
+
+@torch.no_grad()
+def save_grid(run: common.Run, ema: rae.RAE, images: Tensor, dist_ctx: common.DistContext, step: int) -> None:
+    """Originals and their reconstructions by the EMA weights, side by side."""
+    with dist_ctx.autocast():
+        decoded = ema.decode(ema.encode(images))
+    if dist_ctx.is_main:
+        pairs = torch.stack([images, decoded], dim=1).flatten(0, 1)
+        common.save_image(run.out / "samples" / f"{step:07d}.png", common.image_grid(pairs, 8, scale=2))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -543,211 +596,149 @@ def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
     if config.gan_weight and config.gan_start < config.disc_start:
         raise ValueError(
-            f"--gan-start {config.gan_start}: the discriminator begins to learn at --disc-start "
-            f"{config.disc_start}, the decoder cannot learn from it earlier"
+            f"--gan-start {config.gan_start}: the discriminator starts to train at --disc-start "
+            f"{config.disc_start}, so the decoder cannot learn from it earlier"
         )
     dist_ctx = common.init_distributed(config.dtype, config.shard)
+    device = dist_ctx.device
     run = common.Run(config, dist_ctx)
 
-    # -------------------------------------------------------------------------------------------------------
-    # model -> average -> shard -> compile -> optimizer
-    torch.manual_seed(config.seed)
-    patch = {"patch_size": config.patch_size} if config.patch_size else {}
-    size = rae.DECODERS[config.decoder] | patch
-    generator = None
-    if config.generator:
-        generator = common.load_model(rae.TextToImage, config.generator, config.init, dist_ctx)
-    if generator or config.init:
-        model = generator.autoencoder if generator else common.load_autoencoder(config.init, dist_ctx)
-        if not isinstance(model, rae.RAE):
-            raise ValueError("--init, or the generator's autoencoder, is a VAE: this trains an RAE's decoder")
-        for name, own in (("patch_size", model.decoder.patch_size), ("encoder_size", model.encoder_size)):
-            if (given := getattr(config, name)) not in (None, own):
-                raise ValueError(f"--{name.replace('_', '-')} {given}: the model to start from has {own}")
-    else:
-        with common.loading(config.encoder):
-            model = rae.RAE(config.encoder, size, config.encoder_size).to(dist_ctx.device)
+    # ---- model and data ------------------------------------------------------------------------------------
+    model, generator = build_model(config, dist_ctx)
     options = {"crop": config.crop}
-    if generator:  # captions longer than it takes are left out
-        options |= {
-            "length": partial(rae.chat_length, tokenizer=generator.tokenizer, image=0),
-            "longest": 256,
-        }
+    if generator:  # it takes captions of up to 256 tokens
+        options["length"] = partial(rae.chat_length, tokenizer=generator.tokenizer, image_tokens=0)
+        options["max_seq_len"] = 256
     source = data.open_source(config.data, model.image_size, config.seed, **options)
+    if run.source is None and config.statistics and not (generator or config.init):
+        measure_statistics(config, model, run, dist_ctx)
 
-    def batches(start: int, positions: dict) -> data.Loader:
-        return data.Loader(
-            source, config.batch, config.workers, start, dist_ctx.rank, dist_ctx.world_size, positions
-        )
+    perceptual, discriminator = build_loss_networks(config, model, dist_ctx)
 
-    if run.source is None and not (generator or config.init) and config.normalise != "none":
-        centres = data.open_source(config.data, model.image_size, config.seed)
-        limit, world = config.statistics or None, dist_ctx.world_size
-        measured = data.OnePass(centres, config.batch, limit, config.workers, dist_ctx.rank, world)
-        bar = tqdm(measured, "statistics", disable=not dist_ctx.is_main)
-        statistics = latent_statistics(model, bar, config.normalise, dist_ctx)
-        run.count_skipped(measured)
-        model.latent_mean.copy_(statistics[0])
-        model.latent_std.copy_(statistics[1])
-    perceptual = discriminator = None
-    if config.perceptual != "none" or config.gram_weight:
-        own = Backbone(model.encoder, model.encoder_size, model.image_mean, model.image_std)
-        perceptual = Perceptual(config.perceptual, own).to(dist_ctx.device)
-    if config.gan_weight:
-        with common.loading(config.discriminator):
-            backbone = Backbone.from_pretrained(config.discriminator)
-        torch.manual_seed(config.seed)  # the same on every process
-        discriminator = Discriminator(backbone).to(dist_ctx.device).eval()
+    # ---- model -> EMA -> shard -> compile -> optimizer -----------------------------------------------------
+    if dist_ctx.peak_flops():
+        run.flops_per_step = flops_per_step(config, model)
     ema = copy.deepcopy(model, {id(model.encoder): model.encoder})  # the frozen encoder is shared
-    export = copy.deepcopy(model).cpu() if dist_ctx.is_main else None  # on its own, to save the average with
-    for each in (model, ema):
-        common.shard_model(each.decoder, each.decoder.decoder_layers, dist_ctx)
-    frozen = [*model.encoder.blocks, *(backbone.encoder.blocks if discriminator else ())]
-    frozen += generator.dit.blocks if generator else []
-    common.compile_blocks([*model.decoder.decoder_layers, *frozen], config.compile, dist_ctx)
-    if config.checkpoint_blocks:
+    export = (
+        copy.deepcopy(model).cpu() if dist_ctx.is_main else None
+    )  # stays unsharded, to write OUT/model with
+    for module in (model, ema):
+        common.shard_model(module.decoder, module.decoder.decoder_layers, dist_ctx)
+    blocks = [
+        *model.decoder.decoder_layers,
+        *model.encoder.blocks,
+        *(generator.dit.blocks if generator else []),
+    ]
+    blocks += discriminator.backbone.encoder.blocks if discriminator else []
+    common.compile_blocks(blocks, config.compile, dist_ctx)
+    if config.activation_checkpointing:
         common.checkpoint_blocks(model.decoder.decoder_layers)
-    named = {name: p for name, p in model.decoder.named_parameters() if p.requires_grad}
-    matrices = {
-        n: p for n, p in named.items() if config.muon and n.startswith("decoder_layers") and p.ndim == 2
-    }
-    adamw = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
-    others = [p for name, p in named.items() if name not in matrices]
-    optimizers = [torch.optim.AdamW(others, config.lr, **adamw)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices.values(), config.muon, weight_decay=0.0))
-    steppers = [common.Stepper(*optimizers, clip=config.clip)]
-    modules = {"model": model, "ema": ema}
-    if discriminator:
-        heads = list(discriminator.parameters())
-        steppers.append(common.Stepper(torch.optim.AdamW(heads, config.disc_lr, **adamw), clip=config.clip))
-        modules["discriminator"] = discriminator
-    state = run.load(modules, steppers, export)
     last_layer = LastLayer(model)
+    optimizer = make_optimizer(config, model)
+    modules, optimizers = {"model": model, "ema": ema}, [optimizer]
+    if discriminator:
+        adamw = {"lr": config.disc_lr, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+        disc_optimizer = common.Optimizers(
+            torch.optim.AdamW(discriminator.parameters(), **adamw), clip=config.clip
+        )
+        modules["discriminator"] = discriminator
+        optimizers.append(disc_optimizer)
+    state = run.load(modules, optimizers, export)
+    start = step = state["step"]
+    val_source = data.open_source(config.data, model.image_size, config.seed + 1)
+    grid_images = data.to_unit(next(data.Loader(val_source, 16, workers=0))["image"], device)
+    loader = data.Loader(
+        source, config.batch, config.workers, start, dist_ctx.rank, dist_ctx.world_size, state["positions"]
+    )
 
-    # -------------------------------------------------------------------------------------------------------
-    # images of another seed, to look at
-    others = data.open_source(config.data, model.image_size, config.seed + 1)
-    shown = data.to_unit(next(data.Loader(others, 16, workers=0))["image"], dist_ctx.device)
-
-    @torch.no_grad()
-    def checkpoint(step: int, with_samples: bool) -> None:
-        run.save(step, loader)
-        if not with_samples:
-            return
-        with dist_ctx.autocast():
-            pairs = torch.stack([shown, ema.decode(ema.encode(shown))], dim=1).flatten(0, 1)
-        if dist_ctx.is_main:
-            grid = common.image_grid(pairs, 8, scale=2)
-            common.save_image(run.out / "samples" / f"{step:07d}.png", grid)
-
-    # -------------------------------------------------------------------------------------------------------
-    # the two halves of a step, on one piece of the batch; both return the losses, by name
-
-    def learn_to_decode(images: Tensor, latents: Tensor, index: list[int], adversarial: bool) -> dict:
-        if config.tau:
-            noise, uniform, _ = data.flow_draws(model.latent_shape, config.seed, index, dist_ctx.device)
-            sigma = rae.to_device(noise_scale(uniform, config.tau, config.sigma), dist_ctx.device)
-            latents = model.add_noise(latents, noise, sigma)
-        with dist_ctx.autocast():
-            reconstruction = model.decode(latents)
-        pixels = reconstruction.detach().requires_grad_()  # the losses' gradients meet here
-        losses = {"l1": F.l1_loss(pixels, images)}
-        if perceptual:
-            with dist_ctx.autocast():
-                with torch.no_grad():
-                    maps = perceptual.features(2 * images - 1)
-                maps = maps, perceptual.features(2 * pixels - 1)
-            if config.perceptual != "none":
-                losses["perceptual"] = perceptual.distance(*maps).mean()
-            if config.gram_weight:
-                losses["gram"] = gram_distance(*maps).mean()
-        weights = {"l1": 1.0, "perceptual": config.perceptual_weight, "gram": config.gram_weight}
-        loss = sum(weights[name] * value for name, value in losses.items())
-        share = len(images) / config.batch
-        [gradient] = torch.autograd.grad(loss * share, pixels)
-        if adversarial:
-            draws = data.uniform_draws(7, config.seed, index, "generator")
-            with dist_ctx.autocast():
-                gan = -discriminator(augment(2 * pixels - 1, draws)).float().mean()
-            [of_gan] = torch.autograd.grad(gan * share, pixels)
-            weight = torch.full((), config.gan_weight, device=dist_ctx.device)
-            if config.adaptive:
-                weight = weight * adaptive_weight(last_layer.gradient(gradient), last_layer.gradient(of_gan))
-            losses |= {"gan": gan, "gan_weight": weight}
-            gradient, loss = gradient + weight * of_gan, loss + weight * gan
-        reconstruction.backward(gradient * common.one_if_finite(loss))
-        return {"loss": loss} | losses
-
-    def learn_to_discriminate(images: Tensor, latents: Tensor, index: list[int], first: bool) -> dict:
-        with torch.no_grad(), dist_ctx.autocast():
-            fake = to_256_levels(2 * model.decode(latents) - 1)
-        draws = [data.uniform_draws(7, config.seed, index, kind) for kind in ("real", "fake")]
-        with dist_ctx.autocast():
-            discriminator.train(first)  # one power iteration a step
-            on_real = discriminator(augment(2 * images - 1, draws[0])).float()
-            on_fake = discriminator.eval()(augment(fake, draws[1])).float()
-        loss = hinge_loss(on_real, on_fake)
-        common.backward(loss * len(images) / config.batch)
-        return {"disc_loss": loss, "on_real": on_real.mean(), "on_fake": on_fake.mean()}
-
-    # -------------------------------------------------------------------------------------------------------
-    # the loop
-    done = start = state["step"]
-    loader = batches(start, state["positions"])
+    # ---- loop ----------------------------------------------------------------------------------------------
     run.begin(start)
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not dist_ctx.is_main)
     for step in bar:
-        factor = common.cosine(step, config.steps, config.warmup, config.final_lr)
-        steppers[0].scale(factor)
-        losses = defaultdict(float)  # this process's share of each
-
-        def count(found: dict, images: Tensor, losses=losses) -> None:
-            for name, value in found.items():
-                losses[name] += value.detach() * len(images) / config.batch
-
-        micro_batches = []
+        lr_factor = common.cosine(step, config.steps, config.warmup, config.final_lr)
+        optimizer.set_lr(lr_factor)
+        is_adversarial = discriminator is not None and step >= config.gan_start
+        totals = defaultdict(float)  # this rank's part of each loss
+        encoded = []
         for micro_batch in data.micro_batches(next(loader), config.grad_accum):
-            images = data.to_unit(micro_batch["image"], dist_ctx.device)
+            # ---- latents: frozen encoder, no gradient ------------------------- (B, 3, H, W) -> (B, N, C)
+            index = micro_batch["index"]
+            images = data.to_unit(micro_batch["image"], device)
             with dist_ctx.autocast():
                 latents = model.encode(images)
                 if generator:
                     if not all(micro_batch["caption"]):
-                        raise ValueError(f"{config.data} has images without captions, --generator needs them")
-                    latents = remade(
-                        latents, generator, micro_batch["caption"], config.seed, micro_batch["index"], step
+                        raise ValueError(
+                            f"{config.data} has images without captions, which --generator needs"
+                        )
+                    latents = regenerated(
+                        latents, generator, micro_batch["caption"], config.seed, index, step
                     )
-            micro_batches.append((images, latents, micro_batch["index"]))
-        adversarial = discriminator is not None and step >= config.gan_start
-        for micro_batch in micro_batches:
-            count(learn_to_decode(*micro_batch, adversarial), micro_batch[0])
-        norm = steppers[0].step()
+            encoded.append((images, latents, index))
+            noisy = latents
+            if config.tau:  # noise-augmented decoding (RAE section 4.2)
+                noise, uniform, _ = data.flow_draws(model.latent_shape, config.seed, index, device)
+                noisy = model.add_noise(latents, noise, rae.to_device(config.tau * uniform, device))
+
+            # ---- reconstruction losses
+            # The gradients of all losses meet at the pixels. So each loss network is run backward once, the
+            # decoder once, and both gradients that the adaptive weight compares are at hand.
+            with dist_ctx.autocast():
+                reconstruction = model.decode(noisy)
+                pixels = reconstruction.detach().requires_grad_()
+                loss, losses = reconstruction_losses(config, perceptual, pixels, images)
+            share = len(images) / config.batch  # of the global batch: gradients are summed, not averaged
+            [gradient] = torch.autograd.grad(loss * share, pixels)
+
+            # ---- adversarial term
+            if is_adversarial:
+                with dist_ctx.autocast():
+                    gan_loss = generator_loss(config, discriminator, pixels, index)
+                [gan_gradient] = torch.autograd.grad(gan_loss * share, pixels)
+                gan_weight = torch.full((), config.gan_weight, device=device)
+                if config.adaptive:  # by the gradients of the last layer, taken from those of the pixels
+                    of_losses, of_gan = last_layer.gradient(gradient), last_layer.gradient(gan_gradient)
+                    gan_weight = gan_weight * adaptive_weight(of_losses, of_gan)
+                gradient, loss = gradient + gan_weight * gan_gradient, loss + gan_weight * gan_loss
+                losses |= {"gan_loss": gan_loss, "gan_weight": gan_weight}
+
+            reconstruction.backward(gradient * nan_unless_finite(loss))
+            add_losses(totals, {"loss": loss, **losses}, share)
+        grad_norm = optimizer.step()
         common.update_ema(ema, model, config.ema, step)
 
+        # ---- discriminator: on reconstructions of the updated decoder, without noise
         if discriminator and step >= config.disc_start:
-            own, total = step - config.disc_start, config.steps - config.disc_start
-            disc_factor = common.cosine(own, total, config.disc_warmup, config.final_lr)
-            steppers[1].scale(disc_factor)
-            for number, micro_batch in enumerate(micro_batches):
-                count(learn_to_discriminate(*micro_batch, first=number == 0), micro_batch[0])
-            common.sum_gradients(steppers[1].parameters)
-            steppers[1].step()
+            disc_step, disc_steps = step - config.disc_start, config.steps - config.disc_start
+            disc_optimizer.set_lr(common.cosine(disc_step, disc_steps, config.disc_warmup, config.final_lr))
+            for number, (images, latents, index) in enumerate(encoded):
+                with dist_ctx.autocast():
+                    with torch.no_grad():
+                        fake = to_256_levels(2 * model.decode(latents) - 1)
+                    losses = discriminator_loss(
+                        config, discriminator, 2 * images - 1, fake, index, update=number == 0
+                    )
+                loss, share = losses["disc_loss"], len(images) / config.batch
+                (loss * share).backward(nan_unless_finite(loss))
+                add_losses(totals, losses, share)
+            common.sum_gradients(disc_optimizer.parameters)
+            disc_optimizer.step()
 
-        done = step + 1
-        if done % 10 == 0:
-            [stepper.check() for stepper in steppers]
-        if done % config.log_every == 0 or done == config.steps:
-            values = dict(zip(losses, common.global_sum(*map(float, losses.values())), strict=True))
-            values |= {"lr": config.lr * factor, "grad_norm": norm}
-            values["skipped_steps"] = sum(stepper.check() for stepper in steppers)
-            run.log(done, bar.write, loader, **values)
-        stop = run.stopping()
-        if done % config.save_every == 0 or done == config.steps or stop:
-            checkpoint(done, with_samples=not stop)
-            run.time_from(done)
+        # ---- log and save
+        step += 1
+        if run.is_due(step, config.log_every):
+            sums = common.global_sum(*[float(value) for value in totals.values()])
+            values = dict(zip(totals, sums, strict=True))
+            run.log(step, bar.write, loader, **values, lr=config.lr * lr_factor, grad_norm=grad_norm)
+        stop = run.stopping(step)
+        if run.is_due(step, config.save_every) or stop:
+            run.save(step, loader)
+            if not stop:
+                save_grid(run, ema, grid_images, dist_ctx, step)
+            run.start_timer(step)
         if stop:
             break
-    run.finish(done)
+    run.finish(step)
 
 
 if __name__ == "__main__":

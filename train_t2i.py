@@ -111,21 +111,12 @@ GRID_STEPS, GRID_GUIDANCE = 25, 3.0  # of the sample grids
 
 
 @dataclass
-class Config:
+class Config(common.TrainConfig):
     out: str = flag("runs/t2i", "folder of this run")
-    resume: str = flag(
-        "",
-        "continue from the newest checkpoint of OUT, if there is one (auto), or from a checkpoint folder",
-        nargs="?",
-        const="auto",
-    )
-    seed: int = flag(0, "seed of weights, data order, noise and timesteps")
     # model
     condition: str = flag("text", "conditioning", choices=["text", "class", "none"])
     num_classes: int | None = flag(None, "number of classes, if --data does not tell", at_least=1)
-    autoencoder: str = flag(
-        "", "RAE or VAE: folder, hub id or name (default: that of --init, or the nano one)"
-    )
+    autoencoder: str = flag("", "RAE or VAE: folder, hub id or name (default: that of --init, or nano's)")
     language_model: str = flag(str(common.WEIGHTS / "language-model"), "transformers folder or hub id")
     reader: str = flag("", "encoder for understanding, if images are generated in a VAE's latents: an RAE")
     dit: str = flag("nano", "size of the DiT", choices=rae.DITS)
@@ -137,50 +128,26 @@ class Config:
     )
     alpha: float | None = flag(None, "factor of the timestep shift (default: sqrt(N C / 4096))")
     # data
-    data: str = flag(
-        "", "source of images, or several with weights, see data.py (default: nano or nano:classes)"
-    )
+    data: str = flag("", "source of images, or several with weights, see data.py (default: nano)")
     val_data: str = flag(
-        "", "held-out source (default: --data with another seed, unseen images for nano only)"
+        "", "held-out source (default: --data by another seed, which is unseen for nano only)"
     )
+    eval_every: int = flag(500, "steps between validation losses", at_least=1)
     flip: bool = flag(False, "mirror half of the images")
-    max_seq_len: int = flag(512, "maximum tokens of a conversation, images included; longer ones are skipped")
-    workers: int = flag(1, "data loading processes per rank", at_least=0)
+    max_seq_len: int = flag(512, "tokens of a conversation, images included; longer ones are skipped")
     # optimization
     steps: int = flag(10_000, "optimizer steps", at_least=1)
-    batch: int = flag(64, "samples per step, over all ranks", at_least=1)
     lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector")
     dit_lr: float = flag(1e-3, "peak learning rate of the DiT and its connector")
     muon: float = flag(0.0, "peak learning rate of Muon for the DiT's matrices (0: AdamW)", at_least=0)
     warmup: float = flag(200, "steps of linear warm-up; below 1, a fraction of all steps", at_least=0)
-    decay_start: int | None = flag(
-        None, "step at which a linear decay begins (default: cosine decay after the warm-up)", at_least=0
-    )
+    decay_start: int | None = flag(None, "first step of a linear decay (default: cosine decay)", at_least=0)
     final_lr: float = flag(0.0, "final learning rate, as a fraction of the peak")
-    t_distribution: str = flag(
-        "logit-normal", "distribution of t before the shift", choices=["logit-normal", "uniform"]
-    )
+    t_distribution: str = flag("logit-normal", "of t, before the shift", choices=["logit-normal", "uniform"])
     draws: int = flag(1, "draws of noise and t per image; the condition is computed once", at_least=1)
     noise_only_steps: int = flag(0, "first steps of a new model at t = 1 only", at_least=0)
     dropout: float = flag(0.1, "condition dropout: fraction of images trained with the null condition")
     ema: float = flag(0.999, "EMA decay of the weights that are saved and sampled (0: no EMA)")
-    # system
-    dtype: str = flag(
-        "auto", "compute dtype (auto: bf16 on CUDA, else fp32)", choices=["auto", "bf16", "fp32"]
-    )
-    shard: str = flag(
-        "none",
-        "FSDP2 sharding: none (replicate), full (across all ranks) or hybrid (within a node)",
-        choices=["none", "full", "hybrid"],
-    )
-    grad_accum: int = flag(1, "gradient accumulation: micro-batches per step and rank", at_least=1)
-    activation_checkpointing: bool = flag(False, "recompute the blocks in backward, to save memory")
-    compile: bool | None = flag(None, "torch.compile the transformer blocks (default: on CUDA)")
-    log_every: int = flag(50, "steps between log lines", at_least=1)
-    eval_every: int = flag(500, "steps between validation losses", at_least=1)
-    save_every: int = flag(500, "steps between checkpoints, each with a sample grid", at_least=1)
-    keep: int = flag(2, "newest checkpoints to keep", at_least=1)
-    wandb: str = flag("", "also log to this Weights & Biases project", metavar="PROJECT")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -478,7 +445,8 @@ def main() -> None:
     run.begin(start)
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not dist_ctx.is_main)
     for step in bar:
-        optimizers.set_lr(learning_rate(config, step))
+        lr_factor = learning_rate(config, step)
+        optimizers.set_lr(lr_factor)
         micro_batches = data.micro_batches(next(loader), config.grad_accum)
         inputs = [prepare(config, model, micro_batch) for micro_batch in micro_batches]
         # Losses are divided by the counts of the global batch, and gradients are summed. So any number of
@@ -520,21 +488,16 @@ def main() -> None:
 
         # ---- log, validate, save
         step += 1
-        is_last = step == config.steps
-        if step % 10 == 0:
-            optimizers.check_skipped()
-        if step % config.log_every == 0 or is_last:
+        if run.is_due(step, config.log_every):
             text_loss, flow_loss = common.global_sum(*losses.tolist())
-            values = {"loss": text_loss + flow_weight * flow_loss}
-            if is_text:
-                values |= {"text_loss": text_loss, "flow_loss": flow_loss}
-            values |= {"lr": config.dit_lr * learning_rate(config, step - 1), "grad_norm": grad_norm}
-            run.log(step, bar.write, loader, **values, skipped_steps=optimizers.check_skipped())
-        if step % config.eval_every == 0 or is_last:
+            values = {"text_loss": text_loss, "flow_loss": flow_loss} if is_text else {}
+            values |= {"lr": config.dit_lr * lr_factor, "grad_norm": grad_norm}
+            run.log(step, bar.write, loader, loss=text_loss + flow_weight * flow_loss, **values)
+        if run.is_due(step, config.eval_every):
             run.log_row(bar.write, {"step": step} | validation.losses(ema))
             run.start_timer(step)
-        stop = run.stopping()
-        if step % config.save_every == 0 or is_last or stop:
+        stop = run.stopping(step)
+        if run.is_due(step, config.save_every) or stop:
             run.save(step, loader)
             if not stop:
                 validation.save_grid(ema, run.out / "samples" / f"{step:07d}.png")

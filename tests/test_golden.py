@@ -262,7 +262,7 @@ def test_autoencoder(case):
     check(unpack(latents), expected["latent"], 1e-6)
     check(model.decode(latents), expected["recon"], 1e-6)
     check(model.decode(pack(given.z)), expected["decode_of_z"], 1e-6)
-    sigma = train_decoder.noise_scale(torch.tensor(given.noise_u), config["noise_tau"], "uniform")
+    sigma = config["noise_tau"] * torch.tensor(given.noise_u)
     check(unpack(model.add_noise(latents, given.noise_eps, sigma)), expected["latent_noised"], 1e-6)
 
 
@@ -400,13 +400,13 @@ def test_two_training_steps(case):
     given, expected = inputs(case), GOLDEN[case]["adamw"]
     latents, noise, t, y = pack(given.x1), pack(given.noise), torch.tensor(given.t), torch.tensor(given.y)
     adamw = torch.optim.AdamW(model.parameters(), lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    stepper = common.Stepper(adamw, clip=1.0)
+    optimizer = common.Optimizers(adamw, clip=1.0)
     before, losses = copy.deepcopy(dict(model.named_parameters())), []
     for step in range(3):
         loss = rae.flow_loss(model, latents, y, ALPHA, noise, t).mean()
         losses.append(loss.item())
         loss.backward()
-        stepper.step()
+        optimizer.step()
         if step == 0:
             after = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert losses[1:] == pytest.approx(expected["losses"], rel=1e-3)
