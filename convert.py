@@ -484,6 +484,52 @@ def read_scale_rae(source: str, folder: str, config: dict, revision: str | None)
 
 
 # -----------------------------------------------------------------------------------------------------------
+# DINO, the backbone of the discriminator
+
+
+def official_dino(weights: dict[str, Tensor], heads: int | None, changes: dict) -> tuple[rae.Encoder, int]:
+    """A DINO of its own release, for the discriminator, and the side of its input in pixels. heads: of its
+    attention, if they are not 64 channels each; changes: of the config."""
+    try:
+        width, patch = weights["patch_embed.proj.weight"].shape[::3]
+        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+        size = patch * math.isqrt(weights["pos_embed"].shape[1] - 1)
+        hidden = len(weights["blocks.0.mlp.fc1.bias"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"not a state dict of a DINO: {error} is missing") from error
+    config = {
+        "model_type": "vit",
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "intermediate_size": hidden,
+        "num_attention_heads": heads or width // 64,
+        "image_size": size,
+        "patch_size": patch,
+    }
+    encoder = rae.Encoder(config, changes)
+    names = {
+        "blocks.": "layers.",
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "attn.proj": "attention.o_proj",
+        "patch_embed.proj": "embeddings.patch_embeddings.projection",
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings",
+    }
+    renamed = {}
+    for name, value in weights.items():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        if "attn.qkv" in name:
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                renamed[name.replace("attn.qkv", f"attention.{letter}_proj")] = part
+        elif not name.startswith("norm."):  # the final norm is not used
+            renamed[name] = value
+    load_official(encoder.model, renamed)
+    return encoder, size
+
+
+# -----------------------------------------------------------------------------------------------------------
 # files: on disk or on the hub; safetensors, pickles, shards, zstd
 
 
