@@ -32,6 +32,7 @@ import os
 import re
 import tarfile
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -369,14 +370,14 @@ class ImageSource:
 
 
 class Folder:
-    """The rows of a folder of images, read by `datasets` as an imagefolder."""
+    """The rows of a folder of images, read by `datasets`."""
 
     def __init__(self, path: str):
         from datasets import Image as ImageColumn
         from datasets import load_dataset
 
         rows = load_dataset("imagefolder", data_dir=path, split="train")
-        # Without captions the subfolders are the classes.
+        # `datasets` makes a class of every subfolder, unless there is a metadata.jsonl.
         self.classes = getattr(rows.features.get("label"), "num_classes", None)
         self.rows = rows.cast_column("image", ImageColumn(decode=False))
 
@@ -390,27 +391,28 @@ class Folder:
 
 
 class JsonLines:
-    """The rows of a .jsonl of conversations. Only the offsets of its lines are in memory."""
+    """The rows of a .jsonl of conversations."""
 
     classes = None
 
     def __init__(self, path: Path):
-        rows, start = [], 0
+        # Where lines start instead of their text, because a file may have gigabytes. Arrays, because every
+        # worker would get a copy of a list.
+        self.path, self.numbers, self.starts, start = path, array("q"), array("q"), 0
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    rows.append((number, start))
+                    self.numbers.append(number)
+                    self.starts.append(start)
                 start += len(line)
-        self.path, self.rows = path, np.array(rows)  # an array, because lists are copied to every worker
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.starts)
 
     def __getitem__(self, row: int) -> dict:
-        number, start = self.rows[row]
-        name = f"{self.path}: line {number}"
+        name = f"{self.path}: line {self.numbers[row]}"
         with self.path.open("rb") as file:
-            file.seek(start)
+            file.seek(self.starts[row])
             line = file.readline()
         try:
             fields = json.loads(line)
@@ -583,12 +585,12 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: PurePosixPa
         return {"error": f"damaged {extension}: {error}"}
 
 
-def open_table(name: str, **kwargs) -> list[Callable]:
-    """The shards of a streamed table, see `ShardStream`; kwargs are those of `datasets.load_dataset`."""
+def open_table(name: str, path: str, files: list[str] | None = None) -> list[Callable]:
+    """The shards of a streamed table, see `ShardStream`; path and files as in `datasets.load_dataset`."""
     from datasets import Image as ImageColumn
     from datasets import load_dataset
 
-    table = load_dataset(split="train", streaming=True, **kwargs)
+    table = load_dataset(path, data_files=files, split="train", streaming=True)
     features = table.features or {}
     columns = [key for key, feature in features.items() if isinstance(feature, ImageColumn)]
     # Tables that `datasets` did not write have bytes, or {bytes, path}, in a column with a usual name.
@@ -605,13 +607,13 @@ def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
 
     number = 0
     # .iter, because plain iteration would divide the rows among the DataLoader's workers.
-    for block in table.shard(table.num_shards, shard).iter(BLOCK):
+    for block in table.shard(table.num_shards, shard).iter(BLOCK):  # a list for every column
         for values in zip(*block.values(), strict=True):
             row = dict(zip(block, values, strict=True))
             image = row[column] or {}
             content = image.get("bytes") or (image.get("path") and xopen(image["path"], "rb").read())
-            fields = {"name": f"{name}: shard {shard}, row {number}", "image": content}
-            yield known_fields(row) | fields
+            row_name = f"{name}: shard {shard}, row {number}"
+            yield known_fields(row) | {"name": row_name, "image": content}
             number += 1
 
 
@@ -624,7 +626,7 @@ class Mixture:
     that depends on the seed.
 
     classes: number of classes, None if no source knows it
-    latents: the latents.json of each source of latents; [] for images
+    latents: the latents.json of every source of latents; [] for images
     """
 
     def __init__(self, sources: list, weights: list[float], seed: int):
@@ -713,7 +715,7 @@ def find_shards(name: str, path: Path) -> list[Callable]:
         tars = [file for file in files if re.search(r"\.tar(\.\w?z2?)?$", file)]
         tables = sorted(str(file) for file in path.rglob("*.parquet"))
         if tables and not tars:
-            return open_table(name, path="parquet", data_files=tables)
+            return open_table(name, "parquet", tables)
         return [partial(tar_rows, tar) for tar in tars]
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise ValueError("no data source of that name, see the top of data.py for what there is")
@@ -722,7 +724,7 @@ def find_shards(name: str, path: Path) -> list[Callable]:
     # Of tars on the hub only the train split, if file names tell which that is.
     tars = HfFileSystem().glob(f"datasets/{name}/**/*.tar")
     tars = [tar for tar in tars if "train" in tar.removeprefix(f"datasets/{name}")] or tars
-    return [partial(tar_rows, f"hf://{tar}") for tar in tars] or open_table(name, path=name)
+    return [partial(tar_rows, f"hf://{tar}") for tar in tars] or open_table(name, name)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -752,7 +754,7 @@ def collate(samples: list[dict]) -> dict:
     return batch
 
 
-class Loader:
+class Loader(Iterator):
     """The batches of a training run (see `collate`), one per step, without end.
 
     workers: processes that prepare batches ahead; 0 prepares them in this process
@@ -765,9 +767,6 @@ class Loader:
         self.positions, self.skipped, self.waited = lanes.positions, [], 0.0
         self.parts = min(workers, len(lanes.local)) or 1
         self.loader = iter(make_loader(lanes.batches, self.parts if workers else 0))
-
-    def __iter__(self) -> "Loader":
-        return self
 
     def __next__(self) -> dict:
         started = time.perf_counter()
@@ -816,15 +815,15 @@ class Lanes:
 
     def batches(self, worker: int, workers: int) -> Iterator[dict]:
         """What one worker process makes of every batch."""
-        width = self.batch // self.count
-        lanes = self.local[len(self.local) * worker // workers : len(self.local) * (worker + 1) // workers]
+        width, size = self.batch // self.count, len(self.local)
+        lanes = self.local[size * worker // workers : size * (worker + 1) // workers]
         streams: dict[str, Iterator[dict]] = {}
         for first in itertools.count(self.start * self.batch, self.batch):
             numbers = range(first + lanes.start * width, first + lanes.stop * width)
             yield collate([self.sample(number, number % self.batch // width, streams) for number in numbers])
 
     def sample(self, number: int, lane: int, streams: dict[str, Iterator[dict]]) -> dict:
-        """Sample `number`: from a map, or the next one of a stream, which is opened at its first sample."""
+        """Sample `number`, of a source with random access, or the next one of the lane's stream."""
         owner, _ = self.source.place(number)
         source = self.source.sources[owner]
         if not isinstance(source, ShardStream):
@@ -866,7 +865,7 @@ class OnePass:
 
 
 class PerWorker(IterableDataset):
-    """`make(worker, workers)`, called by each worker process, or with (0, 1) by the main process."""
+    """The batches of `make(worker, workers)` in a worker process, or of `make(0, 1)` in the main one."""
 
     def __init__(self, make: Callable[[int, int], Iterator[dict]]):
         self.make = make
@@ -881,14 +880,16 @@ class PerWorker(IterableDataset):
 
 
 def make_loader(make: Callable[[int, int], Iterator[dict]], workers: int) -> DataLoader:
-    """Batches made ahead by worker processes; without any, in this process when they are asked for."""
+    """Batches of `workers` processes, made ahead, or of this one (0)."""
+    # Four batches ahead even out slow reads; PyTorch refuses both options without workers.
     ahead = {"prefetch_factor": 4, "timeout": TIMEOUT} if workers else {}
     return DataLoader(PerWorker(make), batch_size=None, num_workers=workers, **ahead)
 
 
 @contextmanager
 def worker_errors():
-    """Turns the RuntimeError of a worker that stalls or was killed (out of memory) into an OSError."""
+    """Turns the RuntimeError of a stalled or killed worker into an OSError."""
+    # The main function prints an OSError in one line. Workers are mostly killed for memory.
     try:
         yield
     except RuntimeError as error:
