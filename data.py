@@ -100,7 +100,7 @@ def requested_caption(conversation: list[tuple[str, str]]) -> str | None:
     """The caption of the image that a conversation asks for, or None."""
     for (_, text), (role, answer) in itertools.pairwise(conversation):
         if role == "assistant" and "<image>" in answer:
-            # without the wording of `request`
+            # The wording of `request` is no part of the caption.
             for template in REQUESTS:
                 head, tail = template.split("{}")
                 if text.startswith(head):
@@ -140,7 +140,7 @@ def parse_conversation(row: dict) -> list[tuple[str, str]]:
     length = sum(map(len, texts))
     if length > MAX_CONVERSATION:
         raise SkipSample(f"{name}: {length:,} characters in turns, the limit is {MAX_CONVERSATION:,}")
-    # They could end a turn early, or speak as the system.
+    # Special tokens in a text could end its turn early, or speak as the system.
     if special := re.search(SPECIAL_TOKEN, "\n".join(texts)):
         raise SkipSample(f"{name}: special token {special[0]} in a turn")
     count = sum(text.count("<image>") for text in texts)
@@ -170,7 +170,8 @@ def open_image(source: str | bytes, name: str = "") -> Image.Image:
         raise
     except UnidentifiedImageError:
         raise SkipSample(f"cannot read the image {name}: not one of {', '.join(FORMATS)}") from None
-    except Exception as error:  # decoders raise all sorts of errors on a damaged file
+    # Decoders raise all sorts of errors on a damaged file.
+    except Exception as error:
         raise SkipSample(f"cannot read the image {name}: {type(error).__name__}: {error}") from None
 
 
@@ -204,7 +205,6 @@ def random_crop(image: Image.Image, size: int, across: float, down: float) -> np
 
 
 def scaled_size(image: Image.Image, short_side: int) -> tuple[int, int]:
-    """Width and height of the image when its short side is resized to `short_side`."""
     scale = short_side / min(image.size)
     return round(image.width * scale), round(image.height * scale)
 
@@ -249,7 +249,7 @@ def make_sample(row: dict, transform: Transform, uniform: np.ndarray) -> dict:
     if row.get("image"):
         image = transform.pixels(open_image(row["image"], name), *uniform[1:])
     elif caption is None and transform.text_only:
-        # black, so that batches have one shape; `collate` drops it
+        # Black, so that workers know the shape of an image; `collate` drops it.
         image = np.zeros((transform.size, transform.size, 3), np.uint8)
     else:
         raise SkipSample(f"{name}: no image")
@@ -258,9 +258,10 @@ def make_sample(row: dict, transform: Transform, uniform: np.ndarray) -> dict:
 
 
 def known_fields(row: dict) -> dict:
-    """The captions, label and conversations of a row. Other columns go: they may be called "error" too."""
+    """The captions, label and conversations of a row."""
+    # Any other column goes, because it may be called "name" or "error", and empty captions are often null.
     types = dict.fromkeys(CAPTIONS, str) | dict.fromkeys(LABELS, int) | {"conversations": object}
-    return {key: value for key, value in row.items() if isinstance(value, types.get(key, ()))}
+    return {key: value for key, value in row.items() if key in types and isinstance(value, types[key])}
 
 
 def sample_or_reason(row: dict, transform: Transform, uniform: np.ndarray) -> dict:
@@ -776,6 +777,7 @@ class Loader(Iterator):
         batch = {key: [x for part in parts for x in part[key]] for key in (*PER_SAMPLE, "image_index")}
         key = "latents" if "latents" in parts[0] else "image"
         batch[key] = torch.cat([part[key] for part in parts])
+        # Only pinned memory is copied to a GPU while it computes.
         if torch.cuda.is_available():
             batch[key] = batch[key].pin_memory()
         for part in parts:
@@ -806,8 +808,9 @@ class Lanes:
         self.positions, names = {}, {stream.name for stream in streams}
         for key, position in positions.items():
             name, lane, saved_count = key.rsplit("|", 2)
+            # A run may go on with other data.
             if name not in names:
-                continue  # the run goes on with other data
+                continue
             if int(saved_count) != count:
                 raise ValueError(f"the checkpoint has {name} in {saved_count} lanes: resume with its --batch")
             if int(lane) in self.local:

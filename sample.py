@@ -109,8 +109,9 @@ class Job(NamedTuple):
 
 def benchmark(config: Config) -> str:
     """The benchmark that --file belongs to, whose layout the output follows: geneval, dpg or none."""
-    is_folder = config.file and Path(config.file).is_dir()
-    return "dpg" if is_folder else "geneval" if config.file.endswith(".jsonl") else "none"
+    if config.file and Path(config.file).is_dir():
+        return "dpg"
+    return "geneval" if config.file.endswith(".jsonl") else "none"
 
 
 def read_lines(path: str) -> list[str]:
@@ -274,7 +275,8 @@ def draw(config: Config, dist_ctx: DistContext) -> None:
                 writes.append(pool.submit(save, job, image, tokens, settings | extra, config, wait))
         for write in writes:
             write.result()
-    common.global_sum(0)  # wait for all processes
+    # A barrier: the main process needs the images of all.
+    common.global_sum(0)
 
     # ---- grids and archives -------------------------------------------------------------------------------
     if dist_ctx.is_main:
@@ -350,7 +352,8 @@ def check_same(path: Path, old: dict[str, str], new: dict[str, str]) -> None:
 
 def is_drawn(job: Job, settings: dict, config: Config) -> bool:
     path = Path(config.out) / f"{job.name}.png"
-    metadata = data.open_metadata(str(path))  # empty if the file is missing or damaged
+    # Empty if the file is missing or damaged.
+    metadata = data.open_metadata(str(path))
     if not metadata or (config.latents and not path.with_suffix(".safetensors").exists()):
         return False
     check_same(path, metadata, describe(job, settings))
@@ -376,7 +379,8 @@ def read_images(paths: list[Path]) -> Tensor:
 def finish(groups: list[list[Job]], config: Config) -> None:
     """On the main process, once all images are there: grids, a benchmark's files, the .npz."""
     out = Path(config.out)
-    for leftover in out.rglob(".*.tmp"):  # of a killed run
+    # A killed run leaves half-written files.
+    for leftover in out.rglob(".*.tmp"):
         leftover.unlink()
     if benchmark(config) == "geneval":
         for i, line in enumerate(read_lines(config.file)):
@@ -471,7 +475,8 @@ def converse(config: Config, dist_ctx: DistContext) -> None:
         for turn, text in enumerate(config.prompts):
             words, condition = dialogue.say(text, image if turn == 0 else None)
             print(words)
-            if condition is None:  # the model answers in words alone
+            # The model answers in words alone.
+            if condition is None:
                 continue
             job = Job(text, config.seed, f"{turn}-{file_name(text)}-{config.seed}")
             noise = draw_noise(job.seed, model.latent_shape)[None]
