@@ -16,7 +16,6 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -98,8 +97,13 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
         if unknown := set(base) - {field.name for field in dataclasses.fields(config)}:
             raise ValueError(f"{saved} has values that this script does not know: {', '.join(unknown)}")
     values = config(**{**base, **flags})
-    for field in dataclasses.fields(config):
-        check_value(field, getattr(values, field.name))
+    for field in dataclasses.fields(config):  # those of a config.json have not been through argparse
+        name, value = "--" + field.name.replace("_", "-"), getattr(values, field.name)
+        choices, least = field.metadata.get("choices"), field.metadata.get("at_least")
+        if choices is not None and value not in choices:
+            raise ValueError(f"{name} {value}: choose from {', '.join(choices)}")
+        if least is not None and value is not None and value < least:
+            raise ValueError(f"{name} {value}: give at least {least}")
     return values
 
 
@@ -118,18 +122,6 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> N
     else:
         kwargs["type"] = type_
     parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kwargs)
-
-
-def check_value(field: dataclasses.Field, value) -> None:
-    """Raises ValueError for a value out of bounds; those of a config.json have not been through argparse."""
-    name, choices, least = (
-        "--" + field.name.replace("_", "-"),
-        *map(field.metadata.get, ("choices", "at_least")),
-    )
-    if choices is not None and value not in choices:
-        raise ValueError(f"{name} {value}: choose from {', '.join(choices)}")
-    if least is not None and value is not None and value < least:
-        raise ValueError(f"{name} {value}: give at least {least}")
 
 
 def main(run: Callable[[], None]) -> None:
@@ -532,12 +524,16 @@ def plot_losses(metrics: Path, path: Path) -> None:
         return
     with plotting(path, 2, 1, figsize=(8, 8), sharex=True, dpi=100) as (losses, speed):
         for name in names:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            losses.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else "")
-        losses.set_yscale("symlog", linthresh=1e-3)  # the adversarial loss has both signs
+            steps = [row["step"] for row in rows if name in row]
+            values = [row[name] for row in rows if name in row]
+            losses.plot(steps, values, label=name, marker="." if len(steps) < 30 else "")
+            if min(values) <= 0:  # the adversarial loss has both signs
+                losses.set_yscale("symlog", linthresh=0.01)
+        if losses.get_yscale() == "linear":
+            losses.set_yscale("log")
         losses.legend()
-        points = [(row["step"], row["images_per_second"]) for row in rows if "images_per_second" in row]
-        speed.plot(*zip(*points, strict=True))
+        timed = [row for row in rows if "images_per_second" in row]
+        speed.plot([row["step"] for row in timed], [row["images_per_second"] for row in timed])
         speed.set(xlabel="step", ylabel="images/s", ylim=(0, None))
         for axis in (losses, speed):
             axis.grid(alpha=0.3)
@@ -669,7 +665,7 @@ class Run:
         the plot of the losses."""
         import torch.distributed.checkpoint as dcp
 
-        self.wait_for_checkpoint()
+        self.publish(wait=True)
         path, temporary = self.checkpoints / f"{step:07d}", self.checkpoints / f".{step:07d}.tmp"
         self.count_skipped(loader)
         positions = [loader.positions]
@@ -707,33 +703,22 @@ class Run:
             process_group=self.group,
             no_dist=self.group is None,
         )
-        published = Future()
+        self.pending = temporary, path, future
 
-        def publish(done: Future) -> None:  # called when every rank has written its shards
-            try:
-                done.result()
-                if self.dist_ctx.is_main:
-                    self.publish(temporary, path)
-                published.set_result(None)
-            except BaseException as error:
-                published.set_exception(error)
-
-        future.add_done_callback(publish)
-        self.pending = path, published
-
-    def publish(self, temporary: Path, path: Path) -> None:
-        """Renames a complete checkpoint, and removes all but the newest --keep."""
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-        for old in self.complete_checkpoints()[: -self.config.keep]:
-            shutil.rmtree(old)
-
-    def wait_for_checkpoint(self) -> None:
-        if self.pending:
-            path, future = self.pending
-            self.pending = None
-            if error := future.exception():
-                raise OSError(f"cannot write {path}: {one_line(error)}") from error
+    def publish(self, wait: bool) -> None:
+        """Once every rank has written its shards, renames the checkpoint and removes all but the newest
+        --keep."""
+        if self.pending is None or not (wait or self.pending[2].done()):
+            return
+        temporary, path, future = self.pending
+        self.pending = None
+        if error := future.exception():
+            raise OSError(f"cannot write {path}: {one_line(error)}") from error
+        if self.dist_ctx.is_main:
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
+            for old in self.complete_checkpoints()[: -self.config.keep]:
+                shutil.rmtree(old)
 
     # -- the loop
 
@@ -778,8 +763,10 @@ class Run:
         return step % every == 0 or step == self.config.steps
 
     def stopping(self, step: int) -> bool:
-        """Whether any process was asked to stop: all of them leave the loop after the same step. Raises
-        ValueError after ten skipped steps in a row."""
+        """After every step. Whether any process was asked to stop: all of them leave the loop after the same
+        step. Raises ValueError after ten skipped steps in a row, OSError if a checkpoint could not be
+        written."""
+        self.publish(wait=False)
         if step % 10 == 0:
             for optimizer in self.optimizers:
                 optimizer.check_skipped()
@@ -817,7 +804,13 @@ class Run:
         """One line on the screen, and one in metrics.jsonl."""
         if not self.dist_ctx.is_main:
             return
-        write(log_line(row, self.config.steps))
+        shown = [f"step {row['step']}/{self.config.steps}"]
+        for name, value in row.items():
+            if name == "eta_hours":
+                shown.append(f"ETA {timedelta(seconds=round(3600 * value))}")
+            elif name not in ("step", "time") and not (name.startswith("skipped") and value == 0):
+                shown.append(f"{name.replace('_per_', '/').replace('/second', '/s')} {value:.4g}")
+        write("  ".join(shown))
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self.wandb:
@@ -835,34 +828,13 @@ class Run:
 
     def finish(self, step: int) -> None:
         """After the loop: waits for the last checkpoint, and says where the model is."""
-        self.wait_for_checkpoint()
+        self.publish(wait=True)
         if self.wandb:
             self.wandb.finish()
         if self.dist_ctx.is_main:
             print(f"step {step}: {self.out / 'model'}", flush=True)
             if self.stop_signal:
                 print(f"stopped after step {step}; continue with --resume --out {self.out}", file=sys.stderr)
-
-
-def log_line(row: dict, steps: int) -> str:
-    """step 50/3000  loss 0.123  ...  12.3 ms/step  5203 images/s  MFU 41%  61.2 GB  ETA 0:12:34"""
-    formats = {
-        "ms_per_step": "{:.4g} ms/step",
-        "images_per_second": "{:.4g} images/s",
-        "mfu": "MFU {:.0%}",
-        "memory_gb": "{:.1f} GB",
-    }
-    parts = [f"step {row['step']}/{steps}"]
-    for name, value in row.items():
-        if name in formats:
-            parts.append(formats[name].format(value))
-        elif name == "eta_hours":
-            parts.append(f"ETA {timedelta(seconds=round(3600 * value))}")
-        elif name.startswith("skipped"):
-            parts += [f"{name} {value:.0f}"] if value else []
-        elif name not in ("step", "data_wait", "time"):
-            parts.append(f"{name} {value:.4g}")
-    return "  ".join(parts)
 
 
 def start_wandb(config, out: Path):

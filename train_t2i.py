@@ -271,20 +271,26 @@ class Inputs(NamedTuple):
     """What the model is conditioned on in one micro-batch of B samples with P images."""
 
     condition: rae.Chat | Tensor | None  # conversations, or labels (B,)
-    answers: list[int]  # which of the P images are to be generated
-    contexts: list[int]  # which are to be read
+    answers: Tensor  # (A,) which of the P images are to be generated
+    contexts: Tensor  # (P - A,) which are to be read
+    index: list[int]  # sample numbers of the images to generate
     tokens: int  # supervised tokens
 
 
 def prepare(config: Config, model: rae.LatentModel, batch: dict) -> Inputs:
+    numbers = torch.tensor(batch["image_index"], dtype=torch.long)
     if config.condition == "text":
-        chat = model.chat(batch["conversation"])
-        answers, contexts = chat.is_answer.nonzero().flatten(), (~chat.is_answer).nonzero().flatten()
-        return Inputs(chat, answers.tolist(), contexts.tolist(), chat.supervised_tokens)
-    labels = batch["label"]
-    if config.condition == "class" and None in labels:
-        raise ValueError(f"{config.data} has images without labels: see the top of data.py")
-    return Inputs(model.condition(labels), list(range(len(labels))), [], 0)
+        condition = model.chat(batch["conversation"])
+        is_answer, tokens = condition.is_answer, condition.supervised_tokens
+    else:
+        if config.condition == "class" and None in batch["label"]:
+            raise ValueError(f"{config.data} has images without labels: see the top of data.py")
+        condition = model.condition(batch["label"])
+        is_answer, tokens = torch.ones_like(numbers, dtype=torch.bool), 0
+    # positions are found on the CPU and sent ahead: the GPU is never waited for
+    answers, contexts = is_answer.nonzero().flatten(), (~is_answer).nonzero().flatten()
+    to_device = partial(rae.to_device, device=model.device)
+    return Inputs(condition, to_device(answers), to_device(contexts), numbers[answers].tolist(), tokens)
 
 
 @torch.no_grad()
@@ -349,13 +355,12 @@ class Validation:
     def __init__(self, config: Config, model: rae.LatentModel, autoencoder, reader, batch: dict, dist_ctx):
         self.dist_ctx, self.autoencoder = dist_ctx, autoencoder
         self.inputs = prepare(config, model, batch)
-        answers, contexts = self.inputs.answers, self.inputs.contexts
         source = config.val_data or config.data
-        if not answers:
+        if not self.inputs.index:
             raise ValueError(f"{source} asks for no image in its first {VAL_SAMPLES} samples")
         latents, readable = encode(config, model, autoencoder, reader, batch, dist_ctx)
-        self.latents, self.contexts = latents[answers].float(), readable[contexts]
-        index = list(range(len(answers)))
+        self.latents, self.contexts = latents[self.inputs.answers].float(), readable[self.inputs.contexts]
+        index = list(range(len(self.latents)))
         self.noise, *_ = data.flow_draws(model.latent_shape, config.seed + 1, index, dist_ctx.device)
         self.guidance = 1.0 if config.condition == "none" else GRID_GUIDANCE
         if config.condition == "text":
@@ -448,20 +453,20 @@ def main() -> None:
         lr_factor = learning_rate(config, step)
         optimizers.set_lr(lr_factor)
         micro_batches = data.micro_batches(next(loader), config.grad_accum)
-        inputs = [prepare(config, model, micro_batch) for micro_batch in micro_batches]
+        prepared = [prepare(config, model, micro_batch) for micro_batch in micro_batches]
         # Losses are divided by the counts of the global batch, and gradients are summed. So any number of
         # ranks and micro-batches, however unequal, gives the gradient of one big batch.
-        tokens, images = common.global_sum(sum(i.tokens for i in inputs), sum(len(i.answers) for i in inputs))
+        tokens, images = sum(p.tokens for p in prepared), sum(len(p.index) for p in prepared)
+        tokens, images = common.global_sum(tokens, images)
         losses = torch.zeros(2, device=device)
-        for micro_batch, (condition, answers, contexts, _) in zip(micro_batches, inputs, strict=True):
+        for micro_batch, inputs in zip(micro_batches, prepared, strict=True):
             # ---- latents: frozen encoder, no gradient ------------------------- (P, 3, H, W) -> (P, N, C)
             latents, readable = encode(config, model, autoencoder, reader, micro_batch, dist_ctx)
-            latents = latents[answers].float().repeat(config.draws, 1, 1)  # (k A, N, C), k draws per image
+            latents = latents[inputs.answers].repeat(config.draws, 1, 1)  # (k A, N, C), k draws per image
 
             # ---- flow matching: noise and t depend on (seed, sample index) alone, not on rank or batch
-            index = [micro_batch["image_index"][i] for i in answers]
             noise, u_time, u_drop = data.flow_draws(
-                model.latent_shape, config.seed, index, device, config.draws
+                model.latent_shape, config.seed, inputs.index, device, config.draws
             )
             t = rae.to_device(rae.sample_time(u_time, model.alpha, t_mean), device)  # (k A,), shifted
             if step < config.noise_only_steps and not config.init:
@@ -471,15 +476,14 @@ def main() -> None:
 
             # ---- forward: language model or labels -> condition -> DiT
             with dist_ctx.autocast():
-                velocity, cross_entropy = model(condition, x_t, t, dropped, readable[contexts])
+                velocity, cross_entropy = model(inputs.condition, x_t, t, dropped, readable[inputs.contexts])
 
             # ---- loss
             squared_error = (velocity - (noise - latents)).square().mean(dim=(1, 2))
             flow_loss = squared_error.sum() / max(1, images * config.draws)
             text_loss = cross_entropy / max(1, tokens)
             loss = text_loss + flow_weight * flow_loss
-            # An infinite loss can have finite gradients. Multiplied by NaN, they make all ranks skip the
-            # step.
+            # An infinite loss may have finite gradients: times NaN, they make all ranks skip the step.
             loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))
             losses += torch.stack([text_loss, flow_loss]).detach()
         grad_norm = optimizers.step()

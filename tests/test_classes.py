@@ -1,13 +1,9 @@
-"""Class labels to images: labels of data, training, latents on disk, sampling, guidance, released files."""
+"""Class labels to images: labels of data, training, latents on disk, released files."""
 
 import json
 import math
 import shutil
-import signal
 import tarfile
-import time
-from collections import Counter
-from functools import partial
 from io import BytesIO
 from types import SimpleNamespace
 
@@ -18,10 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import common
-import convert
 import data
 import rae
-import sample
 from nano import shapes
 
 TINY = {"width": 32, "depth": 2, "heads": 2}
@@ -240,171 +234,6 @@ def test_the_published_schedule():
     assert (recipe.batch, recipe.ema, recipe.dropout, recipe.time) == (1024, 0.9995, 0.1, "logit-normal")
 
 
-# -- sampling
-
-
-def jobs(n, classes="all", labels="equal", seed=0):
-    config = sample.Config(classes=classes, labels=labels, n=n, seed=seed, model="m")
-    return sample.class_jobs(config, 1000)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_labels_are_balanced_for_every_world(world_size):
-    everything = jobs(50_000)
-    shares = [everything[rank::world_size] for rank in range(world_size)]
-    together = Counter(job.input for share in shares for job in share)
-    assert set(together.values()) == {50} and len(together) == 1000
-    assert len({job.name for share in shares for job in share}) == 50_000
-    assert len({job.seed for share in shares for job in share}) == 50_000
-
-
-def test_random_labels_depend_on_the_seed_and_number_alone():
-    some, more = jobs(500, labels="random"), jobs(1234, labels="random")
-    assert some == more[:500] and some != jobs(500, labels="random", seed=1)
-    counts = Counter(job.input for job in jobs(20_000, "3,5", "random"))
-    assert abs(counts[3] - 10_000) < 400 and set(counts) == {3, 5}
-    with pytest.raises(ValueError, match="equal shares"):
-        jobs(1001)
-
-
-def images(folder) -> dict[str, bytes]:
-    return {path.name: np.asarray(Image.open(path)) for path in folder.glob("[0-9]*.png")}
-
-
-def test_a_killed_run_ends_with_the_same_images(world, model, tmp_path):
-    flags = ["sample.py", "--model", model, "--classes", "all", "--n", 1000, "--steps", 1, "--batch", 8,
-             "--guidance", 1]  # fmt: skip
-    world(1, *flags, "--out", tmp_path / "a", "--npz", tmp_path / "a.npz").wait()
-    killed = world(2, *flags, "--out", tmp_path / "b")
-    while len(list((tmp_path / "b").glob("[0-9]*.png"))) < 200:
-        time.sleep(0.02)
-        assert any(process.is_alive() for process in killed.processes), killed.output()
-    for rank in range(2):
-        killed.signal(signal.SIGKILL, rank)
-    killed.wait(code=None)
-    assert len(images(tmp_path / "b")) < 1000
-    world(2, *flags, "--out", tmp_path / "b", "--npz", tmp_path / "b.npz", "--resume").wait()
-    one, other = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "ab")
-    assert one.shape == (1000, 32, 32, 3) and len(np.unique(one, axis=0)) == 1000
-    assert np.abs(one.astype(int) - other).max() <= 1  # another batch size rounds otherwise
-    assert len(images(tmp_path / "b")) == 1000 and not list((tmp_path / "b").glob(".*"))
-    wrong = world(1, *flags, "--out", tmp_path / "b", "--resume", "--seed", 1).wait(code=1)
-    assert "was drawn with label" in wrong or "was drawn with seed" in wrong
-
-
-def test_images_do_not_depend_on_the_batch(world, model, tmp_path):
-    flags = ["sample.py", "--model", model, "--classes", "1,6,2", "--n", 6, "--steps", 3]
-    world(1, *flags, "--out", tmp_path / "a", "--batch", 4).wait()
-    world(2, *flags, "--out", tmp_path / "b", "--batch", 1).wait()
-    one, other = images(tmp_path / "a"), images(tmp_path / "b")
-    assert one.keys() == other.keys() and len(one) == 6
-    for name, image in one.items():
-        assert np.abs(image.astype(int) - other[name]).max() <= 1
-    metadata = data.open_metadata(str(tmp_path / "a/000004.png"))
-    assert (metadata["label"], metadata["seed"], metadata["steps"]) == ("6", "4", "3")
-    assert (tmp_path / "a/grid.png").is_file()
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--classes", "3,8", "--batch", 1], "label 8: this model has the classes 0 to 7"),
-        (["--classes", "3,3"], "name every class once"),
-        (["a cat", "--classes", "3"], "does not go with prompts"),
-        (["--classes", "3,x"], "give labels like 3,17"),
-        (["--classes", "none"], "has 8 classes"),
-        (["--classes", "all", "--n", 9], "equal shares"),
-        (["--classes", "all", "--interval", "0.5"], "give two times"),
-        (["--classes", "all", "--guide", "SMALL", "--guidance", "2"], "has latents (4, 24)"),
-        (["--classes", "all", "--guide", "FEW", "--guidance", "2"], "has classes 3"),
-    ],
-)
-def test_sampling_mistakes(flags, message, world, model, parts, tmp_path):
-    for name, shape, classes in (("SMALL", (4, 24), 8), ("FEW", (16, 24), 3)):
-        guide = rae.ClassToImage(TINY | {"num_classes": classes}, shape, str(parts / "rae"))
-        guide.save_pretrained(tmp_path / name)
-    flags = [tmp_path / flag if flag in ("SMALL", "FEW") else flag for flag in flags]
-    text = world(1, "sample.py", "--model", model, "--out", tmp_path / "out", *flags).wait(code=1)
-    assert message in text.splitlines()[-1] and not (tmp_path / "out").exists()
-
-
-def test_resume_refuses_images_of_other_weights(world, parts, tmp_path):
-    flags = [
-        "sample.py",
-        "--model",
-        tmp_path / "m",
-        "--classes",
-        "1,2",
-        "--steps",
-        1,
-        "--out",
-        tmp_path / "o",
-    ]
-    for number in range(2):  # a training writes to the same path again
-        torch.manual_seed(number)
-        model = tiny(4)
-        model.autoencoder_path = str(parts / "rae")
-        model.save_pretrained(tmp_path / "m")
-        if number == 0:
-            world(1, *flags).wait()
-            (tmp_path / "o/000003.png").write_bytes(b"")  # of a full disk
-            world(1, *flags, "--resume").wait()
-            assert data.open_metadata(str(tmp_path / "o/000003.png"))["label"] == "2"
-            assert "was drawn with skip None, not 0" in world(1, *flags, "--resume", "--skip", 0).wait(code=1)
-    assert "was drawn with weights" in world(1, *flags, "--resume").wait(code=1)
-
-
-# -- guidance
-
-
-def counted(model: rae.ClassToImage) -> list[float]:
-    """The times at which its DiT is evaluated, filled in by the calls."""
-    times = []
-    model.dit.register_forward_pre_hook(
-        lambda _, args, kwargs: times.append(args[1][0].item()), with_kwargs=True
-    )
-    return times
-
-
-def test_guidance_is_the_formula_and_wastes_nothing():
-    torch.manual_seed(0)
-    model, guide, labels = tiny(), tiny(width=16), torch.tensor([3, 40])
-    x = torch.randn(2, 16, 24)
-    given = {"noise": x, "steps": 2, "guidance": 1.42}
-    [(one, dt), (two, rest)] = rae.time_grid(2, model.alpha)
-
-    def by_hand(weaker, inside):
-        state = x
-        for t, step in ((one, dt), (two, rest)):
-            time = torch.full((2,), t)
-            v = model.dit(state, time, labels)
-            if inside(t):
-                base = weaker(state, time)
-                v = base + 1.42 * (v - base)
-            state = state + step * v
-        return state
-
-    null = torch.tensor([48, 48])
-    for kwargs, weaker, inside in (
-        ({}, partial(model.dit, condition=null), lambda t: True),
-        ({"guide": guide}, partial(guide.dit, condition=labels), lambda t: True),
-        ({"guide": guide, "interval": (0.0, 0.9)}, partial(guide.dit, condition=labels), lambda t: t <= 0.9),
-    ):
-        with torch.no_grad():
-            expected = by_hand(weaker, inside)
-        torch.testing.assert_close(model.generate(labels, **given, **kwargs), expected, atol=1e-5, rtol=1e-5)
-
-    own, others = counted(model), counted(guide)
-    model.generate(labels, 10, noise=x)
-    assert (len(own), len(others)) == (10, 0)
-    model.generate(labels, 10, 1.42, noise=x)
-    assert (len(own), len(others)) == (30, 0)
-    model.generate(labels, 10, 1.42, noise=x, guide=guide, interval=(0.0, 0.9))
-    assert len(own) == 40 and others == [t for t in own[-10:] if t <= 0.9] and 0 < len(others) < 10
-    model.generate(labels, 10, 1.0, noise=x, guide=guide)
-    assert len(own) == 50 and len(others) < 10  # a scale of one needs no guide
-
-
 # -- released files
 
 
@@ -432,13 +261,3 @@ def test_released_files(layout, parts, tmp_path):
     again = rae.ClassToImage.from_pretrained(tmp_path / "folder")
     torch.testing.assert_close(again.generate(labels, 3, 1.5, noise=noise), expected)
     assert again.autoencoder.latent_shape == (16, 24)
-
-
-def test_presets_name_what_is_released():
-    for name in ("rae-256", "rae-512"):
-        preset = sample.PRESETS[name]
-        file, autoencoder = convert.RELEASED_DITS[preset["model"]]
-        guide, same = convert.RELEASED_DITS[preset["guide"]]
-        assert file.endswith("stage2_model.pt") and "DiTDH-S" in guide
-        assert autoencoder == same and autoencoder in convert.RELEASED
-    assert (sample.PRESETS["rae-256"]["guidance"], sample.PRESETS["rae-512"]["guidance"]) == (1.42, 1.5)

@@ -1,5 +1,4 @@
-"""The scripts as a user runs them, on tiny parts: training, interruption, resumption, sampling, numbers,
-mistakes."""
+"""The scripts as a user runs them, on tiny parts: training, interruption, resumption, numbers, mistakes."""
 
 import json
 import os
@@ -18,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 import common
 import rae
-import sample
 import train_decoder
 
 ROOT = Path(__file__).parent.parent
@@ -50,80 +48,6 @@ def run(monkeypatch, capsys):
         signal.signal(number, handler)
 
 
-def test_sample_writes_images_with_their_settings(run, parts, tmp_path):
-    flags = ["--model", parts / "t2i", "--steps", 2, "--out", tmp_path]
-    out = run("sample.py", "a red star", "two rings", "--n", 2, "--seed", 5, *flags).split()
-    assert [Path(line).name for line in out] == [
-        "a-red-star-5.png", "a-red-star-6.png", "two-rings-5.png", "two-rings-6.png", "grid.png",
-    ]  # fmt: skip
-    image = Image.open(tmp_path / "two-rings-6.png")
-    assert image.size == (32, 32)
-    assert image.text["prompt"] == "two rings" and image.text["seed"] == "6" and image.text["steps"] == "2"
-    before = image.tobytes()
-    run("sample.py", "two rings", "--n", 1, "--seed", 6, *flags)
-    assert Image.open(tmp_path / "two-rings-6.png").tobytes() == before  # whatever else is drawn
-
-
-def test_reconstruct_and_ask(run, parts, tmp_path):
-    Image.new("RGB", (50, 40), "red").save(tmp_path / "in.png")
-    out = run(
-        "sample.py", "--reconstruct", tmp_path / "in.png", "--autoencoder", parts / "rae", "--out", tmp_path
-    )
-    assert "PSNR" in out and Image.open(tmp_path / "in-reconstruction.png").size == (32 + 2 + 32, 32)
-    asked = ["what is it?", "and which colour?", "--model", parts / "t2i"]
-    assert run("sample.py", "--ask", tmp_path / "in.png", *asked).count("\n") >= 2
-
-
-def test_latents_are_kept_and_read_back(run, parts, tmp_path):
-    flags = ["--model", parts / "t2i", "--steps", 2, "--out", tmp_path]
-    (tmp_path / "prompts.txt").write_text("a star\n\ntwo rings\n")
-    run("sample.py", "--file", tmp_path / "prompts.txt", "--n", 1, "--latents", *flags)
-    drawn = np.asarray(Image.open(tmp_path / "two-rings-0.png"))
-    latents = tmp_path / "two-rings-0.safetensors"
-    run("sample.py", "--reconstruct", latents, "--autoencoder", parts / "rae", "--out", tmp_path)
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "two-rings-0-reconstruction.png")), drawn)
-    run("sample.py", "--ask", latents, "what is it?", *flags)
-    (tmp_path / "a-star-0.safetensors").unlink()
-    run("sample.py", "--file", tmp_path / "prompts.txt", "--n", 1, "--latents", "--resume", *flags)
-    assert (tmp_path / "a-star-0.safetensors").exists()
-    run("sample.py", "a star", "--size", 48, *flags)
-    assert Image.open(tmp_path / "a-star-3.png").size == (48, 48)
-    assert "latents (16, 24)" in run("sample.py", "--ask", latents, "what?", code=1)  # of the nano model
-    Image.new("RGB", (8, 8)).save(tmp_path / "no.png")
-    (tmp_path / "no.png").rename(tmp_path / "no.safetensors")
-    assert "cannot read latents" in run("sample.py", "--ask", tmp_path / "no.safetensors", "what?", code=1)
-
-
-def test_best_of_keeps_what_the_verifier_prefers(run, parts, tmp_path):
-    flags = ["--model", parts / "t2i", "--steps", 2, "--out", tmp_path, "--seed", 3]
-    best = ["--best-of", 6, "--keep", 2, "--batch", 4, "--verifier", "prompt_confidence"]
-    out = run("sample.py", "a red star", "two rings", *best, *flags).split()
-    model = rae.TextToImage.from_pretrained(parts / "t2i").eval()
-    for prompt, name, lines in (("a red star", "a-red-star", out[:2]), ("two rings", "two-rings", out[2:4])):
-        noise = torch.stack([sample.draw_noise(seed, (16, 24)) for seed in range(3, 9)])
-        latents = model.generate([prompt] * 6, 2, 3.0, noise=noise)
-        verdicts = rae.verify(model, prompt, latents)
-        expected = rae.best(verdicts, "prompt_confidence", 2)
-        assert [Path(line).name for line in lines] == [f"{name}-{3 + i}.png" for i in expected]
-        rows = json.loads((tmp_path / f"{name}-3-scores.json").read_text())["candidates"]
-        assert [row["seed"] for row in rows] == [*range(3, 9)]
-        assert [row["prompt_confidence"] for row in rows] == pytest.approx(
-            [verdict.prompt_confidence for verdict in verdicts], rel=1e-4
-        )
-        image = Image.open(tmp_path / f"{name}-{3 + expected[0]}.png")
-        assert float(image.text["prompt_confidence"]) == rows[expected[0]]["prompt_confidence"]
-    assert len(list(tmp_path.glob("two-rings-*.png"))) == 2  # the others are not decoded
-    again = [*best, "--resume", *flags]
-    assert run("sample.py", "a red star", "two rings", *again).split() == out
-    assert "is of keep 2, not 3" in run("sample.py", "two rings", *again, "--keep", 3, code=1)
-    assert "--keep 7" in run("sample.py", "two rings", *best, *flags, "--keep", 7, code=1)
-    (tmp_path / "few.jsonl").write_text('{"tag": "single_object", "include": [], "prompt": "a star"}\n')
-    few = ["--file", tmp_path / "few.jsonl", "--resume", *flags]
-    few += ["--best-of", 3, "--keep", 1, "--verify-pixels"]
-    run("sample.py", *few)
-    assert "is of seed 3, not 4" in run("sample.py", *few, "--seed", 4, code=1)
-
-
 def test_own_images(parts, tmp_path):
     """The script of the README on 200 captioned PNGs."""
     readme = (ROOT / "README.md").read_text()
@@ -146,15 +70,6 @@ def test_own_images(parts, tmp_path):
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "samples/own/a-ramp-to-9-red-3.png").size == (32, 32)
     assert "nano" not in script
-
-
-def test_chat_draws_or_answers(run, parts, tmp_path, monkeypatch):
-    flags = ["--chat", "--model", parts / "t2i", "--steps", 2, "--out", tmp_path]
-    run("sample.py", "hello", *flags)
-    condition = torch.zeros(1, 16, 20)
-    monkeypatch.setattr(rae.Dialogue, "say", lambda self, text, shown: ("Here you go:", condition))
-    out = run("sample.py", "draw a star", *flags)
-    assert out.startswith("Here you go:\n") and Image.open(tmp_path / "0-draw-a-star-0.png").size == (32, 32)
 
 
 def test_eval_writes_the_result_format(run, parts, tmp_path):
@@ -226,22 +141,12 @@ def test_help_and_unknown_flags(script, run):
     ("command", "message"),
     [
         (["sample.py"], "give a prompt"),
-        (["sample.py", ""], "empty prompt"),
-        (["sample.py", "star " * 500], "limit"),
-        (["sample.py", "a star", "--model", "nowhere/at/all"], "no model at"),
         (["sample.py", "a star", "--model", "DAMAGED"], "cannot load"),
         (["sample.py", "a star", "--model", "EMPTY"], "no config.json"),
-        (["sample.py", "--reconstruct", "nothing.png"], "no image at"),
-        (["sample.py", "--reconstruct", "README.md"], "no image that can be read"),
-        (["sample.py", "--ask", "nothing.png", "what?"], "no image at"),
-        (["sample.py", "a star", "--n", "0"], "at least 1"),
         (["train_t2i.py", "--batch", "0", "--out", "OUT"], "at least 1"),
         (["train_t2i.py", "--data", "nano:text=0", "--out", "OUT"], "above zero"),
         (["train_t2i.py", "--autoencoder", "DAMAGED", "--out", "OUT"], "cannot load"),
         (["train_t2i.py", "--language-model", "DAMAGED", "--out", "OUT"], "cannot load"),
-        (["sample.py", "a star", "--autoencoder", "nowhere/at/all"], "no model at"),
-        (["sample.py", "a star", "--steps", "1", "--out", "README.md"], "README.md"),
-        (["sample.py", "a star", "--skip", "9", "--out", "OUT"], "no block 9"),
         (["eval.py", "shapes", "--limit", "2", "--skip", "9", "--out", "OUT"], "no block 9"),
         (["eval.py", "scaling", "--limit", "2", "--skip", "9", "--out", "OUT"], "no block 9"),
         (["eval.py", "nothing"], "unknown evaluation"),
@@ -313,12 +218,6 @@ def test_latent_statistics_are_those_of_all_images(parts):
     torch.testing.assert_close(mean, latents.mean(dim=0).float(), atol=1e-6, rtol=0)
     expected = (latents.var(dim=0, correction=0) + 1e-5).sqrt()
     torch.testing.assert_close(std, expected.float(), atol=1e-5, rtol=0)
-
-
-def test_prompts_of_the_same_name_do_not_overwrite_each_other(run, parts, tmp_path):
-    flags = ["--model", parts / "t2i", "--steps", 1, "--n", 1, "--out", tmp_path]
-    out = run("sample.py", "红色的星", "蓝色的圆", *flags).split()
-    assert len(set(out)) == 3 and all(Path(path).is_file() for path in out)
 
 
 def test_images_without_captions_do_not_train_text_to_image(run, parts, tmp_path):
