@@ -104,7 +104,7 @@ class World:
     def output(self) -> str:
         return "\n".join(log.read_text() for log in self.logs if log.exists())
 
-    def wait(self, code: int | None = 0, timeout: float = 120) -> str:
+    def wait(self, code: int | None = 0, timeout: float = 300) -> str:
         """What was printed, once all have ended; their exit status has to be `code`, unless it is None."""
         for process in self.processes:
             process.join(timeout)
