@@ -50,6 +50,7 @@ def child(script: str, flags: list[str], env: dict, log: str, patch: tuple[str, 
     import common
 
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of data loading processes, as on Linux by default
     shrink(plots)
     sys.argv = [script, *flags]
     if patch:
