@@ -69,7 +69,8 @@ MAX_FILE = 2**26  # bytes of a file in a tar
 MAX_CAPTION = 1000  # characters; longer captions are cut
 MAX_CONVERSATION = 2**15  # characters; longer ones are skipped
 SPECIAL_TOKEN = r"<\|\w+\|>|<im_\w+>"  # tokens of language models; <image> is text
-TIMEOUT = 300  # seconds without data before a run stops with an error
+MAX_SKIPPED = 100  # unusable samples in a row before a run stops with an error
+TIMEOUT = 300  # seconds without data before it does
 
 # Both are part of what a seed means: with other values the batches of every run change.
 DRAWS = 4  # uniform numbers per sample: wording of the request, crop x, crop y, flip
@@ -99,10 +100,8 @@ def request(caption: str, uniform: float) -> list[tuple[str, str]]:
 
 
 def requested_caption(conversation: list[tuple[str, str]]) -> str | None:
-    """The caption of the image that a conversation asks for, None if it asks for none.
-
-    It is the turn before the answer with the image, without the wording of `request`.
-    """
+    """The caption of the image that a conversation asks for (the turn before the answer with the image,
+    without the wording of `request`), or None."""
     for (_, text), (role, answer) in itertools.pairwise(conversation):
         if role == "assistant" and "<image>" in answer:
             for template in REQUESTS:
@@ -235,13 +234,11 @@ class Transform:
 
 
 def make_sample(row: dict, transform: Transform, uniform: np.ndarray) -> dict:
-    """{"image", "caption", "label", "conversation"} from a row and DRAWS uniform numbers.
+    """{"image", "caption", "label", "conversation"} from a row and DRAWS uniform numbers, or SkipSample.
 
-    row: "name" for messages; "image" (path or bytes), "conversations" or one of CAPTIONS, one of LABELS, all
-        optional; or "error", why the row cannot be used
-
-    Without an image the pixels are black, and `collate` drops them. A sample from conversations has no
-    caption. Raises SkipSample.
+    A row has a "name" for messages, and "image" (path or bytes), "conversations" or one of CAPTIONS, and one
+    of LABELS, all optional; or an "error", why it cannot be used. Without an image the pixels are black, and
+    `collate` drops them. A sample from conversations has no caption.
     """
     name, caption = row["name"], None
     if "error" in row:
@@ -335,20 +332,6 @@ class Shuffled:
         return int(self.order[position])
 
 
-def first_usable(
-    sample_of: Callable[[int], dict], row: int, count: int, draws: np.random.Generator, name: str | Path
-) -> dict:
-    """`sample_of(row)`; while that raises SkipSample, the same of a random row out of `count`."""
-    skipped = []
-    while len(skipped) < 100:
-        try:
-            return sample_of(row) | {"skipped": skipped}
-        except SkipSample as error:
-            skipped.append(str(error))
-            row = int(draws.integers(count))
-    raise ValueError(f"{name}: 100 samples in a row cannot be used; the last: {skipped[-1]}")
-
-
 class ImageSource:
     """Rows with random access, shuffled anew in every epoch. An unusable row is replaced by a random one."""
 
@@ -360,12 +343,14 @@ class ImageSource:
         self.shuffled = Shuffled(len(rows), seed)
 
     def __getitem__(self, number: int) -> dict:
-        draws = rng(self.seed, number, 0)
-        sample_of = partial(self.sample, draws)
-        return first_usable(sample_of, self.shuffled.row(number), len(self.rows), draws, self.name)
-
-    def sample(self, draws: np.random.Generator, row: int) -> dict:
-        return make_sample(self.rows[row], self.transform, draws.random(DRAWS))
+        row, draws, skipped = self.shuffled.row(number), rng(self.seed, number, 0), []
+        while len(skipped) < MAX_SKIPPED:
+            sample = sample_or_reason(self.rows[row], self.transform, draws.random(DRAWS))
+            skipped += sample.get("skipped", [])
+            if "image" in sample:
+                return sample | {"skipped": skipped}
+            row = int(draws.integers(len(self.rows)))
+        raise ValueError(f"{self.name}: {MAX_SKIPPED} unusable samples in a row; the last: {skipped[-1]}")
 
     def once(self, limit: int | None, rank: int, world_size: int) -> Iterator[dict]:
         # In random order, because the first files of a folder are of one class.
@@ -431,32 +416,35 @@ class JsonLines:
 
 
 class LatentFolder:
-    """The output of encode.py, shuffled anew in every epoch.
-
-    latents.json describes the folder. Each process of encode.py wrote RANK.npy, (rows, 1 or 2, N, C) float16
-    with the mirrored image second, and RANK.jsonl with a caption, a label and perhaps a conversation per row.
-    """
+    """The output of encode.py, shuffled anew in every epoch: latents.json describes it, NAME.npy (rows, 1 or
+    2, N, C) float16 has the mirrored image second, NAME.jsonl a caption, a label, perhaps a conversation."""
 
     def __init__(self, folder: Path, seed: int, transform: Transform):
-        self.about = json.loads((folder / "latents.json").read_text())
+        self.info = json.loads((folder / "latents.json").read_text())
         self.parts = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))]
         texts = [path.read_text().splitlines() for path in sorted(folder.glob("*.jsonl"))]
         self.rows = [json.loads(line) for lines in texts for line in lines]
         self.ends = np.cumsum([len(part) for part in self.parts])
-        if not self.rows or not self.ends[-1] == len(self.rows) == self.about["images"]:
+        if not self.rows or not self.ends[-1] == len(self.rows) == self.info["images"]:
             raise ValueError("the number of latents differs from that of captions: encode again")
         self.views = 2 if transform.flip else 1
         if self.views > self.parts[0].shape[1]:
             raise ValueError("it has no mirror images: encode with --flip, or train without it")
-        self.folder, self.seed, self.transform, self.classes = folder, seed, transform, self.about["classes"]
+        self.folder, self.seed, self.transform, self.classes = folder, seed, transform, self.info["classes"]
         self.shuffled = Shuffled(len(self.rows), seed)
 
     def __getitem__(self, number: int) -> dict:
-        draws = rng(self.seed, number)
-        sample_of = partial(self.sample, draws.random(2))
-        return first_usable(sample_of, self.shuffled.row(number), len(self.rows), draws, self.folder)
+        row, draws, skipped = self.shuffled.row(number), rng(self.seed, number), []
+        uniform = draws.random(2)
+        while len(skipped) < MAX_SKIPPED:
+            try:
+                return self.sample(row, uniform) | {"skipped": skipped}
+            except SkipSample as error:
+                skipped.append(str(error))
+                row = int(draws.integers(len(self.rows)))
+        raise ValueError(f"{self.folder}: {MAX_SKIPPED} unusable samples in a row; the last: {skipped[-1]}")
 
-    def sample(self, uniform: np.ndarray, row: int) -> dict:
+    def sample(self, row: int, uniform: np.ndarray) -> dict:
         fields = self.rows[row]
         conversation = fields.get("conversation") or request(fields["caption"], uniform[1])
         check_length(f"{self.folder}: row {row}", conversation, self.transform)
@@ -632,8 +620,8 @@ class Mixture:
     """Several sources with weights. Every thousand samples hold the exact share of each source, in an order
     that depends on the seed.
 
-    classes: number of classes, None if no source knows it.
-    latents: the latents.json of each source of latents; [] for images.
+    classes: number of classes, None if no source knows it
+    latents: the latents.json of each source of latents; [] for images
     """
 
     def __init__(self, sources: list, weights: list[float], seed: int):
@@ -647,7 +635,7 @@ class Mixture:
         running = np.cumsum(self.owners[:, None] == np.arange(len(sources)), axis=0)  # (1000, sources)
         self.earlier = running[np.arange(1000), self.owners] - 1
         classes = {source.classes for source in sources if source.classes}
-        self.latents = [source.about for source in sources if isinstance(source, LatentFolder)]
+        self.latents = [source.info for source in sources if isinstance(source, LatentFolder)]
         if len(classes) > 1 or len(self.latents) not in (0, len(sources)):
             raise ValueError("cannot mix sources with different classes, or latents with images")
         self.classes = classes.pop() if classes else None
@@ -750,13 +738,11 @@ def collate(samples: list[dict]) -> dict:
     caption, label, conversation, index: lists of B; index has the samples' numbers
     image_index: list of P, the numbers of the samples with an image
     image or latents: (P, 3, H, W) uint8 or (P, N, C) float32
-    positions, skipped: of the lanes, for a checkpoint; reasons for skipped samples
+    positions, skipped: those of the lanes, for a checkpoint; reasons for skipped samples
     """
     batch = {key: [sample[key] for sample in samples] for key in PER_SAMPLE}
     # Every source ensures one <image> in the conversation for an image, and none for none.
-    with_image = [
-        sample for sample in samples if any("<image>" in text for _, text in sample["conversation"])
-    ]
+    with_image = [sample for sample in samples if "<image>" in str(sample["conversation"])]
     batch["image_index"] = [sample["index"] for sample in with_image]
     key = "latents" if "latents" in samples[0] else "image"
     # Without any image, stack the black ones and drop them all: the shape of an image stays, P = 0.
@@ -778,21 +764,11 @@ class Loader:
     skipped, waited: reasons for skipped samples, and seconds spent waiting; the caller resets them
     """
 
-    def __init__(
-        self,
-        source: Mixture,
-        batch: int,
-        workers=1,
-        start=0,
-        rank=0,
-        world_size=1,
-        positions: dict | None = None,
-    ):
-        batches = StepBatches(source, batch, start, rank, world_size, positions or {})
-        self.positions, self.skipped, self.waited = batches.positions, [], 0.0
-        # Every worker makes a part of each batch, of one lane at least.
-        self.parts = min(workers, len(batches.lanes_here)) or 1
-        self.loader = iter(make_loader(batches, self.parts if workers else 0))
+    def __init__(self, source: Mixture, batch: int, workers=1, start=0, rank=0, world_size=1, positions=None):
+        lanes = Lanes(source, batch, start, rank, world_size, positions or {})
+        self.positions, self.skipped, self.waited = lanes.positions, [], 0.0
+        self.parts = min(workers, len(lanes.local)) or 1
+        self.loader = iter(make_loader(lanes.batches, self.parts if workers else 0))
 
     def __iter__(self) -> "Loader":
         return self
@@ -813,11 +789,11 @@ class Loader:
         return batch
 
 
-class StepBatches(IterableDataset):
-    """This process's part of every global batch, divided among its worker processes.
+class Lanes:
+    """This process's part of every global batch.
 
-    A batch consists of lanes of equal width: as many as there are shards, or fewer, so that they divide the
-    batch. Each process has a range of lanes, and of these each of its workers.
+    A batch consists of lanes of equal width: as many as there are shards, or fewer so that they divide the
+    batch. Each process has a range of the lanes, and each of its workers a part of that range.
     """
 
     def __init__(self, source: Mixture, batch: int, start: int, rank: int, world_size: int, positions: dict):
@@ -825,30 +801,27 @@ class StepBatches(IterableDataset):
             raise ValueError(f"a global batch of {batch} cannot be split over {world_size} processes")
         streams = [part for part in source.sources if isinstance(part, ShardStream)]
         shards = min((len(stream.shards) for stream in streams), default=batch)
-        self.lanes = max(n for n in range(1, shards + 1) if batch % n == 0)
-        if self.lanes % world_size:
+        count = max(n for n in range(1, shards + 1) if batch % n == 0)
+        if count % world_size:
+            lanes = f"{shards} shards in {count} lanes, which cannot be split over {world_size} processes"
             raise ValueError(
-                f"a batch of {batch} reads {shards} shards in {self.lanes} lanes, which cannot be split over "
-                f"{world_size} processes: choose another --batch, or write more shards"
+                f"a batch of {batch} reads {lanes}: choose another --batch, or write more shards"
             )
-        self.source, self.batch, self.start = source, batch, start
-        self.lanes_here = range(rank * self.lanes // world_size, (rank + 1) * self.lanes // world_size)
-        names = {stream.name for stream in streams}
-        self.positions = {}
+        self.source, self.batch, self.start, self.count = source, batch, start, count
+        self.local = range(rank * count // world_size, (rank + 1) * count // world_size)
+        self.positions, names = {}, {stream.name for stream in streams}
         for key, position in positions.items():
-            name, lane, lanes = key.rsplit("|", 2)
-            if name in names and int(lanes) != self.lanes:
-                raise ValueError(
-                    f"the checkpoint reads {name} in {lanes} lanes: resume with the --batch it had"
-                )
-            if name in names and int(lane) in self.lanes_here:
+            name, lane, count_then = key.rsplit("|", 2)
+            if name in names and int(count_then) != count:
+                raise ValueError(f"the checkpoint has {name} in {count_then} lanes: resume with its --batch")
+            if name in names and int(lane) in self.local:
                 self.positions[key] = position
 
-    def __iter__(self) -> Iterator[dict]:
-        worker, workers = enter_worker()
-        width = self.batch // self.lanes
-        first, last = (len(self.lanes_here) * n // workers for n in (worker, worker + 1))
-        lanes = self.lanes_here[first:last]
+    def batches(self, worker: int, workers: int) -> Iterator[dict]:
+        """What one worker process makes of every batch."""
+        width = self.batch // self.count
+        first, last = (len(self.local) * n // workers for n in (worker, worker + 1))
+        lanes = self.local[first:last]
         streams: dict[str, Iterator[dict]] = {}
         for step in itertools.count(self.start):
             numbers = range(step * self.batch + lanes.start * width, step * self.batch + lanes.stop * width)
@@ -860,9 +833,9 @@ class StepBatches(IterableDataset):
         source = self.source.sources[owner]
         if not isinstance(source, ShardStream):
             return self.source[number]
-        key = f"{source.name}|{lane}|{self.lanes}"
+        key = f"{source.name}|{lane}|{self.count}"
         if key not in streams:
-            streams[key] = source.lane(lane, self.lanes, *self.positions.get(key, ()))
+            streams[key] = source.lane(lane, self.count, *self.positions.get(key, ()))
         sample = next(streams[key])
         return sample | {"index": number, "position": {key: sample["position"]}}
 
@@ -875,50 +848,46 @@ class OnePass:
     skipped: reasons for the samples skipped so far
     """
 
-    def __init__(
-        self, source: Mixture, batch: int, limit: int | None = None, workers=1, rank=0, world_size=1
-    ):
-        self.loader = make_loader(PassBatches(source, batch, limit, rank, world_size), workers)
+    def __init__(self, source: Mixture, batch: int, limit=None, workers=1, rank=0, world_size=1):
+        self.source, self.batch, self.limit, self.workers = source, batch, limit, workers
+        self.rank, self.world_size = rank, world_size
         self.skipped: list[str] = []
 
-    def __iter__(self) -> Iterator[dict]:
-        with worker_errors():
-            for batch in self.loader:
-                self.skipped += batch["skipped"]
-                if "index" in batch:
-                    yield batch
-
-
-class PassBatches(IterableDataset):
-    """One process's part of a pass, divided among its worker processes."""
-
-    def __init__(self, source: Mixture, batch: int, limit: int | None, rank: int, world_size: int):
-        self.source, self.batch, self.limit = source, batch, limit
-        self.rank, self.world_size = rank, world_size
-
-    def __iter__(self) -> Iterator[dict]:
-        worker, workers = enter_worker()
+    def batches(self, worker: int, workers: int) -> Iterator[dict]:
+        """What one worker process makes; only "skipped" if no sample of a batch can be used."""
         samples = self.source.once(self.limit, self.rank * workers + worker, self.world_size * workers)
         while block := list(itertools.islice(samples, self.batch)):
             usable = [sample for sample in block if "image" in sample]
             skipped = [reason for sample in block for reason in sample.get("skipped", [])]
             yield (collate(usable) if usable else {}) | {"skipped": skipped}
 
-
-def enter_worker() -> tuple[int, int]:
-    """Which worker process of how many this is; (0, 1) in the main process."""
-    info = get_worker_info()
-    if info is None:
-        return 0, 1
-    # Ctrl-C and torchrun signal the trainer's whole process group, but the trainer stops its workers itself.
-    os.setpgrp()
-    return info.id, info.num_workers
+    def __iter__(self) -> Iterator[dict]:
+        with worker_errors():
+            for batch in make_loader(self.batches, self.workers):
+                self.skipped += batch["skipped"]
+                if "index" in batch:
+                    yield batch
 
 
-def make_loader(batches: IterableDataset, workers: int) -> DataLoader:
+class PerWorker(IterableDataset):
+    """`make(worker, workers)`, called by each worker process, or with (0, 1) by the main process."""
+
+    def __init__(self, make: Callable[[int, int], Iterator[dict]]):
+        self.make = make
+
+    def __iter__(self) -> Iterator[dict]:
+        info = get_worker_info()
+        if info is None:
+            return self.make(0, 1)
+        # Ctrl-C and torchrun signal the whole process group of the trainer, which stops its workers itself.
+        os.setpgrp()
+        return self.make(info.id, info.num_workers)
+
+
+def make_loader(make: Callable[[int, int], Iterator[dict]], workers: int) -> DataLoader:
     """Batches made ahead by worker processes; without any, in this process when they are asked for."""
     ahead = {"prefetch_factor": 4, "timeout": TIMEOUT} if workers else {}
-    return DataLoader(batches, batch_size=None, num_workers=workers, **ahead)
+    return DataLoader(PerWorker(make), batch_size=None, num_workers=workers, **ahead)
 
 
 @contextmanager
@@ -966,11 +935,8 @@ def flow_draws(
     latent_shape: tuple[int, int], seed: int, indices: list[int], device: torch.device, draws: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random numbers for flow matching: noise (B, N, C) on the device, and on the CPU two tensors (B,) in
-    [0, 1), for the timestep and for condition dropout.
-
-    A row depends on (seed, sample index) only, so neither the batch nor the number of processes matters.
-    With several draws per sample the results have draws * B rows: the first draws of all samples come first.
-    """
+    [0, 1), for the timestep and for condition dropout. A row depends on (seed, sample index) only, not on the
+    batch or the process. With several `draws` there are draws * B rows, the first of every sample first."""
     seeds = [seed, *(hash_seed(seed, "draw", k) for k in range(1, draws))]
     noise, generator = (
         torch.empty(draws * len(indices), *latent_shape, device=device),
