@@ -1,4 +1,4 @@
-"""Class labels to images: labels of data, latents on disk, training, released files. Sampling: test_sample.py."""
+"""Class labels to images: labels of data, latents on disk, training, released files."""
 
 import json
 import math
@@ -97,7 +97,7 @@ def test_models_and_data_that_do_not_fit():
         with pytest.raises(ValueError, match=message):
             train_t2i.build_model(config, tiny(), shape, classes, None)
     with pytest.raises(ValueError, match="without labels"):
-        train_t2i.prepare(config, tiny(), {"label": [3, None]})
+        train_t2i.prepare(config, tiny(), {"label": [3, None], "image_index": [0, 1]})
 
 
 # -- training
