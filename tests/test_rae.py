@@ -61,8 +61,10 @@ def test_the_padding_of_swiglu_stays_zero():
     assert (layer.hidden, layer.w12.out_features, layer.w3.in_features) == (85, 2 * 88, 88)
 
     def split(w12: torch.Tensor, bias: torch.Tensor, w3: torch.Tensor) -> tuple[list, list]:
-        halves = [w12.unflatten(0, (2, -1)), bias.unflatten(0, (2, -1))]
-        return [*(h[:, :85].flatten(0, 1) for h in halves), w3[:, :85]], [*(h[:, 85:] for h in halves), w3[:, 85:]]
+        """The published part of each weight, and the padding."""
+        w12, bias = w12.unflatten(0, (2, -1)), bias.unflatten(0, (2, -1))
+        published = [w12[:, :85].flatten(0, 1), bias[:, :85].flatten(), w3[:, :85]]
+        return published, [w12[:, 85:], bias[:, 85:], w3[:, 85:]]
 
     parameters = layer.w12.weight, layer.w12.bias, layer.w3.weight
     exact = {"w3.bias": layer.w3.bias.detach().clone()}
@@ -158,7 +160,7 @@ def test_wrong_conditions_raise():
         tiny_dit().drop_condition(None, torch.ones(2, dtype=torch.bool))
     with pytest.raises(IndexError):
         tiny_dit(num_classes=5)(x, t, torch.tensor([0, 6]))
-    with pytest.raises(ValueError, match="not on both"):
+    with pytest.raises(ValueError, match="not both"):
         tiny_dit(num_classes=5, condition_width=20)
 
 

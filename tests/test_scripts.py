@@ -55,10 +55,10 @@ def test_presets_of_stage_2(name, parse):
     size = vectors if config.condition == "text" else rae.class_dit(config.dit, config.num_classes)
     with torch.device("meta"):
         model = rae.DiT((256, 1152), **size)
-        inputs = torch.zeros(1, 256, model.t_embedder.mlp[2].out_features)
-        inputs = inputs if config.condition == "text" else torch.zeros(1, dtype=torch.long)
-        inputs = inputs if model.y_embedder else None
-        assert model(torch.zeros(1, 256, 1152), torch.zeros(1), inputs).shape == (1, 256, 1152)
+        condition_width = model.t_embedder.mlp[2].out_features
+        inputs = {"text": torch.zeros(1, 256, condition_width), "class": torch.zeros(1, dtype=torch.long)}
+        x, t = torch.zeros(1, 256, 1152), torch.zeros(1)
+    assert common.count_flops(model, x, t, inputs[config.condition] if model.y_embedder else None) > 0
 
 
 def test_flags_override_presets_and_a_resumed_config(parse, tmp_path):
