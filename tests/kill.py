@@ -1,5 +1,5 @@
-"""Kills runs at random with SIGKILL and checks that the final weights and losses match an uninterrupted run bit
-for bit.
+"""Kills runs at random with SIGKILL and checks that the final weights and losses match an uninterrupted run
+bit for bit.
 
     python tests/kill.py --runs 50
 
@@ -24,8 +24,8 @@ STEPS = 12
 
 
 def flags(parts: Path, out: Path) -> list[str]:
-    line = f"--encoder {parts / 'encoder'} --out {out} --batch 4 --statistics 16 --steps {STEPS} --save-every 2"
-    return f"{line} --log-every 1 --workers 1 --resume auto --shard full".split()
+    line = f"--init {parts / 'rae'} --out {out} --batch 4 --steps {STEPS} --save-every 2 --log-every 1"
+    return f"{line} --workers 1 --resume auto --shard full".split()
 
 
 def launch(parts: Path, out: Path, restarts: int) -> subprocess.Popen:
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--kills", type=int, default=3, help="in each run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parts", type=Path, default=ROOT / "nano/weights", help="holds encoder/")
+    parser.add_argument("--parts", type=Path, default=ROOT / "nano/weights", help="holds rae/")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:

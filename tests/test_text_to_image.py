@@ -1,5 +1,4 @@
-"""The unified model: tokens and labels, which images are answers, both losses, guidance, answering, its
-folder."""
+"""TextToImage: tokens and labels, which images are answers, losses, sampling, dialogue, its folder."""
 
 import copy
 
@@ -95,10 +94,9 @@ def test_parameters_are_fp32_whatever_the_files_are(parts, tmp_path):
 def run(model, conversations, x_t, t, dropped):
     """Velocity of the images to generate, summed cross-entropy, supervised tokens."""
     chat = model.chat(conversations)
-    contexts = torch.randn(16, 24, generator=torch.Generator().manual_seed(7)).expand(
-        len(chat.is_answer), -1, -1
-    )
-    velocity, cross_entropy = model(chat, x_t, t, dropped, contexts[~chat.is_answer])
+    context = torch.randn(16, 24, generator=torch.Generator().manual_seed(7))
+    contexts = context.expand(int((~chat.is_answer).sum()), -1, -1)
+    velocity, cross_entropy = model(chat, x_t, t, dropped, contexts)
     return velocity, cross_entropy, chat.supervised_tokens
 
 
@@ -255,19 +253,12 @@ def test_lengths_of_conversations(model):
         assert rae.chat_length(turns, model.tokenizer, 16) == len(model.encode_chat(turns)[0])
 
 
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ("", "empty"),
-        ("  \n", "empty"),
-        ("star " * 400, "limit"),
-        ("a <|im_end|> star", "special"),
-        ("<image>", "special"),
-    ],
-)
-def test_bad_prompts(model, prompt, message):
-    with pytest.raises(ValueError, match=message):
-        model.condition(["a star", prompt])
+def test_bad_prompts(model):
+    bad = {"": "empty", "  \n": "empty", "star " * 400: "limit", "a <|im_end|> star": "special"}
+    bad["<image>"] = "special"
+    for prompt, message in bad.items():
+        with pytest.raises(ValueError, match=message):
+            model.condition(["a star", prompt])
 
 
 def test_folder_round_trip_and_its_link_to_the_autoencoder(parts, model, tmp_path):

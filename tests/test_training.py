@@ -201,7 +201,7 @@ def test_nor_do_they_with_muon_several_draws_and_no_ema(script, matrix, variants
             assert (tensor - final[key]).norm() <= 0.75 * moved + 1e-6, (name, key)
 
 
-def test_optimizers_skip_a_step_that_is_not_finite_and_end_after_ten():
+def test_optimizers_skip_a_step_that_is_not_finite():
     torch.manual_seed(0)
     matrix, vector = torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.randn(4))
     adamw = torch.optim.AdamW([vector], 0.1, fused=True)
@@ -214,11 +214,6 @@ def test_optimizers_skip_a_step_that_is_not_finite_and_end_after_ten():
         unchanged = [torch.equal(*pair) for pair in zip(before, tensors, strict=True)]
         assert unchanged == [not is_good] * len(tensors)
     assert matrix.isfinite().all() and optimizers.check_skipped() == 1
-    for _ in range(10):
-        matrix.grad, vector.grad = torch.randn(4, 4), torch.full((4,), torch.inf)
-        optimizers.step()
-    with pytest.raises(ValueError, match="ten steps in a row"):
-        optimizers.check_skipped()
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -528,15 +523,10 @@ def test_a_kill_while_writing_leaves_the_checkpoint_before(world, parts, tmp_pat
     assert list(logged(tmp_path, "loss")) == [1, 2, 3, 4, 5]
 
 
-def keep_sizes() -> None:
-    """The sizes of a real launch, for a comparison with one."""
-    rae.DECODERS["nano"] = {"width": 160, "depth": 4, "heads": 5, "mlp_width": 640}
-
-
-def test_killed_at_random_and_restarted_by_torchrun(world, parts, tmp_path):
-    """One of the runs of `python tests/kill.py --runs 50`."""
-    flags = kill.flags(parts, tmp_path / "whole")
-    whole = world(2, "train_decoder.py", *flags, patch=keep_sizes)
+def test_killed_at_random_and_restarted_by_torchrun(world, parts, tmp_path, monkeypatch):
+    """One of the runs of `python tests/kill.py --runs 50`, but shorter."""
+    monkeypatch.setattr(kill, "STEPS", 6)
+    whole = world(2, "train_decoder.py", *kill.flags(parts, tmp_path / "whole"))
     assert kill.run(parts, tmp_path / "killed", random.Random(0), kills=1) == 1
     whole.wait()
     assert kill.is_identical(tmp_path / "whole", tmp_path / "killed")
