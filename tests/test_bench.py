@@ -1,77 +1,78 @@
-"""What bench.py computes instead of measuring, against tensors that are there."""
+"""bench.py runs every loop, docs/plan.py computes what real tensors show, docs/tables.py copies results."""
+
+import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import bench
+import common
 import rae
 import train_decoder
 
-
-def part(passes=3, device="cpu"):
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = rae.DiT((16, 24), width=32, depth=3, heads=2, condition_width=20).to(device)
-        given = torch.zeros(1, 16, 24), torch.zeros(1), torch.zeros(1, 16, 20)
-        return bench.Part(model, lambda m: m(*given), passes)
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+import plan  # noqa: E402
+import tables  # noqa: E402
 
 
-def test_what_a_sample_keeps_is_known_without_memory():
-    """But for what attention keeps, of which the CPU has a kernel of its own."""
-    assert bench.kept_bytes(part(device="meta")) == pytest.approx(bench.kept_bytes(part()), rel=0.05)
-    assert bench.kept_bytes(part()) > 3 * 16 * 32 * 4 * 10
+def test_every_loop_runs(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "WEIGHTS", parts)
+    monkeypatch.setitem(rae.DITS, "nano", {"width": 32, "depth": 2, "heads": 2})
+    monkeypatch.setitem(rae.DITS, "nano-guide", {"width": 16, "depth": 1, "heads": 2})
+    monkeypatch.setattr(bench.measure_decoder_full, "__defaults__", (20,))
+    flags = ["--batch", "4", "--images", "1", "--seconds", "0.01", "--json", str(tmp_path / "bench.json")]
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
+    bench.main()
+    file = json.loads((tmp_path / "bench.json").read_text())
+    assert list(file["results"]) == list(bench.LOOPS)
+    assert all(result["images_per_second"] > 0 for result in file["results"].values())
+    flops = {name: result.get("gflop_per_image") for name, result in file["results"].items()}
+    assert [name for name in flops if not flops[name]] == ["loader", "jpeg", "decoder-full"]
+    assert flops["class-sample-cfg"] == pytest.approx(2 * flops["class-sample"])
+    assert flops["class-sample"] < flops["class-sample-auto"] < flops["class-sample-cfg"]
+    assert tables.bench_table(file).count("\n| ") == len(bench.LOOPS)
 
 
-def test_flops_are_two_for_each_weight_and_token():
-    """And attention: two products of (16, 16) and the width, in each block."""
-    model = part().module
-    linear = {
-        name: p.numel() for name, p in model.named_parameters() if name.endswith("weight") and p.ndim == 2
-    }
-    per_image = sum(count for name, count in linear.items() if "t_embedder" in name)
-    per_token = sum(linear.values()) - per_image
-    attention = 3 * 2 * 2 * 16 * 16 * 32
-    assert bench.forward_flops(part()) == 2 * per_image + 2 * 16 * per_token + attention
+def test_decoder_full_of_other_sizes_has_networks(tmp_path, monkeypatch):
+    small = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    for name in ("DINOV2", "DINO_S8"):
+        monkeypatch.setattr(bench, name, getattr(bench, name) | small)
+    flags = bench.decoder_networks(bench.Config(dit="DiT-S"), str(tmp_path))
+    assert rae.Encoder(flags["encoder"])(torch.rand(1, 3, 224, 224)).shape == (1, 256, 24)
+    assert len(train_decoder.Backbone.from_pretrained(flags["discriminator"])(torch.rand(1, 3, 32, 32))) == 4
 
 
-def test_states_are_those_of_a_training():
-    """Weights, gradients, both moments and an average in fp32; a frozen part has weights alone."""
-    learned, frozen = part(), part(passes=2)
-    optimizer = torch.optim.AdamW([p for p in learned.module.parameters() if p.requires_grad])
-    learned.call(learned.module).sum().backward()
-    optimizer.step()
-    tensors = [*learned.module.parameters(), *learned.module.parameters(), *frozen.module.parameters()]
-    tensors += [p.grad for p in learned.module.parameters() if p.grad is not None]
-    tensors += [v for values in optimizer.state.values() for v in values.values() if v.ndim]
-    measured = sum(tensor.nbytes for tensor in tensors)
-    meta = [part(device="meta"), part(passes=2, device="meta")]
-    computed = bench.cost(bench.Paper(meta, 8, 1, ema=True)).spread
-    fixed = sum(p.numel() for p in learned.module.parameters() if p.grad is None)  # tables, frequencies
-    assert computed == measured + 12 * fixed
-    assert fixed < 0.1 * bench.size(learned.module)
-
-
-def test_the_papers_costs():
-    """By hand: 2 FLOPs for a weight and a token, three passes where it learns, one where it runs."""
-    with torch.device("meta"):
-        paper = bench.PAPERS["0.5B + 1.5B frozen, 30k"]()
-    for each in paper.parts:
-        each.module.to("meta")
-    cost = bench.cost(paper)
-    language_model = 1.31e9 * bench.TOKENS * 2  # without its embeddings
-    by_hand = 3 * 0.48e9 * 256 * 2 + 2 * language_model + 0.41e9 * 256 * 2
+def test_the_plan_of_a_paper():
+    """By hand: two FLOPs per weight and token, embeddings left out."""
+    _, cost = plan.build("0.5B + 1.5B frozen, 30k")
+    by_hand = 3 * 0.48e9 * 256 * 2 + 2 * 1.31e9 * plan.TOKENS * 2 + 0.41e9 * 256 * 2
     assert cost.flops == pytest.approx(by_hand, rel=0.1)
-    assert cost.learned == pytest.approx(0.481e9, rel=0.01)
-    assert cost.held == pytest.approx(4 * (0.41e9 + 0.416e9), rel=0.03)  # encoder and decoder
-    assert cost.moved == pytest.approx(12 * 0.481e9 + 8 * 1.54e9, rel=0.01)
+    assert cost.trainable == pytest.approx(0.481e9, rel=0.01)
+    assert cost.replicated == pytest.approx(4 * (0.41e9 + 0.416e9), rel=0.03)  # encoder and decoder
+    assert cost.traffic == pytest.approx(12 * 0.481e9 + 8 * 1.54e9, rel=0.01)
+    parts = []
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            part = plan.dit(24, {"width": 32, "depth": 3, "heads": 2}, None)
+        parts.append(part._replace(module=part.module.to(device)))
+    on_meta, on_cpu = map(plan.saved_bytes, parts)
+    assert on_meta == pytest.approx(on_cpu + 3 * 2 * 256 * 256 * 4, rel=0.02)  # the CPU saves no attention
 
 
-def test_the_full_loss_of_other_sizes_has_networks(parts, tmp_path):
-    model = rae.RAE.from_pretrained(parts / "rae")
-    models = bench.World(model, model, None, None, None, None)
-    flags = bench.all_losses(models, bench.Config(dit="DiT-S", decoder="ViT-S"), str(tmp_path))
-    given = dict(flag.removeprefix("--").split("=") for flag in flags)
-    encoder = rae.Encoder(given["encoder"])
-    assert torch.equal(encoder(pixels := torch.rand(1, 3, 32, 32)), model.encoder(pixels))
-    dino = train_decoder.Backbone.from_pretrained(given["discriminator"])
-    assert [x.shape for x in dino(torch.rand(1, 3, 32, 32))] == 4 * [(1, 384, 28 * 28)]
+def test_tables_come_from_the_files(tmp_path):
+    rows = [{"metric": m, "value": v, "n": 4} for m, v in (("psnr/objects", 29.7), ("ssim/text", 0.5))]
+    file = {"command": "python eval.py", "seed": 0, "versions": {"torch": "2"}, "date": "2026-01-02T03"}
+    (tmp_path / "r.json").write_text(json.dumps(file | {"results": rows}))
+    text = tables.update("a\n<!-- table r.json psnr -->\nold\n<!-- end -->\nb\n", tmp_path)
+    assert "29.700" in text and "`python eval.py`, torch 2, 2026-01-02; n = 4" in text
+    assert "old" not in text and "0.500" not in text and text.endswith("<!-- end -->\nb\n")
+    with pytest.raises(ValueError, match=r"no table from .*r\.json"):
+        tables.update(text.replace("psnr", "fid"), tmp_path)
+
+
+def test_the_documents_show_the_files():
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        assert tables.update(path.read_text(), path.parent) == path.read_text()
