@@ -1,16 +1,30 @@
-"""The papers' benchmarks that compare with other work, called by eval.py: GenEval, CLIPScore and DPG-Bench of
+"""Benchmarks that compare with other work, run by eval.py: GenEval, DPG-Bench and CLIPScore of generated
 images, and MME, TextVQA, AI2D, SEED, MMMU and MMMU-Pro of answers to questions about images.
 
 Rules and arithmetic are those of the official scorers: a results file of theirs and one of ours sum up to the
-same numbers. Networks are the same ones through `transformers`, without mmdetection.
+same numbers. The networks are the same too, through `transformers`.
+
+geneval: --samples is a folder in GenEval's layout, as sample.py --file evaluation_metadata.jsonl draws it.
+No mmdetection is needed. Published figures that others have scored both ways differ by about 0.01.
+
+dpg: --samples is a folder of 2 x 2 grids ITEM.png, as sample.py --file FOLDER draws them for the official
+prompts. Any visual question answering model works, but only figures of mPLUG compare with published ones.
+
+clipscore: --samples is a folder of PNGs with their prompt in the metadata, as sample.py writes it.
+
+understanding asks --model itself. An image is squeezed into a square; of several images the first is shown.
+
+All but clipscore append one row per image or question to OUT-NAME.jsonl, and never score a row twice.
 """
 
 import ast
 import csv
+import hashlib
 import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,24 +32,99 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
 
+import common
 import data
+import rae
 
 # -----------------------------------------------------------------------------------------------------------
-# GenEval (arXiv 2310.11513): are the objects of the prompt there, as many, of the colours, and where it says
+# rows: one for each image or question, in a file that a stopped run goes on with
 
-THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # of a detection's score
-MOST = 16  # objects of a class
-MARGIN = 0.1  # of both objects' sizes, by which one has to be beside the other
-QUERIES = 100  # detections of an image, before the threshold
+
+def read_scored(path: Path, fields: tuple[str, ...], networks: dict[str, str]) -> dict[tuple, dict]:
+    """Rows of a file by the values of `fields`. Raises ValueError for rows scored with other networks."""
+    scored = {}
+    for row in common.read_rows(path) if path.exists() else []:
+        for flag, source in networks.items():
+            if row.get(flag) != source:
+                was = f"{flag} {row.get(flag)}, not {source}"
+                raise ValueError(f"{path} has rows scored with {was}: choose another --out")
+        scored[tuple(row[field] for field in fields)] = row
+    return scored
+
+
+def score_all(
+    name: str,
+    fields: tuple[str, ...],
+    jobs: dict[tuple, tuple],
+    networks: dict[str, str],
+    open_scorer: Callable[[], Callable[..., dict]],
+    config,
+    dist_ctx: common.DistContext,
+) -> list[dict]:
+    """A row for each job, kept in OUT-NAME.jsonl. Each process scores its part of the rows that are missing.
+
+    fields, jobs: names of the values that identify a row, and {values: arguments of the scorer}.
+    networks: what the scores depend on; kept in every row.
+    open_scorer: loads the networks and returns the function that scores; called only if a row is missing.
+    """
+    path = Path(config.out).with_name(f"{Path(config.out).stem}-{name}.jsonl")
+    scored = read_scored(path, fields, networks)
+    if dist_ctx.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            # a killed run may have left half a line: the next row must not be appended to it
+            if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
+                file.write(b"\n")
+    common.global_sum(0)  # a barrier: all have read before one writes
+    missing = [item for item in jobs.items() if item[0] not in scored]
+    missing = missing[dist_ctx.rank :: dist_ctx.world_size]
+    if missing:
+        score = open_scorer()
+        with path.open("a") as file:
+            for key, arguments in tqdm(missing, desc=name, disable=not dist_ctx.is_main):
+                row = score(*arguments) | dict(zip(fields, key, strict=True)) | networks
+                file.write(json.dumps(row) + "\n")
+                file.flush()  # whole lines only, because all processes append to one file
+    common.global_sum(0)
+    scored = read_scored(path, fields, networks)
+    if lost := [key for key in jobs if key not in scored]:
+        raise ValueError(f"{path} has lost {len(lost)} rows, such as {lost[0]}: run this again")
+    return [scored[key] for key in jobs]
+
+
+def digest(path: Path) -> str:
+    """Identifies an image's content: a new image may take the place of one that was scored."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+
+
+def samples_folder(config, name: str) -> Path:
+    if not config.samples:
+        raise ValueError(f"{name} needs --samples, a folder of images from sample.py: see benchmarks.py")
+    return Path(config.samples)
+
+
+def as_results(name: str, figures: dict[str, tuple[float, int]]) -> list[dict]:
+    return [{"metric": f"{name}/{key}", "value": value, "n": n} for key, (value, n) in figures.items()]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# GenEval (arXiv 2310.11513): are the objects of the prompt there, in number, colour and position
+
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # lowest score of a detection
+MAX_OBJECTS = 16  # per class
+POSITION_MARGIN = 0.1  # distance beyond which one object is beside another, in units of their sizes
+QUERIES = 100  # detections per image, before the threshold
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-TEMPLATES = (
+COLOR_PROMPTS = (
     "a photo of a {color} {name}",
     "a photo of a {color}-colored {name}",
     "a photo of a {color} object",
 )
-GREY = "#999999"  # around an object whose colour is asked for
-NAMES = (  # of COCO's 80 classes in their order, as GenEval's prompts have them
+GREY = "#999999"  # background of an object whose colour is classified
+CLASSES = (  # COCO's 80 in their order, spelled as in GenEval's prompts
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire "
     "hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, "
     "zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports "
@@ -47,72 +136,92 @@ NAMES = (  # of COCO's 80 classes in their order, as GenEval's prompts have them
 ).split(", ")
 
 
-class Found(NamedTuple):
+class Detection(NamedTuple):
     """A detected object."""
 
     score: float
-    box: tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+    box: tuple[float, float, float, float]  # left, top, right, bottom in pixels
     mask: np.ndarray | None = None  # (H, W) bool
 
 
-def position(one: Found, other: Found) -> set[str]:
-    """Where `one` is, seen from the other: of left of, right of, above and below up to two."""
+def relative_position(one: Detection, other: Detection) -> set[str]:
+    """Where `one` is as seen from the other: up to two of left of, right of, above and below."""
     (x0, y0, x1, y1), (u0, v0, u1, v1) = one.box, other.box
     offset = np.array([x0 + x1 - u0 - u1, y0 + y1 - v0 - v1]) / 2
     sizes = np.abs([x1 - x0 + 0.0, y1 - y0]) + np.abs([u1 - u0 + 0.0, v1 - v0])
-    beyond = np.maximum(np.abs(offset) - MARGIN * sizes, 0) * np.sign(offset)
+    beyond = np.maximum(np.abs(offset) - POSITION_MARGIN * sizes, 0) * np.sign(offset)
     if (np.abs(beyond) < 1e-3).all():
         return set()
     across, down = beyond / np.linalg.norm(offset)
-    named = {"left of": across < -0.5, "right of": across > 0.5, "above": down < -0.5, "below": down > 0.5}
-    return {name for name, holds in named.items() if holds}
+    holds = {"left of": across < -0.5, "right of": across > 0.5, "above": down < -0.5, "below": down > 0.5}
+    return {relation for relation, true in holds.items() if true}
 
 
-def judge(wanted: dict, found: dict[str, list[Found]], colors_of) -> tuple[bool, list[str]]:
-    """Whether an image is right for a line of GenEval's prompts, and every reason why not.
+def check_objects(entry: dict, objects: list[Detection], classify_colors: Callable) -> str:
+    """Why the objects are not those of an entry of `include`, in number and colour; "" if they are."""
+    name, count = entry["class"], entry["count"]
+    if len(objects) < count:
+        return f"expected {name}>={count}, found {len(objects)}"
+    if "color" not in entry:
+        return ""
+    colors = classify_colors(objects, name)
+    if colors.count(entry["color"]) >= count:
+        return ""
+    present = ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color in colors)
+    return f"expected {entry['color']} {name}>={count}, found {present}"
 
-    wanted: its `include` and `exclude`; found: detections by class, the best first; colors_of(objects, name):
-    the colour of each.
+
+def check_position(entry: dict, objects: list[Detection], targets: list[Detection] | None) -> str:
+    """Why the objects are not where the entry says, relative to the targets; "" if they are."""
+    relation = entry["position"][0]
+    if targets is None:
+        return f"no target for {entry['class']} to be {relation}"
+    for one in objects:
+        for other in targets:
+            if relation not in relative_position(one, other):
+                return f"expected {entry['class']} {relation} target"
+    return ""
+
+
+def judge(
+    metadata: dict, detections: dict[str, list[Detection]], classify_colors: Callable
+) -> tuple[bool, list[str]]:
+    """Whether an image fulfils a line of GenEval's prompts, and every reason why not.
+
+    metadata: its `include` and `exclude`. detections: by class, best first.
+    classify_colors(objects, name): the colour of each object.
     """
-    reasons, groups = [], []
-    for part in wanted.get("include", []):
-        name, count = part["class"], part["count"]
-        objects, right = found.get(name, [])[:count], True
-        if len(objects) < count:
-            right = False
-            reasons.append(f"expected {name}>={count}, found {len(objects)}")
-        else:
-            if "color" in part:
-                colors = colors_of(objects, name)
-                if colors.count(part["color"]) < count:
-                    right = False
-                    shown = ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color in colors)
-                    reasons.append(f"expected {part['color']} {name}>={count}, found {shown}")
-            if right and "position" in part:
-                relation, target = part["position"]
-                if groups[target] is None:
-                    right = False
-                    reasons.append(f"no target for {name} to be {relation}")
-                elif any(relation not in position(a, b) for a in objects for b in groups[target]):
-                    right = False
-                    reasons.append(f"expected {name} {relation} target")
-        groups.append(objects if right else None)
-    for part in wanted.get("exclude", []):
-        if (count := len(found.get(part["class"], []))) >= part["count"]:
-            reasons.append(f"expected {part['class']}<{part['count']}, found {count}")
+    reasons = []
+    groups = []  # objects of each entry of `include`, None if the entry does not hold
+    for entry in metadata.get("include", []):
+        objects = detections.get(entry["class"], [])[: entry["count"]]
+        reason = check_objects(entry, objects, classify_colors)
+        if not reason and "position" in entry:
+            reason = check_position(entry, objects, groups[entry["position"][1]])
+        groups.append(None if reason else objects)
+        if reason:
+            reasons.append(reason)
+    for entry in metadata.get("exclude", []):
+        count = len(detections.get(entry["class"], []))
+        if count >= entry["count"]:
+            reasons.append(f"expected {entry['class']}<{entry['count']}, found {count}")
     return not reasons, reasons
 
 
-def confident(found: dict[str, list[Found]], tag: str) -> dict[str, list[Found]]:
-    """The detections that count for a task, the best first."""
-    least = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
-    ranked = {name: sorted(objects, key=lambda o: -o.score)[:MOST] for name, objects in found.items()}
-    ranked = {name: [o for o in objects if o.score > least] for name, objects in ranked.items()}
-    return {name: objects for name, objects in ranked.items() if objects}
+def confident(detections: dict[str, list[Detection]], tag: str) -> dict[str, list[Detection]]:
+    """The detections that count for a task, best first."""
+    threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
+    kept = {}
+    for name, objects in detections.items():
+        best = sorted(objects, key=lambda o: -o.score)[:MAX_OBJECTS]
+        best = [o for o in best if o.score > threshold]
+        if best:
+            kept[name] = best
+    return kept
 
 
 class Detector:
-    """Mask2Former on one image at a time: instances by class name."""
+    """Mask2Former on one image at a time: detections by class name."""
 
     def __init__(self, source: str, device: torch.device):
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
@@ -121,149 +230,203 @@ class Detector:
         self.processor = AutoImageProcessor.from_pretrained(source, size=size)
         self.model = Mask2FormerForUniversalSegmentation.from_pretrained(source).float().eval().to(device)
         labels = [name for _, name in sorted(self.model.config.id2label.items())]
-        self.names = NAMES if len(labels) == len(NAMES) else labels  # files spell some of them in other ways
+        self.names = CLASSES if len(labels) == len(CLASSES) else labels  # files spell some names differently
 
     @torch.no_grad()
-    def __call__(self, image: Image.Image) -> dict[str, list[Found]]:
-        """Scores are the class's probability times the mean of the mask's over its own pixels, boxes those of
-        masks, as mmdetection has them."""
-        given = self.processor(image, return_tensors="pt").to(self.model.device)
-        out = self.model(given["pixel_values"], pixel_mask=given["pixel_mask"])
-        height, width = (
-            int(given["pixel_mask"][0].any(dim=axis).sum()) for axis in (1, 0)
-        )  # without padding
-        chances = out.class_queries_logits[0].softmax(dim=-1)[:, :-1].flatten()
-        chances, index = chances.topk(min(QUERIES, len(chances)))
+    def __call__(self, image: Image.Image) -> dict[str, list[Detection]]:
+        """As mmdetection does: a score is the class probability times the mean mask probability inside the
+        mask, and boxes are those of the masks."""
+        inputs = self.processor(image, return_tensors="pt").to(self.model.device)
+        out = self.model(inputs["pixel_values"], pixel_mask=inputs["pixel_mask"])
+        height = int(inputs["pixel_mask"][0].any(dim=1).sum())  # without padding
+        width = int(inputs["pixel_mask"][0].any(dim=0).sum())
+
+        # ---- the most probable (query, class) pairs; the last class is "no object" ----
+        probabilities = out.class_queries_logits[0].softmax(dim=-1)[:, :-1].flatten()
+        probabilities, index = probabilities.topk(min(QUERIES, len(probabilities)))
+
+        # ---- their masks, at the size of the image ------------------------------------
         masks = out.masks_queries_logits[0, index // len(self.names)][None]
-        masks = F.interpolate(masks, given["pixel_values"].shape[-2:], mode="bilinear")[..., :height, :width]
+        masks = F.interpolate(masks, inputs["pixel_values"].shape[-2:], mode="bilinear")
+        masks = masks[..., :height, :width]
         masks = F.interpolate(masks, (image.height, image.width), mode="bilinear")[0]
         inside = masks > 0
         area = inside.flatten(1).sum(dim=1)
-        scores = chances * (masks.sigmoid() * inside).flatten(1).sum(dim=1) / area.clamp(min=1)
-        found = defaultdict(list)
+        scores = probabilities * (masks.sigmoid() * inside).flatten(1).sum(dim=1) / area.clamp(min=1)
+
+        detections = defaultdict(list)
         for i, label in enumerate((index % len(self.names)).tolist()):
             if scores[i] <= THRESHOLD or not area[i]:
                 continue
-            rows, columns = (inside[i].any(dim=axis).nonzero().flatten() for axis in (1, 0))
+            rows = inside[i].any(dim=1).nonzero().flatten()
+            columns = inside[i].any(dim=0).nonzero().flatten()
             box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-            object_ = Found(scores[i].item(), tuple(float(x) for x in box), inside[i].cpu().numpy())
-            found[self.names[label]].append(object_)
-        return {name: sorted(objects, key=lambda o: -o.score) for name, objects in found.items()}
+            detection = Detection(scores[i].item(), tuple(map(float, box)), inside[i].cpu().numpy())
+            detections[self.names[label]].append(detection)
+        return {name: sorted(objects, key=lambda o: -o.score) for name, objects in detections.items()}
 
 
 class Clip:
-    """Embeddings of CLIP, normalised."""
+    """Normalised embeddings of CLIP."""
 
     def __init__(self, source: str, device: torch.device):
         from transformers import AutoProcessor, CLIPModel
 
         self.processor = AutoProcessor.from_pretrained(source)
         self.model = CLIPModel.from_pretrained(source).float().eval().to(device)
-        self.classes: dict[str, torch.Tensor] = {}
+        self.color_embeddings: dict[str, Tensor] = {}  # by class name, (10, D)
 
     @torch.no_grad()
-    def images(self, images: list[Image.Image]) -> torch.Tensor:
-        out = self.model.get_image_features(
-            **self.processor(images=images, return_tensors="pt").to(self.model.device)
-        )
-        return F.normalize(getattr(out, "pooler_output", out), dim=-1)  # `transformers` 5 wraps it
+    def images(self, images: list[Image.Image]) -> Tensor:
+        inputs = self.processor(images=images, return_tensors="pt").to(self.model.device)
+        out = self.model.get_image_features(**inputs)
+        return F.normalize(getattr(out, "pooler_output", out), dim=-1)  # `transformers` 5 wraps the tensor
 
     @torch.no_grad()
-    def texts(self, texts: list[str]) -> torch.Tensor:
-        given = self.processor(text=texts, return_tensors="pt", padding=True, truncation=True)
-        out = self.model.get_text_features(**given.to(self.model.device))
+    def texts(self, texts: list[str]) -> Tensor:
+        inputs = self.processor(text=texts, return_tensors="pt", padding=True, truncation=True)
+        out = self.model.get_text_features(**inputs.to(self.model.device))
         return F.normalize(getattr(out, "pooler_output", out), dim=-1)
 
-    def scores(self, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
-        """CLIPScore (arXiv 2104.08718) of each image and text, from 0 to 100: (B,)."""
+    def scores(self, images: list[Image.Image], texts: list[str]) -> Tensor:
+        """CLIPScore (arXiv 2104.08718) of image-text pairs, from 0 to 100: (B,)."""
         return 100 * (self.images(images) * self.texts(texts)).sum(dim=-1).clamp(min=0)
 
-    def colors(self, image: Image.Image, objects: list[Found], name: str) -> list[str]:
-        """The colour of each object, of its pixels on grey."""
-        if name not in self.classes:
-            of_color = [[t.format(color=color, name=name) for t in TEMPLATES] for color in COLORS]
-            means = torch.stack([self.texts(texts).mean(dim=0) for texts in of_color])
-            self.classes[name] = F.normalize(means, dim=-1)
+    def colors(self, image: Image.Image, objects: list[Detection], name: str) -> list[str]:
+        """The colour of each object, classified from its pixels on grey."""
+        if name not in self.color_embeddings:
+            means = []
+            for color in COLORS:
+                prompts = [prompt.format(color=color, name=name) for prompt in COLOR_PROMPTS]
+                means.append(self.texts(prompts).mean(dim=0))
+            self.color_embeddings[name] = F.normalize(torch.stack(means), dim=-1)
         crops = []
-        for found in objects:
+        for detection in objects:
             shown = image
-            if found.mask is not None:
-                shown = Image.composite(
-                    image, Image.new("RGB", image.size, GREY), Image.fromarray(found.mask)
-                )
-            crops.append(shown.crop(tuple(map(round, found.box))))
-        return [COLORS[i] for i in (self.images(crops) @ self.classes[name].T).argmax(dim=-1).tolist()]
+            if detection.mask is not None:
+                grey = Image.new("RGB", image.size, GREY)
+                shown = Image.composite(image, grey, Image.fromarray(detection.mask))
+            crops.append(shown.crop(tuple(map(round, detection.box))))
+        nearest = (self.images(crops) @ self.color_embeddings[name].T).argmax(dim=-1)
+        return [COLORS[i] for i in nearest.tolist()]
+
+
+def read_geneval(prompt: Path) -> dict:
+    """The metadata of one prompt's folder."""
+    path = prompt / "metadata.jsonl"
+    try:
+        metadata = json.loads(path.read_text().splitlines()[0])
+        complete = {"tag", "prompt", "include"} <= metadata.keys()
+    except (OSError, ValueError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not complete:
+        raise ValueError(f"{path} is not GenEval's: it needs tag, prompt and include")
+    return metadata
 
 
 def geneval_images(folder: Path) -> list[tuple[Path, dict]]:
-    """The images of a folder in GenEval's layout, each with the line of its prompt: NUMBER/metadata.jsonl
-    beside NUMBER/samples/NUMBER.png. Raises ValueError for any other."""
-    found = []
+    """Images in GenEval's layout, NUMBER/samples/NUMBER.png, with their prompt's NUMBER/metadata.jsonl."""
+    images, counts = [], Counter()
     for prompt in sorted(path for path in folder.glob("*") if path.is_dir() and path.name.isdigit()):
-        try:
-            wanted = json.loads((prompt / "metadata.jsonl").read_text().splitlines()[0])
-        except (OSError, ValueError, IndexError) as error:
-            raise ValueError(f"{prompt}/metadata.jsonl cannot be read: {error}") from None
-        if not (isinstance(wanted, dict) and {"tag", "prompt", "include"} <= wanted.keys()):
-            raise ValueError(
-                f"{prompt}/metadata.jsonl is no line of GenEval's: it needs tag, prompt, include"
-            )
-        images = sorted(path for path in (prompt / "samples").glob("*.png") if path.stem.isdigit())
-        if not images:
-            raise ValueError(f"{prompt} has a prompt, but no images in samples/")
-        found += [(path, wanted) for path in images]
-    counts = Counter(path.parent.parent for path, _ in found)
-    if len(set(counts.values())) > 1:
-        most, least = (counts.most_common()[place] for place in (0, -1))
-        raise ValueError(
-            f"{most[0]} has {most[1]} images, {least[0]} has {least[1]}: draw into an empty folder"
-        )
-    if not found:
-        raise ValueError(
-            f"{folder} is not in GenEval's layout: 00000/metadata.jsonl, 00000/samples/0000.png, ..."
-        )
-    return found
+        metadata = read_geneval(prompt)
+        paths = sorted(path for path in (prompt / "samples").glob("*.png") if path.stem.isdigit())
+        counts[prompt] = len(paths)
+        images += [(path, metadata) for path in paths]
+    if not counts:
+        layout = "00000/metadata.jsonl, 00000/samples/0000.png, ..."
+        raise ValueError(f"{folder} is not in GenEval's layout: {layout}")
+    (prompt, most), (other, least) = counts.most_common()[0], counts.most_common()[-1]
+    if least == 0 or least < most:
+        raise ValueError(f"{prompt} has {most} images, {other} has {least}: resume sample.py, or draw anew")
+    return images
 
 
-def score_geneval(path: Path, wanted: dict, detector: Detector, clip: Clip) -> dict:
-    """A row of the results, with the keys of the official file."""
-    image = data.open_image(str(path)).convert("RGB")
-    asked = {part["class"] for part in [*wanted["include"], *wanted.get("exclude", [])]}
-    if unknown := asked - set(detector.names):
-        raise ValueError(f"{path} is asked for a {min(unknown)}, which the detector does not know")
-    found = confident(detector(image), wanted["tag"])
-    right, reasons = judge(wanted, found, lambda objects, name: clip.colors(image, objects, name))
-    details = {
-        name: [[round(x, 2) for x in (*o.box, o.score)] for o in objects] for name, objects in found.items()
-    }
-    return {
-        "filename": str(path),
-        "tag": wanted["tag"],
-        "prompt": wanted["prompt"],
-        "correct": right,
-        "reason": "\n".join(reasons),
-        "metadata": json.dumps(wanted),
-        "details": json.dumps(details),
-    }
+class GenEvalScorer:
+    """Detects the objects in an image, and judges it; returns a row with the keys of the official file."""
+
+    def __init__(self, detector: str, clip: str, device: torch.device):
+        with common.loading(detector):
+            self.detector = Detector(detector, device)
+        with common.loading(clip):
+            self.clip = Clip(clip, device)
+
+    def __call__(self, path: Path, metadata: dict) -> dict:
+        image = data.open_image(str(path)).convert("RGB")
+        classes = {entry["class"] for entry in [*metadata["include"], *metadata.get("exclude", [])]}
+        if unknown := classes - set(self.detector.names):
+            raise ValueError(f"{path} should show a {min(unknown)}, which the detector does not know")
+        detections = confident(self.detector(image), metadata["tag"])
+        correct, reasons = judge(metadata, detections, partial(self.clip.colors, image))
+        details = {}
+        for name, objects in detections.items():
+            details[name] = [[round(x, 2) for x in (*o.box, o.score)] for o in objects]
+        return {
+            "filename": str(path),
+            "tag": metadata["tag"],
+            "prompt": metadata["prompt"],
+            "correct": correct,
+            "reason": "\n".join(reasons),
+            "metadata": json.dumps(metadata),
+            "details": json.dumps(details),
+        }
 
 
 def geneval_summary(rows: Iterable[dict]) -> dict[str, tuple[float, int]]:
-    """Value and number of each figure, of rows of a results file: the share of right images of every task,
-    `overall`, the mean of the tasks, and the shares of right images and of prompts with a right one."""
+    """(value, n) of each figure: the share of correct images of every task, their mean `overall`, and the
+    shares of correct `images` and of `prompts` with a correct image."""
     tasks, prompts = defaultdict(list), defaultdict(list)
     for row in rows:
         tasks[row["tag"]].append(row["correct"])
         prompts[row["metadata"]].append(row["correct"])
-    every = [correct for task in tasks.values() for correct in task]
+    images = [correct for task in tasks.values() for correct in task]
     figures = {tag: (float(np.mean(task)), len(task)) for tag, task in sorted(tasks.items())}
-    figures["overall"] = float(np.mean([value for value, _ in figures.values()])), len(every)
-    figures["images"] = float(np.mean(every)), len(every)
-    figures["prompts"] = float(np.mean([any(each) for each in prompts.values()])), len(prompts)
+    figures["overall"] = float(np.mean([value for value, _ in figures.values()])), len(images)
+    figures["images"] = float(np.mean(images)), len(images)
+    figures["prompts"] = float(np.mean([any(group) for group in prompts.values()])), len(prompts)
     return figures
 
 
+def geneval(config, dist_ctx: common.DistContext) -> list[dict]:
+    """config: eval.Config."""
+    jobs = {}
+    for path, metadata in geneval_images(samples_folder(config, "geneval"))[: config.limit]:
+        jobs[str(path), digest(path)] = (path, metadata)
+    networks = {"detector": config.detector, "clip": config.clip}
+    scorer = partial(GenEvalScorer, config.detector, config.clip, dist_ctx.device)
+    rows = score_all("geneval", ("filename", "digest"), jobs, networks, scorer, config, dist_ctx)
+    return as_results("geneval", geneval_summary(rows))
+
+
 # -----------------------------------------------------------------------------------------------------------
-# DPG-Bench (arXiv 2403.05135): questions about dense prompts, of which some make sense only after others
+# CLIPScore
+
+
+def clipscore(config, dist_ctx: common.DistContext) -> list[dict]:
+    """Mean over a folder of images, each with the prompt in its metadata. config: eval.Config."""
+    folder = samples_folder(config, "clipscore")
+    # sample.py writes a grid of all images, and ITEM.png as a grid of the images in ITEM/
+    grids = {folder / "grid.png", *(path.with_suffix(".png") for path in folder.iterdir() if path.is_dir())}
+    paths = sorted(path for path in folder.rglob("*.png") if path not in grids)[: config.limit]
+    prompts = [data.open_metadata(str(path)).get("prompt") for path in paths]
+    if not paths or None in prompts:
+        culprit = paths[prompts.index(None)] if paths else folder
+        raise ValueError(f"{culprit} has no images with a prompt in their metadata")
+    with common.loading(config.clip):
+        clip = Clip(config.clip, dist_ctx.device)
+    pairs = list(zip(paths, prompts, strict=True))[dist_ctx.rank :: dist_ctx.world_size]
+    total = 0.0
+    for start in tqdm(range(0, len(pairs), config.batch), desc="clipscore", disable=not dist_ctx.is_main):
+        batch = pairs[start : start + config.batch]
+        images = [data.open_image(str(path)).convert("RGB") for path, _ in batch]
+        total += clip.scores(images, [prompt for _, prompt in batch]).sum().item()
+    [total] = common.global_sum(total)
+    return [{"metric": f"clipscore/{config.clip}", "value": total / len(paths), "n": len(paths)}]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# DPG-Bench (arXiv 2403.05135): questions about dense prompts; some count only if others are answered with yes
+
+GRID = 2  # a grid of GRID x GRID images for each prompt
 
 
 class Question(NamedTuple):
@@ -272,12 +435,12 @@ class Question(NamedTuple):
     text: str
     parents: tuple[int, ...]  # questions that must be answered with yes before this one counts
     category: str  # entity, attribute, relation, ...
-    detail: str  # and a finer one
+    detail: str  # a finer category
 
 
 def read_dpg(path: str) -> dict[str, dict[int, Question]]:
-    """Questions by number, by item. Raises ValueError for a table without the official columns."""
-    items, columns = defaultdict(dict), ("item_id", "proposition_id", "dependency", "category_broad")
+    """Questions by item and number. Raises ValueError for a table without the official columns."""
+    items = defaultdict(dict)
     try:
         with open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
@@ -287,14 +450,13 @@ def read_dpg(path: str) -> dict[str, dict[int, Question]]:
                 )
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"{path} is no table of DPG-Bench, with {', '.join(columns)}, ...: {error!r}"
+            f"{path} is not DPG-Bench's table (item_id, proposition_id, ...): {error!r}"
         ) from None
     return dict(items)
 
 
-def filtered(answers: dict[int, bool], questions: dict[int, Question]) -> dict[int, bool]:
-    """Yes only where all parents have stayed a yes, in the order of the table: what hangs on a no falls with
-    it, and what hangs on that."""
+def propagate(answers: dict[int, bool], questions: dict[int, Question]) -> dict[int, bool]:
+    """Turns a yes into a no where a parent is, or has become, a no. In the order of the table."""
     kept = dict(answers)
     for number in answers:
         kept[number] = kept[number] and all(kept[parent] for parent in questions[number].parents)
@@ -302,34 +464,27 @@ def filtered(answers: dict[int, bool], questions: dict[int, Question]) -> dict[i
 
 
 def dpg_summary(rows: list[dict], items: dict[str, dict[int, Question]]) -> dict[str, tuple[float, int]]:
-    """Value, in percent, and number of each figure: `overall`, the mean over items of the mean over their
-    images of the mean over questions; and of each category the mean over all questions of all images,
-    as they were answered (the official script, by mistake, takes those of the last image)."""
+    """(percentage, n) of each figure. `overall`: mean over items of the mean over images of the mean over
+    questions. Categories: mean over all questions of all images, as answered (the official script, by
+    mistake, takes those of the last image only)."""
     images, categories = defaultdict(list), defaultdict(list)
     for row in rows:
         questions = items[row["item_id"]]
-        answers = {int(n): yes for n, yes in row["answers"].items()}
-        images[row["item_id"]].append(np.mean(list(filtered(answers, questions).values())))
+        answers = {int(number): yes for number, yes in row["answers"].items()}
+        images[row["item_id"]].append(np.mean(list(propagate(answers, questions).values())))
         for number, yes in answers.items():
             question = questions[number]
-            for name in (question.category, f"{question.category} - {question.detail}"):
-                categories[name].append(yes)
-    figures = {name: (100 * float(np.mean(each)), len(each)) for name, each in sorted(categories.items())}
-    overall = np.mean([np.mean(each) for each in images.values()])
+            categories[question.category].append(yes)
+            categories[f"{question.category} - {question.detail}"].append(yes)
+    figures = {name: (100 * float(np.mean(yes)), len(yes)) for name, yes in sorted(categories.items())}
+    overall = np.mean([np.mean(values) for values in images.values()])
     return figures | {"overall": (100 * float(overall), len(images))}
 
 
-def dpg_images(folder: Path, items: dict, side: int = 2) -> list[tuple[Path, int]]:
-    """The squares of every grid ITEM.png, side x side images. Raises ValueError for missing ones."""
-    paths = [folder / f"{item}.png" for item in items]
-    if missing := [path for path in paths if not path.is_file()]:
-        raise ValueError(f"{len(missing)} of {len(paths)} grids are missing, the first is {missing[0]}")
-    return [(path, square) for path in paths for square in range(side * side)]
-
-
-def square_of(grid: Image.Image, number: int, side: int = 2) -> Image.Image:
-    row, column = divmod(number, side)
-    width, height = grid.width // side, grid.height // side
+def crop_square(grid: Image.Image, number: int) -> Image.Image:
+    """Image number 0, 1, ... of a grid, in raster order."""
+    row, column = divmod(number, GRID)
+    width, height = grid.width // GRID, grid.height // GRID
     return grid.crop((column * width, row * height, (column + 1) * width, (row + 1) * height))
 
 
@@ -345,41 +500,67 @@ class Answerer:
         )
 
         mapping = AutoModelForVisualQuestionAnswering._model_mapping
-        self.talks = type(AutoConfig.from_pretrained(source)) not in mapping
-        kind = AutoModelForImageTextToText if self.talks else AutoModelForVisualQuestionAnswering
-        self.model = kind.from_pretrained(source).float().eval().to(device)
+        self.chats = type(AutoConfig.from_pretrained(source)) not in mapping
+        model_class = AutoModelForImageTextToText if self.chats else AutoModelForVisualQuestionAnswering
+        self.model = model_class.from_pretrained(source).float().eval().to(device)
         self.processor = AutoProcessor.from_pretrained(source)
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, question: str) -> str:
         """A short answer, greedy."""
         text = question
-        if self.talks:
+        if self.chats:
             content = [{"type": "image"}, {"type": "text", "text": f"{question} Answer with one word."}]
             turns = [{"role": "user", "content": content}]
             text = self.processor.apply_chat_template(turns, add_generation_prompt=True)
-        given = self.processor(images=image, text=text, return_tensors="pt").to(self.model.device)
-        out = self.model.generate(**given, max_new_tokens=10, do_sample=False)
-        out = out[:, given["input_ids"].shape[1] :] if self.talks else out
+        inputs = self.processor(images=image, text=text, return_tensors="pt").to(self.model.device)
+        out = self.model.generate(**inputs, max_new_tokens=10, do_sample=False)
+        if self.chats:  # its output begins with the prompt
+            out = out[:, inputs["input_ids"].shape[1] :]
         return self.processor.decode(out[0], skip_special_tokens=True).strip()
 
 
-def score_dpg(path: Path, square: int, questions: dict[int, Question], answerer: Answerer) -> dict:
-    """A row of the results: which questions about an image are answered with yes."""
-    image = square_of(data.open_image(str(path)).convert("RGB"), square)
-    yes = {n: answerer(image, question.text).lower().startswith("yes") for n, question in questions.items()}
-    return {"item_id": path.stem, "square": square, "answers": yes}
+class DPGScorer:
+    """Asks every question of a prompt about one image of its grid."""
+
+    def __init__(self, vqa: str, items: dict[str, dict[int, Question]], device: torch.device):
+        self.items = items
+        with common.loading(vqa):
+            self.answer = Answerer(vqa, device)
+
+    def __call__(self, path: Path, square: int) -> dict:
+        image = crop_square(data.open_image(str(path)).convert("RGB"), square)
+        answers = {}
+        for number, question in self.items[path.stem].items():
+            answers[number] = self.answer(image, question.text).lower().startswith("yes")
+        return {"item_id": path.stem, "square": square, "answers": answers}
+
+
+def dpg(config, dist_ctx: common.DistContext) -> list[dict]:
+    """config: eval.Config."""
+    folder, items = samples_folder(config, "dpg"), read_dpg(config.questions)
+    paths = [folder / f"{item}.png" for item in items]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise ValueError(f"{len(missing)} of {len(paths)} grids are missing, the first is {missing[0]}")
+    images = [(path, square) for path in paths for square in range(GRID * GRID)][: config.limit]
+    digests = {path: digest(path) for path, _ in images}
+    jobs = {(path.stem, square, digests[path]): (path, square) for path, square in images}
+    fields, scorer = ("item_id", "square", "digest"), partial(DPGScorer, config.vqa, items, dist_ctx.device)
+    rows = score_all("dpg", fields, jobs, {"vqa": config.vqa}, scorer, config, dist_ctx)
+    if dist_ctx.is_main and "mplug" not in config.vqa.lower():
+        print(f"answered by {config.vqa}: only figures of mPLUG compare with published ones")
+    return as_results(f"dpg ({config.vqa})", dpg_summary(rows, items))
 
 
 # -----------------------------------------------------------------------------------------------------------
-# understanding: questions about images, with the prompts that the LLaVA line of work asks them with
+# understanding: questions about images, worded as in the LLaVA line of work
 
 ONE_WORD = "Answer the question using a single word or phrase."
 ONE_LETTER = "Answer with the option's letter from the given choices directly."
 LETTERS = "ABCDEFGHIJ"
-PERCEPTION = tuple(
+PERCEPTION = tuple(  # MME's categories of perception; its others are cognition
     "existence count position color posters celebrity scene landmark artwork OCR".split()
-)  # of MME's categories; the others are cognition
+)
 
 
 class Item(NamedTuple):
@@ -387,8 +568,8 @@ class Item(NamedTuple):
 
     image: Image.Image
     question: str
-    truth: list[str]  # a letter, or words: of TextVQA ten people's
-    group: str = ""  # MME's category and image, two questions each
+    truth: list[str]  # a letter or words; in TextVQA the answers of ten people
+    group: str = ""  # MME's category and image, which has two questions
 
 
 def with_options(question: str, options: list[str]) -> str:
@@ -396,27 +577,27 @@ def with_options(question: str, options: list[str]) -> str:
     return "\n".join([question, *lines, ONE_LETTER])
 
 
-def of_mme(row: dict) -> Item:
+def read_mme(row: dict) -> Item:
     return Item(row["image"], row["question"], [row["answer"]], f"{row['category']}/{row['question_id']}")
 
 
-def of_textvqa(row: dict) -> Item:
+def read_textvqa(row: dict) -> Item:
     return Item(row["image"], f"{row['question'].capitalize()}\n{ONE_WORD}", row["answers"])
 
 
-def of_ai2d(row: dict) -> Item:
+def read_ai2d(row: dict) -> Item:
     return Item(row["image"], with_options(row["question"], row["options"]), [LETTERS[int(row["answer"])]])
 
 
-def of_seed(row: dict) -> Item:
+def read_seed(row: dict) -> Item:
     image = row["image"][0] if isinstance(row["image"], list) else row["image"]
     options = [row[f"choice_{letter}"] for letter in "abcd"]
     return Item(image, with_options(row["question"], options), [row["answer"]])
 
 
-def of_mmmu(row: dict) -> Item:
-    """Of several images the first; where they belong in the text is left out. MMMU's own scorer looks for
-    the option in longer answers too, and guesses where there is none."""
+def read_mmmu(row: dict) -> Item:
+    """With the first of several images; their places in the text are removed. MMMU's own scorer also looks
+    for the option in longer answers, and guesses where there is none."""
     question = re.sub(r"\s*<image \d+>\s*", " ", row["question"]).strip()
     options = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
     image = row.get("image_1") or row["image"]
@@ -426,33 +607,8 @@ def of_mmmu(row: dict) -> Item:
     return Item(image, with_options(question, options), [row["answer"]])
 
 
-class Asked(NamedTuple):
-    """A set of questions: where its rows are on the hub, how one is read, and how answers are scored."""
-
-    path: str
-    split: str
-    read: Callable[[dict], Item]
-    score: Callable[[str, Item], float]
-    only: tuple[str, tuple[str, ...]] | None = None  # a column, and its values of the rows that are asked
-    configs: tuple[str, ...] | None = None  # None: the only one; (): all
-
-
-def plain(text: str) -> str:
-    """As the VQA challenge compares answers: lower case, without articles and most punctuation, numbers as
-    digits, apostrophes where they belong."""
-    text = re.sub(r"[\n\t]", " ", text).strip().lower()
-    for mark in ';/[]"{}()=+\\_-><@`,?!':
-        spaced = f"{mark} " in text or f" {mark}" in text or re.search(r"\d,\d", text)
-        text = text.replace(mark, "" if spaced else " ")
-    text = re.sub(r"\.(?!\d)", "", text)
-    words = (DIGITS.get(word, word) for word in text.split() if word not in ("a", "an", "the"))
-    return " ".join(CONTRACTIONS.get(word, word) for word in words)
-
-
-DIGITS = {
-    word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
-}
-DIGITS["none"] = "0"
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+DIGITS = {word: str(i) for i, word in enumerate(NUMBERS)} | {"none": "0"}
 CONTRACTIONS = {
     word.replace("'", ""): word
     for word in (
@@ -467,77 +623,143 @@ CONTRACTIONS = {
 }
 
 
+def normalise_answer(text: str) -> str:
+    """As the VQA challenge compares answers: lower case, without articles and most punctuation, numbers as
+    digits, apostrophes in their place."""
+    text = re.sub(r"[\n\t]", " ", text).strip().lower()
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        spaced = f"{mark} " in text or f" {mark}" in text or re.search(r"\d,\d", text)
+        text = text.replace(mark, "" if spaced else " ")
+    text = re.sub(r"\.(?!\d)", "", text)
+    words = [DIGITS.get(word, word) for word in text.split() if word not in ("a", "an", "the")]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words)
+
+
 def soft_accuracy(answer: str, item: Item) -> float:
-    """VQA's: the mean, over the ten people with one left out, of min(1, those who said the same / 3)."""
-    said, truth = plain(answer), [plain(each) for each in item.truth]
-    same = [said == each for each in truth]
-    return float(np.mean([min(1, (sum(same) - left) / 3) for left in same]))
+    """VQA accuracy: min(1, people with the same answer / 3), averaged over leaving out each of ten people."""
+    answer = normalise_answer(answer)
+    same = [answer == normalise_answer(truth) for truth in item.truth]
+    return float(np.mean([min(1, (sum(same) - left_out) / 3) for left_out in same]))
 
 
-def letter_of(answer: str) -> str:
+def option_letter(answer: str) -> str:
     """The option that an answer names: "B", "B.", "(B) a cat"; "" for none."""
-    found = re.match(r"\s*\(?([A-J])(?:[).:,\s]|$)", answer)
-    return found[1] if found else ""
+    match = re.match(r"\s*\(?([A-J])(?:[).:,\s]|$)", answer)
+    return match[1] if match else ""
 
 
 def exact(answer: str, item: Item) -> float:
-    """Of the letter where that is the answer, else of the words."""
+    """Compares letters if the truth is a letter, else words."""
     if len(item.truth) == 1 and re.fullmatch("[A-J]", item.truth[0]):
-        return float(letter_of(answer) == item.truth[0])
-    return float(plain(answer) in [plain(each) for each in item.truth])
+        return float(option_letter(answer) == item.truth[0])
+    return float(normalise_answer(answer) in [normalise_answer(truth) for truth in item.truth])
 
 
 def yes_or_no(answer: str, item: Item) -> float:
-    """Of the first word."""
-    word = re.match(r"\W*(yes|no)\b", answer.lower())
-    return float(bool(word) and word[1] == item.truth[0].lower())
+    """Compares the first word."""
+    match = re.match(r"\W*(yes|no)\b", answer.lower())
+    return float(bool(match) and match[1] == item.truth[0].lower())
 
 
-ASKED = {
-    "mme": Asked("lmms-lab/MME", "test", of_mme, yes_or_no, ("category", PERCEPTION)),
-    "textvqa": Asked("lmms-lab/textvqa", "validation", of_textvqa, soft_accuracy),
-    "ai2d": Asked("lmms-lab/ai2d", "test", of_ai2d, exact),
-    "seed": Asked("lmms-lab/SEED-Bench", "test", of_seed, exact, ("data_type", ("image",))),
-    "mmmu": Asked("MMMU/MMMU", "validation", of_mmmu, exact, None, ()),
-    "mmmu-pro": Asked("MMMU/MMMU_Pro", "test", of_mmmu, exact, None, ("standard (10 options)",)),
+class QuestionSet(NamedTuple):
+    """Where a set's rows are on the hub, how they are read, and how answers are scored."""
+
+    path: str
+    split: str
+    read: Callable[[dict], Item]
+    score: Callable[[str, Item], float]
+    only: tuple[str, tuple[str, ...]] | None = None  # a column, and its values in the rows that are asked
+    configs: tuple[str, ...] | None = None  # None: the data set has one; (): all of them
+
+
+QUESTION_SETS = {
+    "mme": QuestionSet("lmms-lab/MME", "test", read_mme, yes_or_no, ("category", PERCEPTION)),
+    "textvqa": QuestionSet("lmms-lab/textvqa", "validation", read_textvqa, soft_accuracy),
+    "ai2d": QuestionSet("lmms-lab/ai2d", "test", read_ai2d, exact),
+    "seed": QuestionSet("lmms-lab/SEED-Bench", "test", read_seed, exact, ("data_type", ("image",))),
+    "mmmu": QuestionSet("MMMU/MMMU", "validation", read_mmmu, exact, None, ()),
+    "mmmu-pro": QuestionSet("MMMU/MMMU_Pro", "test", read_mmmu, exact, None, ("standard (10 options)",)),
 }
 
 
-def open_asked(name: str, local: str) -> list:
-    """The tables of a set: of the hub, or the parquet files of LOCAL/NAME. Raises ValueError without them."""
+def open_tables(name: str) -> list:
+    """The tables of a set, from the hub or its local cache."""
     import datasets
 
-    asked = ASKED[name]
-    if local:
-        files = sorted(str(file) for file in (Path(local) / name).rglob("*.parquet"))
-        if not files:
-            raise ValueError(f"{Path(local) / name} has no .parquet files with the columns of {asked.path}")
-        return [datasets.load_dataset("parquet", data_files=files, split="train")]
-    if asked.configs is None:
-        return [datasets.load_dataset(asked.path, split=asked.split)]
-    configs = asked.configs or datasets.get_dataset_config_names(asked.path)
-    return [datasets.load_dataset(asked.path, config, split=asked.split) for config in configs]
+    path, split, configs = QUESTION_SETS[name].path, QUESTION_SETS[name].split, QUESTION_SETS[name].configs
+    try:
+        if configs is None:
+            return [datasets.load_dataset(path, split=split)]
+        configs = configs or datasets.get_dataset_config_names(path)
+        return [datasets.load_dataset(path, config, split=split) for config in configs]
+    except (OSError, ConnectionError) as error:
+        raise ValueError(f"cannot read {path}: {common.one_line(error)}") from error
 
 
 def asked_rows(name: str, table) -> list[int]:
-    """The rows of a table that are asked; no image is decoded to find them."""
-    column, values = ASKED[name].only or (None, ())
-    return (
-        [i for i, value in enumerate(table[column]) if value in values] if column else list(range(len(table)))
-    )
+    """Numbers of the rows that are asked. Reads one column, so that no image is decoded."""
+    if QUESTION_SETS[name].only is None:
+        return list(range(len(table)))
+    column, values = QUESTION_SETS[name].only
+    return [i for i, value in enumerate(table[column]) if value in values]
+
+
+class QuestionScorer:
+    """Asks a model the questions of one set."""
+
+    def __init__(self, model: rae.TextToImage, tables: list, dist_ctx: common.DistContext):
+        self.model, self.tables, self.dist_ctx = model, tables, dist_ctx
+
+    def __call__(self, name: str, table: int, row: int) -> dict:
+        question_set = QUESTION_SETS[name]
+        item = question_set.read(self.tables[table][row])
+        side = self.model.reader.image_size
+        # squeezed rather than cropped: the answer may be at the edge
+        image = item.image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+        pixels = data.to_unit(torch.from_numpy(np.array(image)).permute(2, 0, 1), self.dist_ctx.device)
+        answer = error = ""
+        with self.dist_ctx.autocast():
+            try:
+                answer = self.model.answer(pixels, item.question)
+            except ValueError as refusal:  # a question that is too long, or holds a special token, is wrong
+                error = str(refusal)
+        score = question_set.score(answer, item)
+        return {"group": item.group, "error": error, "answer": answer, "score": score}
 
 
 def understanding_summary(name: str, rows: list[dict]) -> tuple[float, int]:
-    """In percent the mean of all answers; of MME the sum over its categories of the accuracy of the
-    questions and of that of the images, both of whose two have to be right: 2000 at most."""
+    """(percentage, n). For MME the sum over categories of two accuracies, of questions and of images, both of
+    whose questions must be right: 2000 at most."""
     if name != "mme":
         return 100 * float(np.mean([row["score"] for row in rows])), len(rows)
-    images = defaultdict(lambda: defaultdict(list))
+    categories = defaultdict(lambda: defaultdict(list))
     for row in rows:
         category, _, image = row["group"].partition("/")
-        images[category][image].append(row["score"])
+        categories[category][image].append(row["score"])
     total = 0.0
-    for each in images.values():
-        questions = [score for scores in each.values() for score in scores]
-        total += 100 * (np.mean(questions) + np.mean([min(scores) for scores in each.values()]))
+    for images in categories.values():
+        questions = [score for scores in images.values() for score in scores]
+        total += 100 * (np.mean(questions) + np.mean([min(scores) for scores in images.values()]))
     return float(total), len(rows)
+
+
+def understanding(config, dist_ctx: common.DistContext) -> list[dict]:
+    """Each of --sets, its questions split over the processes. config: eval.Config."""
+    names = config.sets.split(",")
+    if unknown := set(names) - QUESTION_SETS.keys():
+        raise ValueError(f"--sets {', '.join(unknown)}: choose from {', '.join(QUESTION_SETS)}")
+    model = common.load_model(rae.TextToImage, config.model, "", dist_ctx)
+    networks = {"model": config.model, "weights": common.fingerprint(model)}
+    results = []
+    for name in names:
+        tables = open_tables(name)
+        places = [(name, t, row) for t, table in enumerate(tables) for row in asked_rows(name, table)]
+        jobs = {place: place for place in places[: config.limit]}
+        scorer = partial(QuestionScorer, model, tables, dist_ctx)
+        fields = ("set", "table", "row")
+        rows = score_all(f"understanding-{name}", fields, jobs, networks, scorer, config, dist_ctx)
+        errors = [row["error"] for row in rows if row["error"]]
+        if dist_ctx.is_main and errors:
+            print(f"{name}: {len(errors)} questions count as wrong, the first because {errors[0]}")
+        results += as_results("understanding", {name: understanding_summary(name, rows)})
+    return results

@@ -38,9 +38,8 @@ WEIGHTS = Path(os.path.relpath(Path(__file__).parent / "nano" / "weights"))  # s
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, by device name
 
 transformers.logging.disable_progress_bar()  # one for each small folder that is read
-warnings.filterwarnings(
-    "ignore", message="torch.distributed is disabled"
-)  # by every checkpoint of one process
+# every checkpoint of a single process would warn of it
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every data loading process prints a warning
 
 # -----------------------------------------------------------------------------------------------------------

@@ -1,33 +1,33 @@
 """Images, captions and conversations in, batches out.
 
-A source is named by --data, several by a list with weights:
+--data names a source, or several with weights, separated by commas:
 
-    nano                           the synthetic world of nano/shapes.py: objects, scenes and text
-    nano:objects                   one of its domains, or nano:classes, single objects with a class label
-    nano:counting                  or one of the six tasks of its objects
+    nano                           the synthetic world of nano/shapes.py: the domains of NANO_MIXTURE below
+    nano:objects                   one domain: objects, scenes, text, questions (about images of the other
+                                   three), classes (single objects with a class label), or one of the tasks
+                                   of objects, such as counting
     path/to/folder                 images; captions in its metadata.jsonl ({"file_name": ..., "text": ...}),
-                                   or a folder for each class, as ImageNet has them
-    path/to/shards                 a folder of .tar (jpg, png or webp beside txt, cls or json) or of .parquet
-    path/to/latents                what encode.py wrote: latents instead of images
-    path/to/file.jsonl             conversations: lines of {"image": a path from the file's folder, or null,
-                                   "conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}
-    path/to/wds_manifest.json      {"dataset_name": ..., "tars": [paths from its folder, or URLs]}
-    org/name                       a data set of the Hugging Face hub, streamed
+                                   or one subfolder per class, as in ImageNet
+    path/to/shards                 .tar files (jpg, png or webp beside txt, cls or json) or .parquet files
+    path/to/latents                the output of encode.py: latents instead of images
+    path/to/file.jsonl             conversations: lines of {"image": a path relative to the file's folder, or
+                                   null, "conversations": [{"from": "human", "value": ...},
+                                   {"from": "gpt", "value": ...}]}
+    path/to/wds_manifest.json      {"dataset_name": ..., "tars": [URLs, or paths relative to its folder]}
+    org/name                       a data set on the Hugging Face hub, streamed
     web=0.7,synthetic=0.2,nano=0.1 a mixture
 
-A json in a tar and a row of a table may have "conversations" instead of a caption. Where the image belongs
-in a conversation it says <image>: in an answer it is to be drawn, in a question to be looked at. Captions
-become conversations in which they are asked for.
+A json file in a tar and a row of a table may have "conversations" instead of a caption. <image> marks the
+place of the image: in a human turn the model looks at it, in a gpt turn the model draws it. A caption becomes
+a conversation that asks for the image.
 
-Every sample has a number, place j of step s of a training of global batch B the number s B + j, and what it
-is depends on the seed and its number alone, whatever the number of processes and workers. `nano` and folders
-of images are maps from numbers to samples. Shards are read in order instead: they are dealt out to lanes,
-each of which serves its own places of every batch, and a checkpoint holds how far every lane has come.
+Place j of step s is sample number s * batch + j. A sample depends on the seed and its number only, not on the
+number of processes or workers. `nano` and image folders map numbers to samples. Shards are read in order:
+they are dealt to lanes, each lane fills the same places of every batch, and a checkpoint stores the position
+of each lane.
 
-Loader makes the batches of a training, without an end. Once goes through a whole data set, every sample one
-time, for an evaluation or for statistics.
-
-Samples that cannot be used are left out, and named in the batch that follows.
+`Loader` yields the batches of a training run, without end. `OnePass` yields every sample once, for an
+evaluation or for statistics. Samples that cannot be used are skipped and reported with the next batch.
 """
 
 import hashlib
@@ -40,9 +40,9 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,131 +50,131 @@ from PIL import Image, UnidentifiedImageError
 from PIL.Image import Resampling
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-REQUESTS = ("Generate an image of {}", "Can you draw {}?", "Please make an image of {}", "Show me {}")
-NANO_MIXTURE = {"nano:objects": 0.7, "nano:scenes": 0.15, "nano:text": 0.15}
-PIXELS = 2**26  # an image of more is refused before it is decoded
-STRIP = 50  # and so is one of that ratio of sides: resized by its short one it would fill the memory
-BYTES = 2**26  # and so is a file in a tar of more
-CHARACTERS = 1000  # of a caption; the rest is cut off
-CONVERSATION = 2**15  # characters of one; of more it is left out. Tokens are for the trainer to count
-SPECIAL = r"<\|\w+\|>|<im_\w+>"  # looks like a token of a language model; <image> is text
-PER_SAMPLE = ("caption", "label", "conversation", "index")  # of a batch, one for each sample
-PER_IMAGE = ("image_index", "image", "latents")  # and one for each image: numbers of samples, and a tensor
-DRAWS = 4  # uniform numbers for a sample: wording of the request, place of the crop (2), mirroring
-BLOCK = 64  # rows of a shard that are shuffled together
-STALL = 300  # seconds without data after which a training gives up
-IMAGES = ("jpg", "jpeg", "png", "webp")
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "PPM",
-)  # and none that runs another program, as EPS does
-CAPTIONS = ("text", "caption", "txt", "prompt")
+# -----------------------------------------------------------------------------------------------------------
+# constants
+
+REQUESTS = ("Generate an image of {}", "Can you draw {}?", "Please make a picture of {}", "Show me {}")
+NANO_MIXTURE = {"nano:objects": 0.63, "nano:scenes": 0.135, "nano:text": 0.135, "nano:questions": 0.1}
+
+CAPTIONS = ("text", "caption", "txt", "prompt")  # columns and file extensions, in order of preference
 LABELS = ("label", "cls")
+IMAGES = ("jpg", "jpeg", "png", "webp")
+# Formats that PIL decodes by itself. EPS, for one, would run Ghostscript on an untrusted file.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+# Limits on untrusted data
+MAX_PIXELS = 2**26  # checked before an image is decoded
+MAX_ASPECT = 50  # resizing the short side of a longer strip could exhaust memory
+MAX_FILE = 2**26  # bytes of a file in a tar
+MAX_CAPTION = 1000  # characters; longer captions are cut
+MAX_CONVERSATION = 2**15  # characters; longer ones are skipped
+SPECIAL_TOKEN = r"<\|\w+\|>|<im_\w+>"  # tokens of language models; <image> is text
+MAX_SKIPPED = 100  # unusable samples in a row before a run stops with an error
+TIMEOUT = 300  # seconds without data before it does
+
+# Both are part of what a seed means: with other values the batches of every run change.
+DRAWS = 4  # uniform numbers per sample: wording of the request, crop x, crop y, flip
+BLOCK = 64  # rows of a shard that are shuffled together
+
+PER_SAMPLE = ("caption", "label", "conversation", "index")  # entries of a batch with B items
+PER_IMAGE = ("image_index", "image", "latents")  # entries of a batch with P <= B items
 
 
 class SkipSample(ValueError):
-    """A sample that is left out: which one, and why."""
+    """A sample cannot be used; the message names it and says why."""
 
 
 def hash_seed(*keys: int | str) -> int:
-    """A 63-bit number from integers, the same everywhere: seeds that share nothing."""
+    """A 63-bit seed from several keys, the same on every machine. Different keys give independent streams."""
     return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), "little") >> 1
 
 
 # -----------------------------------------------------------------------------------------------------------
-# one sample
+# one sample: its text
 
 
 def request(caption: str, uniform: float) -> list[tuple[str, str]]:
-    """A caption as a conversation in which it is asked for, by one of several wordings."""
+    """A conversation that asks for the image of a caption; `uniform` in [0, 1) picks the wording."""
     template = REQUESTS[int(uniform * len(REQUESTS))]
     return [("user", template.format(caption)), ("assistant", "Here you go:\n<image>")]
 
 
 def requested_caption(conversation: list[tuple[str, str]]) -> str | None:
-    """What image a conversation asks for: the turn before the answer with it, without the wording of
-    `request`. None if it asks for none."""
+    """The caption of the image that a conversation asks for (the turn before the answer with the image,
+    without the wording of `request`), or None."""
     for (_, text), (role, answer) in itertools.pairwise(conversation):
         if role == "assistant" and "<image>" in answer:
-            for head, tail in (template.split("{}") for template in REQUESTS):
+            for template in REQUESTS:
+                head, tail = template.split("{}")
                 if text.startswith(head):
                     return clean(text.removeprefix(head).removesuffix(tail))
             return clean(text)
     return None
 
 
-def shows(sample: dict) -> bool:
-    """Whether there is an image in it. The rule of every source: one image, one <image>, or neither."""
-    return any("<image>" in text for _, text in sample["conversation"])
-
-
 def clean(caption: str) -> str:
-    """Its first 1,000 characters, without anything that looks like a special token, such as <image> or
-    <|im_end|>, or cannot be written as UTF-8."""
-    return re.sub(r"<\|?\w+\|?>", " ", writable(caption[:CHARACTERS])).strip()
+    """The caption cut to MAX_CAPTION, without anything that looks like a special token (or <image>)."""
+    return re.sub(r"<\|?\w+\|?>", " ", encodable(caption[:MAX_CAPTION])).strip()
 
 
-def writable(text: str) -> str:
-    """Half a surrogate pair, which JSON can say and tokenizers raise at, becomes a question mark."""
+def encodable(text: str) -> str:
+    """The text with lone surrogates replaced by "?". JSON can contain them, tokenizers raise on them."""
     return text.encode(errors="replace").decode()
 
 
-def turns_of(row: dict) -> list[tuple[str, str]]:
-    """The (role, text) turns of a row's "conversations", human and gpt by turns. Raises Unusable for any
-    others, and for another number of <image> than of images. A first turn that is not the human's is
-    dropped, as in the reference: every chat gets the same system turn."""
-    name, roles = row["name"], {"human": "user", "gpt": "assistant"}
+def parse_conversation(row: dict) -> list[tuple[str, str]]:
+    """The (role, text) turns of a row's "conversations". Raises SkipSample unless human and gpt alternate and
+    <image> occurs as often as the row has images (0 or 1)."""
+    name, images = row["name"], int(bool(row.get("image")))
     try:
-        turns = [(turn["from"], writable(turn["value"])) for turn in row["conversations"]]
+        turns = [(turn["from"], encodable(turn["value"])) for turn in row["conversations"]]
     except (TypeError, KeyError, AttributeError):
-        raise SkipSample(f"{name}: its conversation is no list of turns {{from, value}}") from None
-    turns = turns[1:] if turns and turns[0][0] != "human" else turns
-    texts = [text for _, text in turns]
-    if not turns or [speaker for speaker, _ in turns] != [*roles] * (len(turns) // 2):
-        raise SkipSample(f"{name}: its turns are not those of human and gpt by turns")
-    if not all(map(str.strip, texts)):
+        raise SkipSample(f"{name}: conversations is not a list of turns {{from, value}}") from None
+    # A leading system turn is dropped, as in Scale-RAE: the chat template writes the same one everywhere.
+    if turns and turns[0][0] != "human":
+        turns = turns[1:]
+    if not turns or [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
+        raise SkipSample(f"{name}: turns do not alternate between human and gpt")
+    if not all(text.strip() for _, text in turns):
         raise SkipSample(f"{name}: a turn is empty")
-    if (length := sum(map(len, texts))) > CONVERSATION:
-        raise SkipSample(f"{name}: its conversation has {length:,} characters, the limit is {CONVERSATION:,}")
-    if found := re.search(SPECIAL, "\n".join(texts)):
-        raise SkipSample(f"{name}: its conversation contains the special token {found[0]}")
-    placeholders, images = sum(text.count("<image>") for text in texts), int(bool(row.get("image")))
-    if placeholders != images:
-        raise SkipSample(f"{name}: its conversation has {placeholders} <image> for {images} images")
-    return [(roles[speaker], text) for speaker, text in turns]
+    whole = "\n".join(text for _, text in turns)
+    length = sum(len(text) for _, text in turns)
+    if length > MAX_CONVERSATION:
+        raise SkipSample(f"{name}: {length:,} characters in turns, the limit is {MAX_CONVERSATION:,}")
+    if special := re.search(SPECIAL_TOKEN, whole):
+        raise SkipSample(f"{name}: special token {special[0]} in a turn")
+    if whole.count("<image>") != images:
+        raise SkipSample(f"{name}: {whole.count('<image>')} <image> for {images} images")
+    return [("user" if speaker == "human" else "assistant", text) for speaker, text in turns]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# one sample: its image
 
 
 def open_image(source: str | bytes, name: str = "") -> Image.Image:
-    """The RGB image of a file, given by its path or as its bytes. Raises Unusable for what is none, for
-    more than 67 megapixels, and for strips."""
+    """An RGB image from a path or from the bytes of a file. Raises SkipSample if it is missing, damaged, too
+    large or too narrow."""
     name = name or (source if isinstance(source, str) else "image")
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS
-        ) as image:
-            if image.width * image.height > PIXELS:
-                raise SkipSample(f"{name} has {image.width} x {image.height} pixels, the limit is {PIXELS:,}")
-            if max(image.size) > STRIP * min(image.size):
-                raise SkipSample(f"{name} is a strip of {image.width} x {image.height} pixels")
+        with Image.open(file, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise SkipSample(f"{name} has {width} x {height} pixels, the limit is {MAX_PIXELS:,}")
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise SkipSample(f"{name} is a strip of {width} x {height} pixels")
             return image.convert("RGB")
-    except FileNotFoundError:
-        raise SkipSample(f"no image at {name}") from None
     except SkipSample:
         raise
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
-        raise SkipSample(f"{name} is no image that can be read{reason}") from None
-    except Exception as error:  # a damaged file can raise anything inside of a decoder
-        raise SkipSample(f"{name} is damaged: {type(error).__name__} {error}") from None
+    except UnidentifiedImageError:
+        raise SkipSample(f"cannot read the image {name}: not one of {', '.join(FORMATS)}") from None
+    except Exception as error:  # decoders raise all sorts of errors on a damaged file
+        raise SkipSample(f"cannot read the image {name}: {type(error).__name__}: {error}") from None
 
 
 def open_metadata(path: str) -> dict[str, str]:
-    """The texts in a PNG; nothing of a file that is none."""
+    """The text chunks of a PNG; {} for any other file."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             return dict(image.text)
@@ -183,132 +183,143 @@ def open_metadata(path: str) -> dict[str, str]:
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The centred square of an RGB image, as evaluations take it (ADM): halved while the short side is at
-    least 2 size, resized to a short side of size, cropped. (size, size, 3) uint8."""
+    """The evaluation crop of ADM: (size, size, 3) uint8 from an RGB image. Halved while the short side is at
+    least 2 * size, then resized to a short side of size, then cropped."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
-    image = image.resize(short_side(image, size), Resampling.BICUBIC)
+    image = image.resize(scaled_size(image, size), Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.array(image.crop((left, top, left + size, top + size)))
 
 
 def random_crop(image: Image.Image, size: int, across: float, down: float) -> np.ndarray:
-    """A square of an RGB image that was resized to a short side of 1.5 size (RAE, stage 1); its place comes
-    from two uniform numbers. (size, size, 3) uint8.
-
-    Only the square itself is computed, from its box in the image: five times faster, the same up to the
-    rounding of pixels.
-    """
-    width, height = short_side(image, size * 3 // 2)
+    """The training crop of RAE stage 1: (size, size, 3) uint8 from an RGB image resized to a short side of
+    1.5 * size. Two numbers in [0, 1) place it."""
+    width, height = scaled_size(image, size * 3 // 2)
     left, top = int(across * (width - size + 1)), int(down * (height - size + 1))
+    # Resize only the box of the crop: five times faster than the whole image, equal up to rounding.
     x, y = image.width / width, image.height / height
     box = (left * x, top * y, min((left + size) * x, image.width), min((top + size) * y, image.height))
     return np.array(image.resize((size, size), Resampling.BICUBIC, box=box))
 
 
-def short_side(image: Image.Image, side: int) -> tuple[int, int]:
-    """The width and height of an image whose short side is resized to `side`."""
-    scale = side / min(image.size)
+def scaled_size(image: Image.Image, short_side: int) -> tuple[int, int]:
+    """Width and height of the image when its short side is resized to `short_side`."""
+    scale = short_side / min(image.size)
     return round(image.width * scale), round(image.height * scale)
 
 
-class Transform(NamedTuple):
-    """What is taken of an image: a square of that side, which one, and whether half of them are mirrored."""
+# -----------------------------------------------------------------------------------------------------------
+# one sample: text and image together
 
-    size: int
-    crop: str = "centre"  # or random
-    flip: bool = False
-    text_only: bool = False  # conversations without an image are samples too
-    length: Callable[[list], int] | None = None  # tokens of a conversation
-    max_seq_len: int = 0  # of more it is left out
+
+@dataclass(frozen=True)
+class Transform:
+    """How the rows of a source become samples. The nano world is neither cropped nor flipped."""
+
+    size: int  # side of the images, in pixels
+    crop: str = "centre"  # or "random"
+    flip: bool = False  # mirror half of the images
+    text_only: bool = False  # keep conversations without an image, which are skipped otherwise
+    length: Callable[[list], int] | None = None  # counts the tokens of a conversation
+    max_seq_len: int = 0  # conversations with more tokens are skipped
 
     def pixels(self, image: Image.Image, across: float, down: float, mirror: float) -> np.ndarray:
-        """(size, size, 3) uint8 of an RGB image, decided by three uniform numbers."""
-        if self.crop == "centre":
-            square = centre_crop(image, self.size)
+        """(size, size, 3) uint8 of an RGB image; three numbers in [0, 1) decide the crop and the flip."""
+        if self.crop == "random":
+            pixels = random_crop(image, self.size, across, down)
         else:
-            square = random_crop(image, self.size, across, down)
-        return np.ascontiguousarray(square[:, ::-1]) if self.flip and mirror < 0.5 else square
-
-    def check_length(self, name: str, conversation: list[tuple[str, str]]) -> None:
-        """Raises Unusable."""
-        if (length := self.length(conversation)) > self.max_seq_len:
-            raise SkipSample(f"{name}: its conversation has {length} tokens, the limit is {self.longest}")
+            pixels = centre_crop(image, self.size)
+        return np.ascontiguousarray(pixels[:, ::-1]) if self.flip and mirror < 0.5 else pixels
 
 
-def sample_of(row: dict, view: Transform, uniform: np.ndarray) -> dict:
-    """A sample from a row {"name", perhaps "image": path or bytes, perhaps conversations, or a caption and a
-    label} and DRAWS uniform numbers; or Unusable. One that is only text has a black image, which `collate`
-    leaves out, and one of a conversation has no caption."""
+def make_sample(row: dict, transform: Transform, uniform: np.ndarray) -> dict:
+    """{"image", "caption", "label", "conversation"} from a row and DRAWS uniform numbers, or SkipSample.
+
+    A row has a "name" for messages, and "image" (path or bytes), "conversations" or one of CAPTIONS, and one
+    of LABELS, all optional; or an "error", why it cannot be used. Without an image the pixels are black, and
+    `collate` drops them. A sample from conversations has no caption.
+    """
+    name, caption = row["name"], None
     if "error" in row:
-        raise SkipSample(f"{row['name']}: {row['error']}")
-    talks, caption = "conversations" in row, None
-    if talks:
-        conversation = turns_of(row)
+        raise SkipSample(f"{name}: {row['error']}")
+    if "conversations" in row:
+        conversation = parse_conversation(row)
     else:
         caption = clean(next((row[key] for key in CAPTIONS if isinstance(row.get(key), str)), ""))
         conversation = request(caption, uniform[0])
-    if view.length:
-        view.check_length(row["name"], conversation)
+    check_length(name, conversation, transform)
     if row.get("image"):
-        image = view.pixels(open_image(row["image"], row["name"]), *uniform[1:])
-    elif talks and view.text_only:
-        image = np.zeros((view.size, view.size, 3), np.uint8)
+        image = transform.pixels(open_image(row["image"], name), *uniform[1:])
+    elif caption is None and transform.text_only:
+        image = np.zeros((transform.size, transform.size, 3), np.uint8)
     else:
-        raise SkipSample(f"{row['name']}: no image")
+        raise SkipSample(f"{name}: no image")
     label = next((row[key] for key in LABELS if isinstance(row.get(key), int)), None)
     return {"image": image, "caption": caption, "label": label, "conversation": conversation}
 
 
-def try_sample(row: dict, view: Transform, *keys: int) -> dict:
-    """A sample whose draws depend on the keys, or without one only {"skipped": [the reason]}."""
+def sample_or_reason(row: dict, transform: Transform, uniform: np.ndarray) -> dict:
+    """`make_sample`, or {"skipped": [reason]} if that raises SkipSample."""
     try:
-        return sample_of(row, view, np.random.default_rng(hash_seed(*keys)).random(DRAWS))
+        return make_sample(row, transform, uniform)
     except SkipSample as error:
         return {"skipped": [str(error)]}
 
 
+def check_length(name: str, conversation: list[tuple[str, str]], transform: Transform) -> None:
+    """Raises SkipSample for a conversation of more than max_seq_len tokens, if there is a limit."""
+    if transform.length and transform.length(conversation) > transform.max_seq_len:
+        length = transform.length(conversation)
+        raise SkipSample(f"{name}: {length} tokens of conversation, the limit is {transform.max_seq_len}")
+
+
+def rng(*keys: int | str) -> np.random.Generator:
+    return np.random.default_rng(hash_seed(*keys))
+
+
 # -----------------------------------------------------------------------------------------------------------
-# sources
+# sources that map numbers to samples
+#
+# source[number] is a sample. source.once(limit, rank, world_size) yields this process's part of one pass over
+# the rows: samples, or {"skipped": [reason]}, each with an "index" (a tuple) that orders the whole pass.
 
 
 class NanoSource:
-    """One domain of the nano world: a map without an end. A share of the samples, `understanding`, is a
-    question about the image instead of a request for it."""
+    """One domain of the nano world. It never repeats, and its images are drawn at the right size."""
 
-    def __init__(self, domain: str, size: int, seed: int, understanding: float = 0.0):
+    def __init__(self, domain: str, size: int, seed: int):
         from nano import shapes
 
-        domains = (*shapes.DOMAINS, *shapes.TASKS, "classes")
+        domains = (*shapes.DOMAINS, "questions", "classes", *shapes.TASKS)
         if domain not in domains:
             raise ValueError(f"nano has no domain {domain!r}: choose from {', '.join(domains)}")
-        self.draw, self.domain, self.size = shapes.draw, domain, size
-        self.seed, self.understanding = seed, understanding
+        self.draw, self.domain, self.size, self.seed = shapes.draw, domain, size, seed
         self.classes = len(shapes.PAIRS) if domain == "classes" else None
 
     def __getitem__(self, number: int) -> dict:
-        uniform = np.random.default_rng(hash_seed(self.seed, number)).random(2)
-        sample = self.draw(self.domain, self.seed, number, self.size)
-        conversation = request(sample.caption, uniform[1])
-        if uniform[0] < self.understanding:
-            question, answer = sample.questions[int(uniform[1] * len(sample.questions))]
+        first, second = rng(self.seed, number).random(2)
+        if self.domain == "questions":
+            # A seed of its own: these are not the images that the other domains ask for.
+            domain = "objects" if first < 0.7 else "scenes" if first < 0.85 else "text"
+            sample = self.draw(domain, hash_seed(self.seed, "questions"), number, self.size)
+            question, answer = sample.questions[int(second * len(sample.questions))]
             conversation = [("user", f"<image>\n{question}"), ("assistant", answer)]
-        return {
-            "image": sample.image,
-            "caption": sample.caption,
-            "label": sample.label,
-            "conversation": conversation,
-        }
+        else:
+            sample = self.draw(self.domain, self.seed, number, self.size)
+            conversation = request(sample.caption, second)
+        fields = {"image": sample.image, "caption": sample.caption, "label": sample.label}
+        return fields | {"conversation": conversation}
 
-    def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
+    def once(self, limit: int | None, rank: int, world_size: int) -> Iterator[dict]:
         if limit is None:
             raise ValueError(f"nano:{self.domain} has no end: give a limit")
-        for number in range(rank, limit, world):
+        for number in range(rank, limit, world_size):
             yield self[number] | {"index": (number,)}
 
 
 class Shuffled:
-    """Which of `count` rows a sample takes: all of them, then all again in another order."""
+    """An endless order of `count` rows: all of them, then all again in another order."""
 
     def __init__(self, count: int, seed: int):
         self.count, self.seed, self.epoch, self.order = count, seed, -1, np.empty(0)
@@ -316,43 +327,70 @@ class Shuffled:
     def row(self, number: int) -> int:
         epoch, position = divmod(number, self.count)
         if self.epoch != epoch:
-            self.epoch, self.order = (
-                epoch,
-                np.random.default_rng(hash_seed(self.seed, epoch)).permutation(self.count),
-            )
+            self.order = rng(self.seed, epoch).permutation(self.count)
+            self.epoch = epoch
         return int(self.order[position])
 
 
+class ImageSource:
+    """Rows with random access, shuffled anew in every epoch. An unusable row is replaced by a random one."""
+
+    def __init__(self, name: str, rows: "Folder | JsonLines", transform: Transform, seed: int):
+        if not len(rows):
+            raise ValueError("it is empty")
+        self.name, self.rows, self.transform, self.seed = name, rows, transform, seed
+        self.classes = rows.classes
+        self.shuffled = Shuffled(len(rows), seed)
+
+    def __getitem__(self, number: int) -> dict:
+        row, draws, skipped = self.shuffled.row(number), rng(self.seed, number, 0), []
+        while len(skipped) < MAX_SKIPPED:
+            sample = sample_or_reason(self.rows[row], self.transform, draws.random(DRAWS))
+            skipped += sample.get("skipped", [])
+            if "image" in sample:
+                return sample | {"skipped": skipped}
+            row = int(draws.integers(len(self.rows)))
+        raise ValueError(f"{self.name}: {MAX_SKIPPED} unusable samples in a row; the last: {skipped[-1]}")
+
+    def once(self, limit: int | None, rank: int, world_size: int) -> Iterator[dict]:
+        # In random order, because the first files of a folder are of one class.
+        order = rng(self.seed).permutation(len(self.rows)).tolist()
+        for row in order[:limit][rank::world_size]:
+            uniform = rng(self.seed, row).random(DRAWS)
+            yield sample_or_reason(self.rows[row], self.transform, uniform) | {"index": (row,)}
+
+
 class Folder:
-    """The rows of a folder of images, through the `imagefolder` reader of `datasets`."""
+    """The rows of a folder of images, read by `datasets` as an imagefolder."""
 
     def __init__(self, path: str):
-        from datasets import Image as Column
+        from datasets import Image as ImageColumn
         from datasets import load_dataset
 
         rows = load_dataset("imagefolder", data_dir=path, split="train")
-        self.classes = getattr(rows.features.get("label"), "num_classes", None)  # by the folders' names
-        self.rows = rows.cast_column("image", Column(decode=False))
+        # Without captions the subfolders are the classes.
+        self.classes = getattr(rows.features.get("label"), "num_classes", None)
+        self.rows = rows.cast_column("image", ImageColumn(decode=False))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> dict:
-        found = self.rows[row]
-        path = found["image"]["path"]
-        return found | {"image": path, "name": path}
+        fields = self.rows[row]
+        path = fields["image"]["path"]
+        return fields | {"image": path, "name": path}
 
 
 class JsonLines:
-    """The rows of a .jsonl of conversations, of which only the places are kept in memory."""
+    """The rows of a .jsonl of conversations. Only the offsets of its lines are in memory."""
 
     classes = None
 
     def __init__(self, path: Path):
-        with path.open("rb") as file:
+        with path.open("rb") as file:  # blank lines count as negative
             lengths = np.fromiter((len(line) if line.strip() else -len(line) for line in file), np.int64)
         self.path, self.starts = path, np.cumsum(abs(lengths)) - abs(lengths)
-        self.lines = np.flatnonzero(lengths > 0)  # without blank ones
+        self.lines = np.flatnonzero(lengths > 0)
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -366,361 +404,259 @@ class JsonLines:
         try:
             fields = json.loads(text)
             images = fields.get("image")
-        except (ValueError, AttributeError, RecursionError) as error:
-            return {"name": name, "error": f"damaged json: {error}"}
-        images = images if isinstance(images, list) else [images]
-        images = [image for image in images if image not in (None, "", "None", "nan")]  # as in the reference
-        if len(images) > 1 or not all(isinstance(image, str) for image in images):
-            return {"name": name, "error": "its image is not one path"}
-        image_path = str(self.path.parent / images[0]) if images else None
-        return {"name": name, "image": image_path, "conversations": fields.get("conversations")}
+            images = images if isinstance(images, list) else [images]
+            # Scale-RAE's files write a missing image in all of these ways.
+            images = [image for image in images if image not in (None, "", "None", "nan")]
+            if len(images) > 1:
+                raise ValueError(f"{len(images)} images in a conversation")
+            image = str(self.path.parent / images[0]) if images else None
+            return {"name": name, "image": image, "conversations": fields.get("conversations")}
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            return {"name": name, "error": f"damaged json: {type(error).__name__} {error}"}
 
 
-def usable(use: Callable, row: int, rows: int, chance: np.random.Generator, name: str | Path) -> dict:
-    """`use(row)`, or that of another row drawn by `chance` for as long as it is Unusable."""
-    skipped = []
-    while len(skipped) < 100:
-        try:
-            return use(row) | {"skipped": skipped}
-        except SkipSample as error:
-            skipped.append(str(error))
-            row = int(chance.integers(rows))
-    raise ValueError(f"{name}: 100 images or conversations in a row cannot be used, the last: {skipped[-1]}")
+class LatentFolder:
+    """The output of encode.py, shuffled anew in every epoch: latents.json describes it, NAME.npy (rows, 1 or
+    2, N, C) float16 has the mirrored image second, NAME.jsonl a caption, a label, perhaps a conversation."""
 
-
-class ImageSource:
-    """Rows that have a number: a map that starts over without an end, in another order each time. For a row
-    that cannot be used another one is drawn.
-
-    rows: see `sample_of`.
-    """
-
-    def __init__(self, name: str, rows: Folder | JsonLines, view: Transform, seed: int):
-        if not len(rows):
-            raise ValueError(f"{name} is empty")
-        self.name, self.rows, self.view, self.seed, self.classes = name, rows, view, seed, rows.classes
-        self.shuffled = Shuffled(len(rows), seed)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __init__(self, folder: Path, seed: int, transform: Transform):
+        self.info = json.loads((folder / "latents.json").read_text())
+        self.parts = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))]
+        texts = [path.read_text().splitlines() for path in sorted(folder.glob("*.jsonl"))]
+        self.rows = [json.loads(line) for lines in texts for line in lines]
+        self.ends = np.cumsum([len(part) for part in self.parts])
+        if not self.rows or not self.ends[-1] == len(self.rows) == self.info["images"]:
+            raise ValueError("the number of latents differs from that of captions: encode again")
+        self.views = 2 if transform.flip else 1
+        if self.views > self.parts[0].shape[1]:
+            raise ValueError("it has no mirror images: encode with --flip, or train without it")
+        self.folder, self.seed, self.transform, self.classes = folder, seed, transform, self.info["classes"]
+        self.shuffled = Shuffled(len(self.rows), seed)
 
     def __getitem__(self, number: int) -> dict:
-        chance = np.random.default_rng(hash_seed(self.seed, number, 0))
+        row, draws, skipped = self.shuffled.row(number), rng(self.seed, number), []
+        uniform = draws.random(2)
+        while len(skipped) < MAX_SKIPPED:
+            try:
+                return self.sample(row, uniform) | {"skipped": skipped}
+            except SkipSample as error:
+                skipped.append(str(error))
+                row = int(draws.integers(len(self.rows)))
+        raise ValueError(f"{self.folder}: {MAX_SKIPPED} unusable samples in a row; the last: {skipped[-1]}")
 
-        def use(row: int) -> dict:
-            return sample_of(self.rows[row], self.view, chance.random(DRAWS))
+    def sample(self, row: int, uniform: np.ndarray) -> dict:
+        fields = self.rows[row]
+        conversation = fields.get("conversation") or request(fields["caption"], uniform[1])
+        check_length(f"{self.folder}: row {row}", conversation, self.transform)
+        part = int(np.searchsorted(self.ends, row, side="right"))
+        views = self.parts[part][row - self.ends[part]]  # a negative index: from the end of the part
+        latents = np.array(views[int(uniform[0] * self.views)])
+        return fields | {"latents": latents, "conversation": conversation}
 
-        return usable(use, self.shuffled.row(number), len(self.rows), chance, self.name)
+    def once(self, limit: int | None, rank: int, world_size: int) -> Iterator[dict]:
+        raise ValueError(f"{self.folder} holds latents, not images")
 
-    def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
-        order = np.random.default_rng(hash_seed(self.seed)).permutation(len(self.rows)).tolist()
-        for row in order[:limit][rank::world]:  # the first files of a folder are one class
-            yield try_sample(self.rows[row], self.view, self.seed, row) | {"index": (row,)}
+
+# -----------------------------------------------------------------------------------------------------------
+# sources that are read in order: tars and tables
 
 
 class ShardStream:
-    """Shards that are read in order: rows are shuffled within blocks, and shards before each pass over them.
+    """Shards read in order. Rows are shuffled within blocks of BLOCK, and the shards anew in every epoch.
 
-    shards: functions that yield rows, see `sample_of`.
+    shards: functions that yield rows, see `make_sample`.
     """
 
-    classes = None  # labels are numbers, nobody says how many
+    classes = None  # labels are numbers; no shard says how many classes there are
 
-    def __init__(self, name: str, shards: list, view: Transform, seed: int):
-        self.name, self.shards, self.view, self.seed = name, shards, view, seed
+    def __init__(self, name: str, shards: list[Callable], transform: Transform, seed: int):
+        self.name, self.shards, self.transform, self.seed = name, shards, transform, seed
 
     def lane(self, lane: int, lanes: int, epoch=0, turn=0, first=0, taken=0) -> Iterator[dict]:
-        """The samples of one of `lanes` without an end, from a position on: the pass, which shard of this
-        lane's in that pass, the first row of a block, and how many rows of the block are done. Each sample
-        comes with the position behind it."""
-        skipped, empty = [], 0
-        while empty <= 20:  # passes of this lane, over other shards each time
-            shards = np.random.default_rng(hash_seed(self.seed, epoch)).permutation(len(self.shards))[
-                lane::lanes
-            ]
+        """The samples of one lane, without end, from a position on. Each carries the position after it:
+        the epoch, the turn (which of this lane's shards), the first row of a block, rows taken of it."""
+        skipped, empty_epochs = [], 0
+        # Every epoch deals other shards to this lane, so one without a usable sample proves little.
+        while empty_epochs <= 20:
+            shards = rng(self.seed, epoch).permutation(len(self.shards))[lane::lanes].tolist()
             while turn < len(shards):
-                for sample in self.rows(epoch, int(shards[turn]), first, taken, skipped):
-                    sample["position"] = (epoch, turn, *sample["position"])
-                    yield sample | {"skipped": list(skipped)}
-                    skipped.clear()
-                    empty = 0
+                for sample in self.samples(epoch, shards[turn], first, taken):
+                    skipped += sample.get("skipped", [])
+                    if "image" in sample:
+                        position = (epoch, turn, *sample["position"])
+                        yield sample | {"position": position, "skipped": skipped}
+                        skipped, empty_epochs = [], 0
                 turn, first, taken = turn + 1, 0, 0
-            epoch, turn, empty = epoch + 1, 0, empty + 1
+            epoch, turn, empty_epochs = epoch + 1, 0, empty_epochs + 1
         reason = skipped[-1] if skipped else "its shards are empty"
-        raise ValueError(f"{self.name}: nothing in it can be used: {reason}")
+        raise ValueError(f"{self.name}: no usable sample: {reason}")
 
-    def rows(self, epoch: int, shard: int, first: int, taken: int, skipped: list[str]) -> Iterator[dict]:
-        """The samples of one shard, block by block, each with the last two numbers of its position."""
-        rows, block = itertools.islice(self.read(shard), first, None), [None]
-        while block:
-            block = list(itertools.islice(rows, BLOCK))
-            chance = np.random.default_rng(hash_seed(self.seed, epoch, shard, first))
-            order, uniform = chance.permutation(len(block)).tolist(), chance.random((len(block), DRAWS))
+    def samples(self, epoch: int, shard: int, first: int, taken: int) -> Iterator[dict]:
+        """`sample_or_reason` of the rows of one shard, block by block, with (first, taken) as position."""
+        rows = itertools.islice(self.read(shard), first, None)
+        while block := list(itertools.islice(rows, BLOCK)):
+            draws = rng(self.seed, epoch, shard, first)
+            order, uniform = draws.permutation(len(block)).tolist(), draws.random((len(block), DRAWS))
             for done, row in enumerate(order[taken:], start=taken + 1):
-                try:
-                    yield sample_of(block[row], self.view, uniform[row]) | {"position": (first, done)}
-                except SkipSample as error:
-                    skipped.append(str(error))
+                yield sample_or_reason(block[row], self.transform, uniform[row]) | {"position": (first, done)}
             first, taken = first + len(block), 0
 
     def read(self, shard: int) -> Iterator[dict]:
-        """The rows of a shard in order. One that cannot be read further ends with a row that says so."""
+        """The rows of a shard in order. A shard that fails midway ends with a row that carries the error."""
         try:
             yield from self.shards[shard]()
         except Exception as error:  # from tarfile, pyarrow, the file system or the hub
             name = f"{self.name}: the rest of shard {shard}"
             yield {"name": name, "error": f"{type(error).__name__} {error}"}
 
-    def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
-        """Without a limit every process reads its own shards; with one, since nobody knows how many rows a
-        shard has, all read the first `limit` rows and decode their own."""
-        shards = np.random.default_rng(hash_seed(self.seed)).permutation(len(self.shards)).tolist()
-        shards = shards[rank::world] if limit is None else shards
+    def once(self, limit: int | None, rank: int, world_size: int) -> Iterator[dict]:
+        shards = rng(self.seed).permutation(len(self.shards)).tolist()
+        # Without a limit every process reads its own shards. With one, all read the first `limit` rows and
+        # decode their own, because the number of rows in a shard is unknown.
+        if limit is None:
+            shards = shards[rank::world_size]
         rows = (((shard, n), row) for shard in shards for n, row in enumerate(self.read(shard)))
-        for index, row in rows if limit is None else itertools.islice(rows, rank, limit, world):
-            yield try_sample(row, self.view, self.seed, *index) | {"index": index}
+        if limit is not None:
+            rows = itertools.islice(rows, rank, limit, world_size)
+        for index, row in rows:
+            uniform = rng(self.seed, *index).random(DRAWS)
+            yield sample_or_reason(row, self.transform, uniform) | {"index": index}
 
 
-def tar_rows(url: str) -> Iterator[dict]:
-    """Rows of a webdataset tar: files in a row that share a name up to its first dot are one sample. Nothing
-    is unpacked to the disk."""
-    import fsspec
-
-    with (
-        fsspec.open(url, "rb", compression="infer") as file,
-        tarfile.open(fileobj=(end := Tail(file)), mode="r|") as tar,
-    ):
-        row: dict = {}
-        for member in tar:
-            if not member.isfile():
-                continue
-            path = PurePosixPath(member.name)
-            stem, _, extension = path.name.partition(".")
-            key = str(path.with_name(stem)) if stem else member.name
-            name = f"{url}: {key}"
-            if row and row["name"] != name:
-                yield row
-                row = {}
-            row.setdefault("name", name)
-            if path.is_absolute() or ".." in path.parts:
-                row["error"] = "an unsafe name"
-            elif member.size > BYTES:
-                row["error"] = f"{path.name} has {member.size:,} bytes, the limit is {BYTES:,}"
-            elif extension.lower() in IMAGES:
-                row["image"] = tar.extractfile(member).read()
-            elif extension.lower() in (*CAPTIONS, "cls", "json"):
-                row |= text_fields(tar.extractfile(member).read(), extension.lower())
-        if end.tail.strip(b"\0"):  # tarfile takes the end of the file for the end of the archive
-            raise EOFError("the file ends in the middle")
-        if row:
-            yield row
-
-
-class Tail:
-    """A file that remembers the last bytes read of it."""
+class TailReader:
+    """A file that remembers the last 512 bytes read from it."""
 
     def __init__(self, file):
         self.file, self.tail = file, b""
 
     def read(self, size: int) -> bytes:
         content = self.file.read(size)
-        self.tail = (self.tail + content)[-512:]  # zeros where a tar is whole
+        self.tail = (self.tail + content)[-512:]
         return content
 
 
-def text_fields(text: bytes, extension: str) -> dict:
-    """The captions, conversations and the label among the fields of a json file, the label of a cls, the text
-    of others."""
-    if extension not in ("cls", "json"):
-        return {"text": text.decode("utf-8", errors="replace")}
+def tar_rows(url: str) -> Iterator[dict]:
+    """The rows of a webdataset tar: consecutive files with the same name up to its first dot are one row.
+    Nothing is written to disk."""
+    import fsspec
+
+    row: dict = {}
+    with fsspec.open(url, "rb", compression="infer") as file:
+        reader = TailReader(file)
+        with tarfile.open(fileobj=reader, mode="r|") as tar:
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                path = PurePosixPath(member.name)
+                stem, _, extension = path.name.partition(".")
+                name = f"{url}: {path.with_name(stem) if stem else path}"
+                if row and row["name"] != name:
+                    yield row
+                    row = {}
+                row |= {"name": name} | read_member(tar, member, path, extension.lower())
+        # A whole tar ends with zeros. tarfile takes any end of the file for the end of the archive.
+        if reader.tail.strip(b"\0"):
+            raise EOFError("the file ends in the middle")
+        if row:
+            yield row
+
+
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: PurePosixPath, extension: str) -> dict:
+    """What one file in a tar adds to its row: an image, a text, a label (cls) or several fields (json)."""
+    if path.is_absolute() or ".." in path.parts:
+        return {"error": "unsafe file name"}
+    if member.size > MAX_FILE:
+        return {"error": f"{path.name} has {member.size:,} bytes, the limit is {MAX_FILE:,}"}
+    if extension not in (*IMAGES, *CAPTIONS, "cls", "json"):
+        return {}
+    content = tar.extractfile(member).read()
+    if extension in IMAGES:
+        return {"image": content}
+    if extension in CAPTIONS:
+        return {"text": content.decode("utf-8", errors="replace")}
     try:
         if extension == "cls":
-            return {"label": int(text)}
-        fields = json.loads(text)
-        found = {key: fields[key] for key in CAPTIONS if isinstance(fields.get(key), str)}
-        found |= {key: fields[key] for key in LABELS if isinstance(fields.get(key), int)}
-        return found | ({"conversations": fields["conversations"]} if "conversations" in fields else {})
+            return {"label": int(content)}
+        types = dict.fromkeys(CAPTIONS, str) | dict.fromkeys(LABELS, int) | {"conversations": object}
+        return {k: v for k, v in json.loads(content).items() if k in types and isinstance(v, types[k])}
     except (ValueError, AttributeError, RecursionError) as error:
         return {"error": f"damaged {extension}: {error}"}
 
 
-def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
-    """Rows of one shard of a streamed table of `datasets`, with its images as bytes."""
-    from datasets.utils.file_utils import xopen
-
-    number = 0
-    for rows in table.shard(table.num_shards, shard).iter(BLOCK):  # plain iteration deals rows to workers
-        for values in zip(*rows.values(), strict=True):
-            row = dict(zip(rows, values, strict=True))
-            image = row[column]
-            if isinstance(image, dict):
-                image = image["bytes"] or (image["path"] and xopen(image["path"], "rb").read())
-            yield row | {"name": f"{name}: shard {shard}, row {number}", "image": image}
-            number += 1
-
-
-def open_table(name: str, **kwargs) -> list:
-    """The shards of a streamed data set with a column of images."""
-    from datasets import Image as Column
-    from datasets import Value, load_dataset
-
-    def holds_bytes(kind) -> bool:
-        return kind == Value("binary") or (isinstance(kind, dict) and kind.get("bytes") == Value("binary"))
+def open_table(name: str, **kwargs) -> list[Callable]:
+    """The shards of a streamed table, see `ShardStream`; kwargs are those of `datasets.load_dataset`."""
+    from datasets import Image as ImageColumn
+    from datasets import load_dataset
 
     table = load_dataset(split="train", streaming=True, **kwargs)
     features = table.features or {}
-    columns = [key for key, kind in features.items() if isinstance(kind, Column)]
-    columns += [key for key in ("image", *IMAGES) if holds_bytes(features.get(key))]
+    columns = [key for key, feature in features.items() if isinstance(feature, ImageColumn)]
+    # Tables that `datasets` did not write have bytes, or {bytes, path}, in a column with a usual name.
+    columns += [key for key in ("image", *IMAGES) if "binary" in str(features.get(key))]
     if not columns:
-        raise ValueError(f"{name} has no column of images, only {', '.join(features) or 'none'}")
-    if isinstance(features[columns[0]], Column):
-        table = table.cast_column(columns[0], Column(decode=False))
+        raise ValueError(f"no image column, only {', '.join(features) or 'none'}")
+    table = table.cast_column(columns[0], ImageColumn(decode=False))
     return [partial(table_rows, name, table, shard, columns[0]) for shard in range(table.num_shards)]
 
 
-class LatentFolder:
-    """What encode.py wrote, a map that starts over without an end, in another order each time.
+def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
+    """The rows of one shard of a streamed table, with images as bytes."""
+    from datasets.utils.file_utils import xopen
 
-    A folder with latents.json, and for each process that wrote it a NAME.npy (rows, 1 or 2, N, C) float16,
-    whose second entry is of the mirrored image, beside a NAME.jsonl of captions and labels, and of the
-    conversations of images that had no caption.
-    """
-
-    def __init__(self, folder: Path, seed: int, view: Transform):
-        try:
-            self.about = json.loads((folder / "latents.json").read_text())
-            self.parts = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))]
-            rows = [path.read_text().splitlines() for path in sorted(folder.glob("*.jsonl"))]
-            self.rows = [json.loads(line) for part in rows for line in part]
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot read the latents in {folder}: {error}") from error
-        self.ends = np.cumsum([len(part) for part in self.parts])
-        if not self.rows or not self.ends[-1] == len(self.rows) == self.about["images"]:
-            raise ValueError(f"{folder} has latents of another number of images than it has captions")
-        self.view, self.views = view, 1 + view.flip
-        if self.views > self.parts[0].shape[1]:
-            raise ValueError(f"{folder} has no mirror images: encode them with --flip, or train without")
-        self.folder, self.seed, self.classes = folder, seed, self.about["classes"]
-        self.shuffled = Shuffled(len(self.rows), seed)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> dict:
-        chance = np.random.default_rng(hash_seed(self.seed, number))
-        uniform = chance.random(2)
-
-        def use(row: int) -> dict:
-            about = self.rows[row]
-            conversation = about.get("conversation") or request(about["caption"], uniform[1])
-            if self.view.length:
-                self.view.check_length(f"{self.folder}: row {row}", conversation)
-            part = int(np.searchsorted(self.ends, row, side="right"))
-            views = self.parts[part][row - self.ends[part]]  # counted from the part's end
-            latents = np.array(views[int(uniform[0] * self.views)])
-            return about | {"latents": latents, "conversation": conversation}
-
-        return usable(use, self.shuffled.row(number), len(self.rows), chance, self.folder)
-
-    def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
-        raise ValueError(f"{self.folder} holds latents, not images")
+    number = 0
+    # .iter, because plain iteration would divide the rows among the DataLoader's workers.
+    for block in table.shard(table.num_shards, shard).iter(BLOCK):
+        for values in zip(*block.values(), strict=True):
+            row = dict(zip(block, values, strict=True))
+            image = row[column] or {}
+            content = image.get("bytes") or (image.get("path") and xopen(image["path"], "rb").read())
+            yield row | {"name": f"{name}: shard {shard}, row {number}", "image": content}
+            number += 1
 
 
-def read_manifest(path: Path) -> list[str]:
-    """The tars that a wds_manifest.json names, from its folder on if they are not absolute or URLs."""
-    try:
-        tars = json.loads(path.read_text())["tars"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no manifest of tars: {type(error).__name__} {error}") from None
-    if not (tars and isinstance(tars, list) and all(isinstance(tar, str) for tar in tars)):
-        raise ValueError(f'{path}: "tars" has to be a list of paths')
-    return [tar if "://" in tar else str(path.parent / tar) for tar in tars]
-
-
-def open_one(
-    name: str, view: Transform, seed: int, understanding: float
-) -> NanoSource | ImageSource | ShardStream | LatentFolder:
-    """The source of one name, see the top of this file."""
-    if name.startswith("nano:"):
-        return NanoSource(name.removeprefix("nano:"), view.size, seed, understanding)
-    path = Path(name)
-    if (path / "latents.json").is_file():
-        return LatentFolder(path, seed, view)
-    if path.suffix == ".jsonl" and path.is_file():
-        return ImageSource(name, JsonLines(path), view, seed)
-    if path.suffix == ".json" and path.is_file():
-        return ShardStream(name, [partial(tar_rows, url) for url in read_manifest(path)], view, seed)
-    if path.is_dir():
-        tars = sorted(
-            str(file) for file in path.rglob("*.tar*") if re.search(r"\.tar(\.\w?z2?)?$", file.name)
-        )
-        tables = sorted(map(str, path.rglob("*.parquet")))
-        if tars:
-            return ShardStream(name, [partial(tar_rows, url) for url in tars], view, seed)
-        if tables:
-            return ShardStream(name, open_table(name, path="parquet", data_files=tables), view, seed)
-        return ImageSource(name, Folder(name), view, seed)
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise ValueError(
-            f"no data source {name!r}: give nano, a folder of images or shards, a .jsonl of conversations, "
-            f"a wds_manifest.json, or a hub id like org/name"
-        )
-    from huggingface_hub import HfFileSystem
-
-    tars = HfFileSystem().glob(f"datasets/{name}/**/*.tar")
-    tars = [url for url in tars if "train" in url.removeprefix(f"datasets/{name}")] or tars  # the split
-    if tars:
-        return ShardStream(name, [partial(tar_rows, f"hf://{url}") for url in tars], view, seed)
-    return ShardStream(name, open_table(name, path=name), view, seed)
+# -----------------------------------------------------------------------------------------------------------
+# --data -> sources
 
 
 class Mixture:
-    """Sources with weights. In every thousand samples each has exactly its share, in an order of the seed."""
+    """Several sources with weights. Every thousand samples hold the exact share of each source, in an order
+    that depends on the seed.
+
+    classes: number of classes, None if no source knows it
+    latents: the latents.json of each source of latents; [] for images
+    """
 
     def __init__(self, sources: list, weights: list[float], seed: int):
         edges = np.round(1000 * np.cumsum([0.0, *weights]) / sum(weights)).astype(int)
-        owners = np.repeat(np.arange(len(sources)), np.diff(edges))
         self.sources, self.counts = sources, np.diff(edges)
         if not self.counts.all():
-            raise ValueError(
-                f"the weights {weights} differ too much: each share has to be 1 in 1000 at least"
-            )
-        self.owners = np.random.default_rng(hash_seed(seed)).permutation(owners)
-        known = {source.classes for source in sources if source.classes}
-        if len(known) > 1 or len({isinstance(source, LatentFolder) for source in sources}) > 1:
-            raise ValueError("sources of different classes, or latents and images, cannot be mixed")
-        self.classes = known.pop() if known else None  # how many, where a source says it
-        self.latents = [source.about for source in sources if isinstance(source, LatentFolder)]
-        earlier = np.cumsum(self.owners[:, None] == np.arange(len(sources)), axis=0)
-        self.earlier = earlier[np.arange(1000), self.owners] - 1
-
-    def __len__(self) -> int:
-        """Samples of a pass over all of it, each source counted once. Raises ValueError for a source whose
-        length nobody knows: nano has none, shards do not say theirs."""
-        unknown = [type(source).__name__ for source in self.sources if not hasattr(source, "__len__")]
-        if unknown:
-            raise ValueError(f"the length of a source is not known ({unknown[0]}): give steps, not epochs")
-        return sum(map(len, self.sources))
+            raise ValueError(f"the weights {weights} differ too much: every share must be at least 1/1000")
+        owners = np.repeat(np.arange(len(sources)), self.counts)
+        self.owners = rng(seed).permutation(owners)
+        # How many of the samples before this one, in the same thousand, have the same owner.
+        running = np.cumsum(self.owners[:, None] == np.arange(len(sources)), axis=0)  # (1000, sources)
+        self.earlier = running[np.arange(1000), self.owners] - 1
+        classes = {source.classes for source in sources if source.classes}
+        self.latents = [source.info for source in sources if isinstance(source, LatentFolder)]
+        if len(classes) > 1 or len(self.latents) not in (0, len(sources)):
+            raise ValueError("cannot mix sources with different classes, or latents with images")
+        self.classes = classes.pop() if classes else None
 
     def place(self, number: int) -> tuple[int, int]:
-        """Which source the sample comes from, and its number there."""
+        """Which source a sample comes from, and its number there."""
         thousand, rest = divmod(number, 1000)
         owner = int(self.owners[rest])
         return owner, int(thousand * self.counts[owner] + self.earlier[rest])
 
     def __getitem__(self, number: int) -> dict:
-        owner, own_number = self.place(number)
-        return self.sources[owner][own_number] | {"index": number}
+        owner, number_there = self.place(number)
+        return self.sources[owner][number_there] | {"index": number}
 
-    def once(self, limit: int | None, rank: int, world: int) -> Iterator[dict]:
-        """This process's share of every sample of every source, or of the first `limit` samples, of which
-        each source has its share. `index` puts the samples of all processes in order. A sample that cannot
-        be used has no image, but says why in `skipped`."""
+    def once(self, limit: int | None, rank: int, world_size: int) -> Iterator[dict]:
+        """This process's part of one pass over all sources, or over their shares of `limit` samples."""
         for owner, source in enumerate(self.sources):
-            own = limit
+            share = limit
             if limit is not None:
-                own = limit // 1000 * self.counts[owner] + (self.owners[: limit % 1000] == owner).sum()
-            for sample in source.once(own, rank, world):
+                share = limit // 1000 * self.counts[owner] + (self.owners[: limit % 1000] == owner).sum()
+            for sample in source.once(share, rank, world_size):
                 yield sample | {"index": (owner, *sample["index"])}
 
 
@@ -728,141 +664,124 @@ def open_source(
     names: str,
     size: int,
     seed: int,
-    understanding: float = 0.0,
     crop: str = "centre",
     flip: bool = False,
     text_only: bool = False,
     length: Callable[[list], int] | None = None,
     max_seq_len: int = 0,
 ) -> Mixture:
-    """The sources of a --data flag, see the top of this file. Raises ValueError for a name that is none.
-
-    understanding: share of the nano world's samples that are a question about the image.
-    crop, flip: of each image its centre or a random square, see `centre_crop` and `random_crop`, and half
-        of them mirrored. The nano world draws its images as they should be.
-    text_only: conversations without an image are samples too, instead of being left out.
-    length, longest: a function that counts a conversation's tokens, and how many it may have.
-    """
-    if crop not in ("centre", "random"):
-        raise ValueError(f"no crop {crop!r}: choose from centre, random")
-    view = Transform(size, crop, flip, text_only, length, max_seq_len)
-    parts = []
+    """The sources of a --data flag, see the top of this file; for the other arguments see `Transform`.
+    Raises ValueError for an unknown name."""
+    transform = Transform(size, crop, flip, text_only, length, max_seq_len)
+    sources, weights = [], []
     for part in names.split(","):
-        name, _, weight = part.partition("=")
+        name, _, text = part.partition("=")
         try:
-            weight = float(weight or 1)
+            weight = float(text or 1)
         except ValueError:
             weight = -1.0
         if not 0 < weight < float("inf"):
-            raise ValueError(f"--data {part}: the weight after = has to be a number above zero")
+            raise ValueError(f"--data {part}: the weight after = must be a number above zero")
         shares = NANO_MIXTURE if name == "nano" else {name: 1.0}
-        parts += [(name, weight * share) for name, share in shares.items()]
+        sources += [open_one(name, transform, seed) for name in shares]
+        weights += [weight * share for share in shares.values()]
+    return Mixture(sources, weights, seed)
+
+
+def open_one(name: str, transform: Transform, seed: int):
+    """The source of one name: a NanoSource, ImageSource, LatentFolder or ShardStream."""
+    path = Path(name)
     try:
-        sources = [open_one(name, view, seed, understanding) for name, _ in parts]
-    except (ValueError, OSError):
-        raise
-    except Exception as error:  # from pyarrow, datasets or the hub
-        raise ValueError(f"cannot read --data {names}: {error}") from error
-    return Mixture(sources, [weight for _, weight in parts], seed)
+        if name.startswith("nano:"):
+            return NanoSource(name.removeprefix("nano:"), transform.size, seed)
+        if (path / "latents.json").is_file():
+            return LatentFolder(path, seed, transform)
+        if path.suffix == ".jsonl" and path.is_file():
+            return ImageSource(name, JsonLines(path), transform, seed)
+        shards = find_shards(name, path)
+        if shards:
+            return ShardStream(name, shards, transform, seed)
+        return ImageSource(name, Folder(name), transform, seed)
+    except Exception as error:  # also from pyarrow, datasets or the hub
+        raise ValueError(f"cannot open --data {name}: {type(error).__name__}: {error}") from error
+
+
+def find_shards(name: str, path: Path) -> list[Callable]:
+    """The shards of a manifest, a folder or a hub data set, see `ShardStream`; [] for a folder of images."""
+    if path.suffix == ".json" and path.is_file():
+        tars = json.loads(path.read_text())["tars"]
+        return [partial(tar_rows, tar if "://" in tar else str(path.parent / tar)) for tar in tars]
+    if path.is_dir():
+        files = sorted(str(file) for file in path.rglob("*.tar*"))
+        tars = [file for file in files if re.search(r"\.tar(\.\w?z2?)?$", file)]
+        tables = sorted(str(file) for file in path.rglob("*.parquet"))
+        if tables and not tars:
+            return open_table(name, path="parquet", data_files=tables)
+        return [partial(tar_rows, tar) for tar in tars]
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise ValueError("no data source of that name, see the top of data.py for what there is")
+    from huggingface_hub import HfFileSystem
+
+    # Of tars on the hub only the train split, if file names tell which that is.
+    tars = HfFileSystem().glob(f"datasets/{name}/**/*.tar")
+    tars = [tar for tar in tars if "train" in tar.removeprefix(f"datasets/{name}")] or tars
+    return [partial(tar_rows, f"hf://{tar}") for tar in tars] or open_table(name, path=name)
 
 
 # -----------------------------------------------------------------------------------------------------------
 # batches
 
 
-class Batches(IterableDataset):
-    """This process's part of every global batch, in parts of the worker processes that make it."""
-
-    def __init__(self, source: Mixture, batch: int, start: int, rank: int, world: int, positions: dict):
-        if batch % world:
-            raise ValueError(
-                f"a global batch of {batch} cannot be split over {world} processes: choose a multiple"
-            )
-        shards = min((len(s.shards) for s in source.sources if isinstance(s, ShardStream)), default=batch)
-        self.lanes = max(n for n in range(1, max(shards, 1) + 1) if batch % n == 0)
-        if self.lanes % world:
-            raise ValueError(
-                f"a batch of {batch} reads {shards} shards in {self.lanes} lanes, which {world} processes "
-                f"cannot share: choose another --batch, or write more shards"
-            )
-        self.source, self.batch, self.start = source, batch, start
-        self.own = range(rank * self.lanes // world, (rank + 1) * self.lanes // world)
-        names = {s.name for s in source.sources if isinstance(s, ShardStream)}
-        known = {key: key.rsplit("|", 2) for key in positions if key.rsplit("|", 2)[0] in names}
-        if any(int(lanes) != self.lanes for _, _, lanes in known.values()):
-            raise ValueError(
-                "the checkpoint has read its data in other lanes: resume with the --batch it had"
-            )
-        self.positions = {key: positions[key] for key, (_, lane, _) in known.items() if int(lane) in self.own}
-
-    def __iter__(self) -> Iterator[dict]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        first, last = (len(self.own) * w // workers for w in (worker, worker + 1))
-        width = self.batch // self.lanes  # places of a lane
-        places = range(self.own.start * width + first * width, self.own.start * width + last * width)
-        streams: dict[str, Iterator[dict]] = {}
-        for step in itertools.count(self.start):
-            samples = [self.sample(step * self.batch + place, place // width, streams) for place in places]
-            yield collate(samples)
-
-    def sample(self, number: int, lane: int, streams: dict[str, Iterator[dict]]) -> dict:
-        owner, _ = self.source.place(number)
-        source = self.source.sources[owner]
-        if not isinstance(source, ShardStream):
-            return self.source[number]
-        key = f"{source.name}|{lane}|{self.lanes}"
-        if key not in streams:
-            streams[key] = source.lane(lane, self.lanes, *self.positions.get(key, ()))
-        sample = next(streams[key])
-        return sample | {"index": number, "position": {key: sample["position"]}}
-
-
 def collate(samples: list[dict]) -> dict:
-    """Of B samples, P of which have an image: lists of captions, labels, conversations and numbers, (B,);
-    images (P, 3, H, W) uint8, or latents (P, N, C), and the list "images" of their samples' numbers, (P,);
-    the positions of streams; and what was skipped."""
+    """A batch of B samples, P of which have an image:
+
+    caption, label, conversation, index: lists of B; index has the samples' numbers
+    image_index: list of P, the numbers of the samples with an image
+    image or latents: (P, 3, H, W) uint8 or (P, N, C) float32
+    positions, skipped: those of the lanes, for a checkpoint; reasons for skipped samples
+    """
     batch = {key: [sample[key] for sample in samples] for key in PER_SAMPLE}
-    with_image = [sample for sample in samples if shows(sample)]
+    # Every source ensures one <image> in the conversation for an image, and none for none.
+    with_image = [sample for sample in samples if "<image>" in str(sample["conversation"])]
     batch["image_index"] = [sample["index"] for sample in with_image]
-    kind = "latents" if "latents" in samples[0] else "image"
-    stack = torch.from_numpy(np.stack([sample[kind] for sample in with_image or samples]))[: len(with_image)]
-    batch[kind] = stack.float() if kind == "latents" else stack.permute(0, 3, 1, 2)
-    batch["positions"] = {k: v for s in samples for k, v in s.get("position", {}).items()}
-    batch["skipped"] = [message for s in samples for message in s.get("skipped", ())]
+    key = "latents" if "latents" in samples[0] else "image"
+    # Without any image, stack the black ones and drop them all: the shape of an image stays, P = 0.
+    stack = torch.from_numpy(np.stack([sample[key] for sample in with_image or samples]))[: len(with_image)]
+    batch[key] = stack.float() if key == "latents" else stack.permute(0, 3, 1, 2)
+    batch |= {"positions": {}, "skipped": []}
+    for sample in samples:
+        batch["positions"] |= sample.get("position", {})
+        batch["skipped"] += sample.get("skipped", [])
     return batch
 
 
 class Loader:
-    """Batches (see `collate`) without an end, one for each step, made ahead by worker processes (0: in this
-    one).
+    """The batches of a training run (see `collate`), one per step, without end.
 
-    positions: how far the lanes of streams have come with the batches that were handed out; goes into a
-        checkpoint, and back in as `positions`.
-    skipped, waited: which samples were left out, and the seconds that batches were waited for; the caller
-        sets them back.
+    workers: processes that prepare batches ahead; 0 prepares them in this process
+    start: the first step
+    positions: how far each lane was read for the batches yielded so far; a checkpoint stores it
+    skipped, waited: reasons for skipped samples, and seconds spent waiting; the caller resets them
     """
 
-    def __init__(
-        self, source: Mixture, batch: int, workers=1, start=0, rank=0, world=1, positions: dict | None = None
-    ):
-        batches = Batches(source, batch, start, rank, world, positions or {})
-        self.positions, self.skipped, self.waited = batches.positions, [], 0.0
-        self.parts = min(workers, len(batches.own)) or 1
-        self.loader = iter(make_loader(batches, self.parts if workers else 0))
+    def __init__(self, source: Mixture, batch: int, workers=1, start=0, rank=0, world_size=1, positions=None):
+        lanes = Lanes(source, batch, start, rank, world_size, positions or {})
+        self.positions, self.skipped, self.waited = lanes.positions, [], 0.0
+        self.parts = min(workers, len(lanes.local)) or 1
+        self.loader = iter(make_loader(lanes.batches, self.parts if workers else 0))
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> dict:
         started = time.perf_counter()
-        with reading():
+        with worker_errors():
             parts = [next(self.loader) for _ in range(self.parts)]
-        batch = {k: [x for part in parts for x in part[k]] for k in (*PER_SAMPLE, "image_index")}
-        [kind] = {"image", "latents"} & parts[0].keys()
-        batch[kind] = torch.cat([part[kind] for part in parts])
+        batch = {key: [x for part in parts for x in part[key]] for key in (*PER_SAMPLE, "image_index")}
+        key = "latents" if "latents" in parts[0] else "image"
+        batch[key] = torch.cat([part[key] for part in parts])
         if torch.cuda.is_available():
-            batch[kind] = batch[kind].pin_memory()
+            batch[key] = batch[key].pin_memory()
         for part in parts:
             self.positions |= part["positions"]
             self.skipped += part["skipped"]
@@ -870,113 +789,168 @@ class Loader:
         return batch
 
 
-class OnePass:
-    """This process's share of every sample, one time each: batches (see `collate`) of up to `batch` samples.
-    `index` puts the samples of all processes in order; which of them share a batch depends on their number.
+class Lanes:
+    """This process's part of every global batch.
 
-    limit: samples of the whole source, over all processes; a source without an end needs one.
-    skipped: which samples were left out so far.
+    A batch consists of lanes of equal width: as many as there are shards, or fewer so that they divide the
+    batch. Each process has a range of the lanes, and each of its workers a part of that range.
     """
 
-    def __init__(self, source: Mixture, batch: int, limit: int | None = None, workers=1, rank=0, world=1):
-        self.loader = make_loader(OnePassBatches(source, batch, limit, rank, world), workers)
+    def __init__(self, source: Mixture, batch: int, start: int, rank: int, world_size: int, positions: dict):
+        if batch % world_size:
+            raise ValueError(f"a global batch of {batch} cannot be split over {world_size} processes")
+        streams = [part for part in source.sources if isinstance(part, ShardStream)]
+        shards = min((len(stream.shards) for stream in streams), default=batch)
+        count = max(n for n in range(1, shards + 1) if batch % n == 0)
+        if count % world_size:
+            lanes = f"{shards} shards in {count} lanes, which cannot be split over {world_size} processes"
+            raise ValueError(
+                f"a batch of {batch} reads {lanes}: choose another --batch, or write more shards"
+            )
+        self.source, self.batch, self.start, self.count = source, batch, start, count
+        self.local = range(rank * count // world_size, (rank + 1) * count // world_size)
+        self.positions, names = {}, {stream.name for stream in streams}
+        for key, position in positions.items():
+            name, lane, count_then = key.rsplit("|", 2)
+            if name in names and int(count_then) != count:
+                raise ValueError(f"the checkpoint has {name} in {count_then} lanes: resume with its --batch")
+            if name in names and int(lane) in self.local:
+                self.positions[key] = position
+
+    def batches(self, worker: int, workers: int) -> Iterator[dict]:
+        """What one worker process makes of every batch."""
+        width = self.batch // self.count
+        first, last = (len(self.local) * n // workers for n in (worker, worker + 1))
+        lanes = self.local[first:last]
+        streams: dict[str, Iterator[dict]] = {}
+        for step in itertools.count(self.start):
+            numbers = range(step * self.batch + lanes.start * width, step * self.batch + lanes.stop * width)
+            yield collate([self.sample(number, number % self.batch // width, streams) for number in numbers])
+
+    def sample(self, number: int, lane: int, streams: dict[str, Iterator[dict]]) -> dict:
+        """Sample `number`: from a map, or the next one of a stream, which is opened at its first sample."""
+        owner, _ = self.source.place(number)
+        source = self.source.sources[owner]
+        if not isinstance(source, ShardStream):
+            return self.source[number]
+        key = f"{source.name}|{lane}|{self.count}"
+        if key not in streams:
+            streams[key] = source.lane(lane, self.count, *self.positions.get(key, ()))
+        sample = next(streams[key])
+        return sample | {"index": number, "position": {key: sample["position"]}}
+
+
+class OnePass:
+    """This process's part of one pass over the source: batches of at most `batch` samples, see `collate`.
+    Sorting by `index` restores the order of the whole pass.
+
+    limit: number of samples over all processes (None: all); a source without end needs one
+    skipped: reasons for the samples skipped so far
+    """
+
+    def __init__(self, source: Mixture, batch: int, limit=None, workers=1, rank=0, world_size=1):
+        self.source, self.batch, self.limit, self.workers = source, batch, limit, workers
+        self.rank, self.world_size = rank, world_size
         self.skipped: list[str] = []
 
+    def batches(self, worker: int, workers: int) -> Iterator[dict]:
+        """What one worker process makes; only "skipped" if no sample of a batch can be used."""
+        samples = self.source.once(self.limit, self.rank * workers + worker, self.world_size * workers)
+        while block := list(itertools.islice(samples, self.batch)):
+            usable = [sample for sample in block if "image" in sample]
+            skipped = [reason for sample in block for reason in sample.get("skipped", [])]
+            yield (collate(usable) if usable else {}) | {"skipped": skipped}
+
     def __iter__(self) -> Iterator[dict]:
-        with reading():
-            for batch in self.loader:
+        with worker_errors():
+            for batch in make_loader(self.batches, self.workers):
                 self.skipped += batch["skipped"]
-                if "image" in batch:
+                if "index" in batch:
                     yield batch
 
 
-class OnePassBatches(IterableDataset):
-    """One process's share of every sample, which its worker processes share again."""
+class PerWorker(IterableDataset):
+    """`make(worker, workers)`, called by each worker process, or with (0, 1) by the main process."""
 
-    def __init__(self, source: Mixture, batch: int, limit: int | None, rank: int, world: int):
-        self.source, self.batch, self.limit, self.rank, self.world = source, batch, limit, rank, world
+    def __init__(self, make: Callable[[int, int], Iterator[dict]]):
+        self.make = make
 
     def __iter__(self) -> Iterator[dict]:
         info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        share = self.source.once(self.limit, self.rank * workers + worker, self.world * workers)
-        while samples := list(itertools.islice(share, self.batch)):
-            usable = [sample for sample in samples if "image" in sample]
-            skipped = [message for sample in samples for message in sample.get("skipped", ())]
-            yield (collate(usable) if usable else {}) | {"skipped": skipped}
+        if info is None:
+            return self.make(0, 1)
+        # Ctrl-C and torchrun signal the whole process group of the trainer, which stops its workers itself.
+        os.setpgrp()
+        return self.make(info.id, info.num_workers)
 
 
-def make_loader(batches: IterableDataset, workers: int) -> DataLoader:
-    """Makes batches ahead in that many worker processes (0: in this one, when they are asked for)."""
-    return DataLoader(
-        batches,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=leave_signals,
-        timeout=STALL if workers else 0,
-    )
+def make_loader(make: Callable[[int, int], Iterator[dict]], workers: int) -> DataLoader:
+    """Batches made ahead by worker processes; without any, in this process when they are asked for."""
+    ahead = {"prefetch_factor": 4, "timeout": TIMEOUT} if workers else {}
+    return DataLoader(PerWorker(make), batch_size=None, num_workers=workers, **ahead)
 
 
 @contextmanager
-def reading():
-    """Around whatever waits for worker processes: an error that a user understands (OSError)."""
+def worker_errors():
+    """Turns the RuntimeError of a worker that stalls or was killed (out of memory) into an OSError."""
     try:
         yield
-    except RuntimeError as error:  # a worker that stalls, or was killed for memory
-        stalled = f"no data for {STALL} s, a read stalls" if "timed out" in str(error) else error
-        raise OSError(f"data loading failed: {stalled}") from error
+    except RuntimeError as error:
+        reason = f"no data for {TIMEOUT} s" if "timed out" in str(error) else error
+        raise OSError(f"data loading failed: {reason}") from error
+
+
+# -----------------------------------------------------------------------------------------------------------
+# what the trainers do with a batch
 
 
 def micro_batches(batch: dict, count: int) -> list[dict]:
-    """The batch cut into that many pieces, as equal as they can be, one at least of a sample each. Alike long
-    conversations go together, so that little is padded; images go with their samples."""
+    """The batch split into `count` micro-batches of nearly equal numbers of samples, at least one in each.
+    Conversations of similar length share a micro-batch, so that little is padded."""
     if count == 1:
         return [batch]
-    talks = batch.get("conversation", [()] * len(batch["index"]))
-    length = [sum(len(text) for _, text in turns) for turns in talks]
-    order = sorted(range(len(length)), key=length.__getitem__)
-    place = {number: row for row, number in enumerate(batch["image_index"])}
-    cut = []
-    for part in np.array_split(order, min(count, len(length))):
-        samples = [int(row) for row in part]
-        images = [place[batch["index"][row]] for row in samples if batch["index"][row] in place]
-        rows = {key: images if key in PER_IMAGE else samples for key in batch}
-        cut.append({key: take(values, rows[key]) for key, values in batch.items()})
-    return cut
-
-
-def take(values: list | torch.Tensor, rows: list[int]) -> list | torch.Tensor:
-    return values[rows] if isinstance(values, torch.Tensor) else [values[row] for row in rows]
-
-
-def leave_signals(worker: int) -> None:
-    """Ctrl-C and torchrun signal whole process groups; stopping is the trainer's business, not a worker's."""
-    os.setpgrp()
+    lengths = [sum(len(text) for _, text in turns) for turns in batch["conversation"]]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    image_rows = {index: row for row, index in enumerate(batch["image_index"])}
+    result = []
+    for part in np.array_split(order, min(count, len(order))):
+        samples = part.tolist()
+        indices = [batch["index"][row] for row in samples]
+        images = [image_rows[index] for index in indices if index in image_rows]
+        micro_batch = {}
+        for key, values in batch.items():
+            rows = images if key in PER_IMAGE else samples
+            is_tensor = isinstance(values, torch.Tensor)
+            micro_batch[key] = values[rows] if is_tensor else [values[row] for row in rows]
+        result.append(micro_batch)
+    return result
 
 
 def to_unit(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 pixels -> fp32 in [0, 1] on the device."""
+    """uint8 images -> fp32 in [0, 1] on the device."""
     return images.to(device, non_blocking=True).float() / 255
 
 
 def flow_draws(
     latent_shape: tuple[int, int], seed: int, indices: list[int], device: torch.device, draws: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noise (B, N, C) on the device, and on the CPU two uniform numbers (B,) each, for the time and for the
-    condition dropout: every row depends on (seed, sample number) alone, not on the batch or the process. With
-    more `draws` a sample, (draws B, ...), all samples' first draws first."""
+    """Random numbers for flow matching: noise (B, N, C) on the device, and on the CPU two tensors (B,) in
+    [0, 1), for the timestep and for condition dropout. A row depends on (seed, sample index) only, not on the
+    batch or the process. With several `draws` there are draws * B rows, the first of every sample first."""
     seeds = [seed, *(hash_seed(seed, "draw", k) for k in range(1, draws))]
-    keys = [(each, index) for each in seeds for index in indices]
-    noise, noisy = torch.empty(len(keys), *latent_shape, device=device), torch.Generator(device)
-    for row, key in enumerate(keys):
-        noise[row].normal_(generator=noisy.manual_seed(hash_seed(*key)))
-    return noise, *torch.cat([uniform_draws(2, each, indices, 1) for each in seeds], dim=1)
+    noise, generator = (
+        torch.empty(draws * len(indices), *latent_shape, device=device),
+        torch.Generator(device),
+    )
+    for row, (draw_seed, index) in enumerate(itertools.product(seeds, indices)):
+        noise[row].normal_(generator=generator.manual_seed(hash_seed(draw_seed, index)))
+    uniform = torch.cat([uniform_draws(2, draw_seed, indices, 1) for draw_seed in seeds], dim=1)
+    return noise, uniform[0], uniform[1]
 
 
 def uniform_draws(count: int, seed: int, indices: list[int], purpose: int | str) -> torch.Tensor:
-    """Uniform numbers (count, B) that depend on (seed, sample number) and on what they are for."""
-    draws, chance = torch.empty(count, len(indices)), torch.Generator()
-    for row, index in enumerate(indices):
-        draws[:, row].uniform_(generator=chance.manual_seed(hash_seed(seed, index, purpose)))
-    return draws
+    """(count, B) numbers in [0, 1) that depend on (seed, sample index, purpose) only."""
+    uniform, generator = torch.empty(count, len(indices)), torch.Generator()
+    for column, index in enumerate(indices):
+        uniform[:, column].uniform_(generator=generator.manual_seed(hash_seed(seed, index, purpose)))
+    return uniform

@@ -1,18 +1,19 @@
 """Encodes a data set once, so that train_t2i.py reads latents instead of images.
 
-    python encode.py --data my_images --out latents              # of the nano world: --limit too
+    python encode.py --data my_images --out latents              # nano:... has no end and needs --limit
     torchrun --nproc-per-node 8 encode.py --data imagenet/train --flip --autoencoder rae-dinov2-b
     python train_t2i.py --data latents --condition class
 
-For data sets that fit: an image of 16 x 16 tokens of 768 channels is 0.4 MB, with its mirror image 0.8 MB.
-Writes OUT/latents.json, and for each process OUT/RANK.npy (rows, 1 or 2, N, C) float16 beside OUT/RANK.jsonl
-with captions and labels. The latents are those of the images' centre crops.
+For data sets that fit on disk: 16 x 16 tokens of 768 channels take 0.4 MB per image, 0.8 MB with --flip.
+Images are centre crops. Writes OUT/latents.json and, per process, OUT/RANK.npy (rows, 1 or 2, N, C) float16
+and OUT/RANK.jsonl with the caption, label and conversation of each row.
 """
 
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -26,76 +27,74 @@ from common import flag
 
 @dataclass
 class Config:
-    data: str = flag("nano:classes", "a source of images, see data.py")
-    limit: int | None = flag(None, "images at most (default: all; the nano world has no end)", at_least=1)
-    autoencoder: str = flag(
-        str(common.WEIGHTS / "rae"), "RAE or VAE, of which the means are taken: folder, hub id or name"
-    )
-    flip: bool = flag(False, "encode their mirror images too")
-    seed: int = flag(0, "of the order, and of the nano world")
-    batch: int = flag(64, "images at once, on each process", at_least=1)
-    workers: int = flag(1, "data loading processes for each process", at_least=0)
-    dtype: str = flag("auto", "of the compute", choices=["auto", "bf16", "fp32"])
+    # data
+    data: str = flag("nano:classes", "source of images, see data.py")
+    limit: int | None = flag(None, "number of images (default: all)", at_least=1)
+    flip: bool = flag(False, "also encode the mirror image of each image")
+    seed: int = flag(0, "seed of the order, and of the nano world")
     out: str = flag("latents", "folder to write to")
+
+    # model
+    autoencoder: str = flag(
+        str(common.WEIGHTS / "rae"), "RAE, or VAE (of which the means are taken): folder, hub id or name"
+    )
+
+    # system
+    batch: int = flag(64, "images per batch and process", at_least=1)
+    workers: int = flag(1, "data loading processes per process", at_least=0)
+    dtype: str = flag("auto", "compute dtype", choices=["auto", "bf16", "fp32"])
 
 
 @torch.no_grad()
 def encode(
     autoencoder: rae.RAE | rae.VAE, images: torch.Tensor, flip: bool, dist_ctx: common.DistContext
 ) -> np.ndarray:
-    """(B, 3, H, W) uint8 -> (B, 1 or 2, N, C) float16, the mirror images second."""
+    """(B, 3, H, W) uint8 -> (B, 1 or 2, N, C) float16; the second view is the mirror image."""
     views = [images, images.flip(3)] if flip else [images]
     with dist_ctx.autocast():
         latents = [autoencoder.encode(data.to_unit(view, dist_ctx.device)) for view in views]
     return torch.stack(latents, dim=1).half().cpu().numpy()
 
 
-class Rows:
-    """A .npy file that grows: the number of its rows is written into its header at the end."""
-
-    def __init__(self, path: Path, shape: tuple[int, ...]):
-        self.file, self.shape, self.count = path.open("wb"), shape, 0
-        self.header()
-
-    def header(self) -> None:
-        """Of a fixed length: numpy pads it for arrays that grow along their first axis."""
-        self.file.seek(0)
-        about = {"descr": "<f2", "fortran_order": False, "shape": (self.count, *self.shape)}
-        np.lib.format.write_array_header_1_0(self.file, about)
-
-    def add(self, rows: np.ndarray) -> None:
-        self.file.write(np.ascontiguousarray(rows).tobytes())
-        self.count += len(rows)
-
-    def close(self) -> None:
-        self.header()
-        self.file.close()
+def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
+    """The header of a float16 .npy. numpy pads it, so that its length is the same for any number of rows."""
+    header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
-def write_share(
+def text_row(caption: str | None, label: int | None, conversation: list) -> dict:
+    """A line of RANK.jsonl. A mere request for the caption is left out: the reader varies its wording."""
+    row = {"caption": caption, "label": label}
+    if caption is None or data.requested_caption(conversation) is None:
+        row["conversation"] = conversation
+    return row
+
+
+def write_part(
     folder: Path,
     config: Config,
     source: data.Mixture,
     autoencoder: rae.RAE | rae.VAE,
     dist_ctx: common.DistContext,
 ) -> int:
-    """This process's share of the images; returns how many."""
-    batches = data.OnePass(
-        source, config.batch, config.limit, config.workers, dist_ctx.rank, dist_ctx.world_size
-    )
-    rows = Rows(folder / f"{dist_ctx.rank:05d}.npy", (1 + config.flip, *autoencoder.latent_shape))
-    with (folder / f"{dist_ctx.rank:05d}.jsonl").open("w") as about:
+    """Encodes this process's part of the images and returns their number."""
+    rank, count = dist_ctx.rank, 0
+    batches = data.OnePass(source, config.batch, config.limit, config.workers, rank, dist_ctx.world_size)
+    shape = (1 + config.flip, *autoencoder.latent_shape)
+    path = folder / f"{rank:05d}.npy"
+    with path.open("wb") as file, path.with_suffix(".jsonl").open("w") as texts:
+        # The number of rows is known at the end, because damaged images are skipped.
+        write_header(file, (0, *shape))
         for batch in tqdm(batches, desc="encode", unit="batch", disable=not dist_ctx.is_main):
-            rows.add(encode(autoencoder, batch["image"], config.flip, dist_ctx))
-            for caption, label, turns in zip(
-                batch["caption"], batch["label"], batch["conversation"], strict=True
-            ):
-                row = {"caption": caption, "label": label}
-                about.write(json.dumps(row if caption is not None else row | {"conversation": turns}) + "\n")
-    rows.close()
+            file.write(encode(autoencoder, batch["image"], config.flip, dist_ctx).tobytes())
+            count += len(batch["image"])
+            fields = zip(batch["caption"], batch["label"], batch["conversation"], strict=True)
+            texts.writelines(json.dumps(text_row(*row)) + "\n" for row in fields)
+        file.seek(0)
+        write_header(file, (count, *shape))
     if batches.skipped:
-        print(f"left out {len(batches.skipped)} images: {batches.skipped[0]}", flush=True)
-    return rows.count
+        print(f"skipped {len(batches.skipped)} images: {batches.skipped[0]}", flush=True)
+    return count
 
 
 def main() -> None:
@@ -104,26 +103,22 @@ def main() -> None:
     out = Path(config.out)
     temporary = out.with_name(f"{out.name}.tmp")
     if out.exists():
-        raise ValueError(f"{out} is there already: choose another --out, or remove it")
+        raise ValueError(f"{out} already exists: choose another --out, or remove it")
     autoencoder = common.load_autoencoder(config.autoencoder, dist_ctx)
     source = data.open_source(config.data, autoencoder.image_size, config.seed)
+
     if dist_ctx.is_main:
         with common.writing(out):
-            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(temporary, ignore_errors=True)  # a killed run left it
             temporary.mkdir(parents=True)
-    common.global_sum(0)  # the folder is there
-    count = write_share(temporary, config, source, autoencoder, dist_ctx)
-    [total] = common.global_sum(count)  # all are done
+    common.global_sum(0)  # a barrier: the folder exists
+    count = write_part(temporary, config, source, autoencoder, dist_ctx)
+    [total] = common.global_sum(count)  # a barrier: all parts are written
     if dist_ctx.is_main:
+        info = {"autoencoder": config.autoencoder, "latent_shape": autoencoder.latent_shape}
+        info |= {"classes": source.classes, "data": config.data, "images": int(total)}
         with common.writing(out):
-            about = {
-                "autoencoder": config.autoencoder,
-                "latent_shape": autoencoder.latent_shape,
-                "classes": source.classes,
-                "data": config.data,
-                "images": int(total),
-            }
-            (temporary / "latents.json").write_text(json.dumps(about, indent=1) + "\n")
+            (temporary / "latents.json").write_text(json.dumps(info, indent=1) + "\n")
             temporary.rename(out)
         size = sum(path.stat().st_size for path in out.iterdir())
         print(f"{out}: {int(total)} images, {size / 1e6:.0f} MB")

@@ -119,7 +119,9 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        # (B, N, width) -> three of (B, heads, N, width / heads)
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        # norms and rotation give fp32 under autocast, which SDPA would not mix with the bf16 of v
         q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
         q, k = q.type_as(v), k.type_as(v)
         # No mask and no dropout, so that SDPA picks flash attention. SDPA rejects an empty batch on CUDA; the
@@ -176,7 +178,7 @@ def pad_swiglu(name: str, tensor: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Two linear layers around a tanh GELU: an option of RAE's code, which its released weights do not use."""
+    """Two linear layers around a tanh GELU: an option of RAE's code that its released weights do not use."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -254,6 +256,7 @@ class Encoder(nn.Module):
         if isinstance(source, dict):
             model = model_class(config)
         else:
+            # `transformers` only warns of weights that are missing and initialises them at random
             model, report = model_class.from_pretrained(source, output_loading_info=True, **changes)
             check_encoder(source, model, report, unused=("pooler", "head", family.norm))
         if family.norm:
@@ -264,7 +267,8 @@ class Encoder(nn.Module):
             model.use_head, model.head = False, None
         if getattr(model, "pooler", None):
             model.pooler = None
-        self.model = model.float().requires_grad_(False).eval()  # files are often bf16
+        # files are often bf16: the encoder runs in fp32, or under autocast
+        self.model = model.float().requires_grad_(False).eval()
         self.prefix = family.class_tokens + getattr(config, "num_register_tokens", 0)
         self.is_mae = config.model_type == "vit_mae"
         if self.is_mae:
@@ -300,9 +304,8 @@ class Encoder(nn.Module):
         options = {}
         if self.config.model_type in ("siglip_vision_model", "vit_mae", "vit"):
             options["interpolate_pos_encoding"] = True  # the newer DINO models always do
-        if (
-            self.is_mae
-        ):  # it shuffles tokens by the order of this "noise": an increasing one keeps raster order
+        if self.is_mae:
+            # MAE shuffles tokens by the order of this "noise": an increasing one keeps raster order
             patches = (pixels.shape[-1] // self.config.patch_size) ** 2
             options["noise"] = torch.arange(patches, device=pixels.device).expand(len(pixels), -1)
         return self.model(pixels, **options).last_hidden_state[:, self.prefix :]
@@ -386,16 +389,19 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.decoder_embed(latents)
-        if x.shape[1] != self.side**2:  # another square grid is resized, as in the authors' code
+        if x.shape[1] != self.side**2:
+            # another square grid is resized to the trained one, as in the authors' code
             if math.isqrt(x.shape[1]) ** 2 != x.shape[1]:
                 raise ValueError(f"{x.shape[1]} latent tokens are no square grid; give {self.side**2}")
             x = rearrange(x, "b (h w) d -> b d h w", h=math.isqrt(x.shape[1]))
             x = F.interpolate(x, (self.side, self.side), mode="bilinear").flatten(2).mT
+        # a class token in front, which the pixels do not come from
         x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1).type_as(x), x], dim=1)
         x = x + self.decoder_pos_embed
         for layer in self.decoder_layers:
             x = layer(x)
-        x = self.decoder_pred(self.decoder_norm(x)[:, 1:])  # without the class token
+        # (B, N, 3 p^2) -> (B, 3, H, W); the channel varies fastest within a patch
+        x = self.decoder_pred(self.decoder_norm(x)[:, 1:])
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=self.patch_size, c=3)
 
 
@@ -431,7 +437,7 @@ class RAE(nn.Module, Hub, library_name="rae"):
                 f"encoder_size {encoder_size} is not a multiple of the encoder's patch size {patch}"
             )
         decoder_config = {"patch_size": patch, **decoder_config}
-        # config.json: all that is needed to rebuild this module without the encoder's folder
+        # What config.json holds: all that is needed to rebuild this module without the encoder's folder.
         self._hub_mixin_config.update(
             decoder_config=decoder_config,
             encoder=self.encoder.config.to_diff_dict() | {"model_type": self.encoder.config.model_type},
@@ -459,7 +465,8 @@ class RAE(nn.Module, Hub, library_name="rae"):
         """(B, 3, H, W) in [0, 1] -> latents (B, N, C), fp32. Images of another size are resized, not cropped
         (bicubic without antialias, as RAE's code does for every encoder)."""
         tokens = []
-        for part in images.split(128):  # a larger batch takes no more memory
+        # in parts, so that a larger batch takes no more memory for activations
+        for part in images.split(128):
             if part.shape[-2:] != (self.encoder_size, self.encoder_size):
                 part = F.interpolate(part, (self.encoder_size, self.encoder_size), mode="bicubic")
             tokens.append(self.encoder((part - self.image_mean) / self.image_std).float())
@@ -560,7 +567,8 @@ class VAE(nn.Module):
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", antialias=True)
         means, stds = [], []
-        for part in images.split(32):  # a larger batch takes no more memory
+        # in parts, so that a larger batch takes no more memory for activations
+        for part in images.split(32):
             posterior = self.vae.encode(2 * part - 1).latent_dist
             means.append(posterior.mean.float())
             stds.append(posterior.std.float())
@@ -616,6 +624,7 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
+        # six of (B, 1 or N, width)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -630,6 +639,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
+        # fp32, because the loss and the sampler's state are
         return self.linear(modulate(self.norm_final(x), shift, scale)).float()
 
 
@@ -720,7 +730,8 @@ class DiT(nn.Module, Hub, library_name="rae"):
         self.register_buffer("rope", rope_table(tokens, width // heads), persistent=False)
         blocks = [Block(width, heads, z, qk_norm, swiglu) for _ in range(depth)]
         out_width, out_condition = width, z
-        if head:  # `s_embedder` feeds the backbone and `x_embedder` the head: the names of RAE's checkpoints
+        if head:
+            # `s_embedder` feeds the backbone and `x_embedder` the head: the names of RAE's checkpoints
             out_width = out_condition = head[0]
             self.s_embedder = nn.Linear(channels, width)
             self.s_projector = nn.Identity() if head[0] == width else nn.Linear(width, head[0])
@@ -764,7 +775,8 @@ class DiT(nn.Module, Hub, library_name="rae"):
         null condition. skip: the number of a backbone block to leave out, counted from 0. Raises IndexError
         for labels beyond the table, ValueError for a condition if the model has none.
         """
-        time = self.t_embedder(t)[:, None]  # (B, 1, Z)
+        # condition: timestep + label (B, 1, Z), or timestep + vector per token (B, N, Z)
+        time = self.t_embedder(t)[:, None]
         c = time
         if self.y_embedder is not None:
             if condition is None:
@@ -775,11 +787,13 @@ class DiT(nn.Module, Hub, library_name="rae"):
         if self.silu_condition:
             c = F.silu(c)
 
+        # backbone: (B, N, C) -> (B, N, width)
         s = (self.s_embedder if self.head else self.x_embedder)(x) + self.pos_embed
         for number, block in enumerate(self.blocks[: self.depth]):
             if number != skip:
                 s = block(s, c, self.rope)
-        if self.head:  # what the backbone computed conditions the head, which sees x_t anew
+        # DDT head: it sees x_t anew, and the output of the backbone is its condition
+        if self.head:
             c = self.s_projector(F.silu(time + s if self.readd_time else s))
             s = self.x_embedder(x)
             for block in self.blocks[self.depth :]:
@@ -806,6 +820,7 @@ def sample_time(u: Tensor, alpha: float, mean: float | None = 0.0, std: float = 
     None; truncated at 0.999, then shifted."""
     if mean is None:
         return shift_time(0.999 * u, alpha)
+    # truncated inverse CDF: u times the probability of t < 0.999, so that no draw lies beyond it
     limit = NormalDist(mean, std).cdf(math.log(0.999 / 0.001))
     return shift_time((mean + std * torch.special.ndtri(u * limit)).sigmoid().clamp(0, 0.999), alpha)
 
@@ -844,7 +859,8 @@ def time_grid(steps: int, alpha: float, grid: str = "full", start: float = 1.0) 
     elif grid == "scale-rae":
         index = [round(k * 999 / (steps - 1)) + 1 for k in range(steps)]
         base = torch.tensor(index, dtype=torch.float64) / 1000
-        base = torch.cat([base[:-1].flip(0), base[-1:]])  # downwards from the last but one
+        # downwards from the last but one; the last is only used by the step back up
+        base = torch.cat([base[:-1].flip(0), base[-1:]])
     else:
         raise ValueError(f"unknown grid {grid!r}: full, rae or scale-rae")
     points = shift_time(base, alpha).tolist()
@@ -875,10 +891,12 @@ def sample(
     if solver not in ("euler", "heun"):
         raise ValueError(f"unknown solver {solver!r}: euler or heun")
     alpha = default_alpha(noise.shape[1:]) if alpha is None else alpha
+    # dt is negative: from noise at t = 1 down to data at t = 0
     x = noise.float()
     for t, dt in time_grid(steps, alpha, grid, start):
         v = velocity(x, x.new_full((len(x),), t))
         if solver == "heun":
+            # the mean of the velocities at both ends of the step
             v = (v + velocity(x + dt * v, x.new_full((len(x),), t + dt))) / 2
         x = x + dt * v
     return x
@@ -929,7 +947,7 @@ class LatentModel(nn.Module, Hub):
         self.latent_shape = tuple(latent_shape)
         self.alpha = default_alpha(latent_shape) if alpha is None else alpha
         self.autoencoder_path = autoencoder
-        # in a dict they are no submodules: their weights stay in their own folders
+        # In a dict they are no submodules: their weights stay in their own folders.
         self._autoencoders = {}
 
     @property
@@ -982,17 +1000,17 @@ class LatentModel(nn.Module, Hub):
             raise ValueError(f"the guide generates latents {guide.latent_shape}, not {self.latent_shape}")
         if skip is not None and not 0 <= skip < self.dit.depth:
             raise ValueError(f"no block {skip} to skip: the DiT has blocks 0 to {self.dit.depth - 1}")
+        # ---- condition and noise
         condition = self.condition(inputs)
         if noise is None:
             device = generator.device if generator else self.device
             noise = torch.randn(len(inputs), *self.latent_shape, generator=generator, device=device)
         noise = to_device(noise.float(), self.device)
 
+        # ---- velocity, guided by a weaker one: the null condition, another model, or one block less
         velocity = partial(self.dit, condition=condition)
         if guidance != 1:
-            weaker = (
-                partial(guide.dit, condition=guide.condition(inputs)) if guide else self.dit
-            )  # null condition
+            weaker = partial(guide.dit, condition=guide.condition(inputs)) if guide else self.dit
             velocity = guided(velocity, weaker, guidance, interval)
         if skip is not None:
             velocity = guided(velocity, partial(self.dit, condition=condition, skip=skip), 2.0, interval)
@@ -1010,6 +1028,7 @@ class LatentModel(nn.Module, Hub):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
+        # a folder is stored relative to the model's own, so that both can be moved together
         self._hub_mixin_config["alpha"] = self.alpha
         for name in self.PATHS:
             if path := getattr(self, f"{name}_path", None):
@@ -1213,6 +1232,7 @@ class TextToImage(LatentModel, library_name="rae"):
         self.set_tokenizer(tokenizer)
         model = self.language_model
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        # with tied embeddings both are the same matrix, and the second pass changes nothing
         for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
             with torch.no_grad():
                 embeddings.weight[-2:] = embeddings.weight[:-2].mean(dim=0)
@@ -1251,11 +1271,11 @@ class TextToImage(LatentModel, library_name="rae"):
         """A batch from (ids, labels) pairs, padded on the right to the longest. An image is an answer if the
         token before it, its <im_start>, is supervised; otherwise it is something to read."""
         length = max(len(ids) for ids, _ in encoded)
-        ids = torch.tensor(
-            [row + [0] * (length - len(row)) for row, _ in encoded]
-        )  # causal: nobody sees padding
+        # attention is causal: no token sees the padding behind it, so that it needs no mask
+        ids = torch.tensor([row + [0] * (length - len(row)) for row, _ in encoded])
         labels = torch.tensor([row + [IGNORED] * (length - len(row)) for _, row in encoded])
-        images = (ids == IMAGE).flatten().nonzero().view(-1, self.latent_shape[0])  # (P, N) flat positions
+        # flat positions of the batch's images, (P, N)
+        images = (ids == IMAGE).flatten().nonzero().view(-1, self.latent_shape[0])
         answers = images[labels.flatten()[images[:, 0] - 1] != IGNORED]
         answer_mask = torch.zeros(ids.numel(), dtype=torch.bool)
         answer_mask[answers.flatten()] = True
@@ -1317,12 +1337,14 @@ class TextToImage(LatentModel, library_name="rae"):
         first draws first: the language model reads once for all k. context_latents: (C, *read_shape), images
         to read. The papers' loss is mean cross-entropy + 2 x mean velocity error, each over the global batch.
         """
+        # ---- text: one pass over prompts, images to read and queries
         hidden = self.hidden_states(self.embed(chat, context_latents))
         # logits of the supervised positions alone: of all, they would be the largest tensor of the step
         labels = chat.next_labels.flatten()
         logits = self.language_model.lm_head(hidden[self.positions(labels != IGNORED)]).float()
         targets = to_device(labels[labels != IGNORED], self.device)
         cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
+        # ---- images: the hidden states at the queries condition the DiT
         condition = self.answer_condition(hidden, chat)
         condition = condition.repeat(len(x_t) // max(1, len(condition)), 1, 1)
         return self.dit(x_t, t, self.dit.drop_condition(condition, dropped)), cross_entropy
@@ -1421,9 +1443,8 @@ class Dialogue:
     def __init__(self, model: TextToImage):
         self.model = model
         with torch.no_grad():
-            self.embeddings = read(
-                model, model.encode_turn("system", SYSTEM)
-            )  # (1, L, width), all turns so far
+            # (1, L, width), all turns so far
+            self.embeddings = read(model, model.encode_turn("system", SYSTEM))
 
     @torch.no_grad()
     def say(
@@ -1441,19 +1462,22 @@ class Dialogue:
         if image_or_latents is not None:
             text, latents = f"<image>\n{text}", image_or_latents.to(model.device)[None]
             latents = latents if latents.ndim == 3 else model.reader.encode(latents)
+        # ---- the user's turn, and the header of the reply
         self.append(read(model, model.encode_turn("user", text), latents))
         self.append(read(model, model.tokens("<|im_start|>assistant\n")))
         [end] = model.tokens("<|im_end|>")
         reply = (
             decode_greedily(model, self.embeddings, max_tokens, [end, model.im_start]).sequences[0].tolist()
         )
+        # ---- the reply ends with the turn, with an image, or at max_tokens, which counts as the turn's end
         words = [token for token in reply if token not in (end, model.im_start)]
         ending = model.tokens("<|im_end|>\n")
         if words:
             self.append(read(model, words))
         if reply[-1] == model.im_start:
+            # with labels it is an image to generate: its embeddings are the latent queries
             ids = [model.im_start, *[IMAGE] * model.latent_shape[0]]
-            self.append(model.embed(model.collate([(ids, ids)])))  # supervised, so an image to generate
+            self.append(model.embed(model.collate([(ids, ids)])))
             at_queries = model.hidden_states(self.embeddings)[-model.latent_shape[0] :]
             condition = model.diff_head_projector(at_queries)[None]
             ending = [model.im_end, *ending]
@@ -1523,7 +1547,8 @@ def answer_logits(
     "yes" if any token is in `yes`, else "no" or "uncertain"; and the raw logits of the last token that is in
     `yes` and in `no`, 0 if there is none."""
     out = decode_greedily(model, read(model, ids, latents, len(latents)), max_tokens, [end])
-    logits = torch.stack(out.logits, dim=1).gather(2, out.sequences[..., None])[..., 0]  # (B, T)
+    # raw logits of the tokens that were chosen, (B, T)
+    logits = torch.stack(out.logits, dim=1).gather(2, out.sequences[..., None])[..., 0]
     answers, yes_logits, no_logits = [], [], []
     for tokens, row in zip(out.sequences.tolist(), logits.tolist(), strict=True):
         of_yes = [logit for token, logit in zip(tokens, row, strict=True) if token in yes]

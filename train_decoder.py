@@ -165,6 +165,26 @@ def latent_statistics(
     return mean.float(), (square - mean**2 + 1e-5).sqrt().float()
 
 
+@torch.no_grad()
+def encode(
+    config: Config,
+    model: rae.RAE,
+    generator: rae.TextToImage | None,
+    batch: dict,
+    step: int,
+    dist_ctx: common.DistContext,
+) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) in [0, 1] of a micro-batch, and their latents (B, N, C)."""
+    images = data.to_unit(batch["image"], dist_ctx.device)
+    with dist_ctx.autocast():
+        latents = model.encode(images)
+        if generator:
+            if not all(batch["caption"]):
+                raise ValueError(f"{config.data} has images without captions, which --generator needs")
+            latents = regenerated(latents, generator, batch["caption"], config.seed, batch["index"], step)
+    return images, latents
+
+
 def regenerated(
     latents: Tensor, generator: rae.TextToImage, captions: list[str], seed: int, index: list[int], step: int
 ) -> Tensor:
@@ -558,17 +578,25 @@ def measure_statistics(config: Config, model: rae.RAE, run: common.Run, dist_ctx
     model.latent_std.copy_(std)
 
 
-def make_optimizer(config: Config, model: rae.RAE) -> common.Optimizers:
-    """AdamW; with --muon, the matrices of the decoder's layers go to Muon."""
+def make_optimizers(
+    config: Config, model: rae.RAE, discriminator: Discriminator | None
+) -> list[common.Optimizers]:
+    """Of the decoder, and of the discriminator. AdamW; with --muon, the matrices of the decoder go to
+    Muon."""
+    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     matrices, rest = [], []
     for name, parameter in model.decoder.named_parameters():
         if parameter.requires_grad:
             to_muon = config.muon and name.startswith("decoder_layers") and parameter.ndim == 2
             (matrices if to_muon else rest).append(parameter)
-    optimizers = [torch.optim.AdamW(rest, config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    of_decoder = [adamw(rest, config.lr)]
     if matrices:
-        optimizers.append(common.Muon(matrices, config.muon, weight_decay=0.0))
-    return common.Optimizers(*optimizers, clip=config.clip)
+        of_decoder.append(common.Muon(matrices, config.muon, weight_decay=0.0))
+    optimizers = [common.Optimizers(*of_decoder, clip=config.clip)]
+    if discriminator:
+        of_discriminator = adamw(discriminator.parameters(), config.disc_lr)
+        optimizers.append(common.Optimizers(of_discriminator, clip=config.clip))
+    return optimizers
 
 
 def flops_per_step(config: Config, model: rae.RAE) -> float:
@@ -612,37 +640,26 @@ def main() -> None:
     source = data.open_source(config.data, model.image_size, config.seed, **options)
     if run.source is None and config.statistics and not (generator or config.init):
         measure_statistics(config, model, run, dist_ctx)
-
     perceptual, discriminator = build_loss_networks(config, model, dist_ctx)
 
     # ---- model -> EMA -> shard -> compile -> optimizer -----------------------------------------------------
     if dist_ctx.peak_flops():
         run.flops_per_step = flops_per_step(config, model)
     ema = copy.deepcopy(model, {id(model.encoder): model.encoder})  # the frozen encoder is shared
-    export = (
-        copy.deepcopy(model).cpu() if dist_ctx.is_main else None
-    )  # stays unsharded, to write OUT/model with
+    # stays unsharded, to write OUT/model with
+    export = copy.deepcopy(model).cpu() if dist_ctx.is_main else None
     for module in (model, ema):
         common.shard_model(module.decoder, module.decoder.decoder_layers, dist_ctx)
-    blocks = [
-        *model.decoder.decoder_layers,
-        *model.encoder.blocks,
-        *(generator.dit.blocks if generator else []),
-    ]
+    blocks = [*model.decoder.decoder_layers, *model.encoder.blocks]
+    blocks += generator.dit.blocks if generator else []
     blocks += discriminator.backbone.encoder.blocks if discriminator else []
     common.compile_blocks(blocks, config.compile, dist_ctx)
     if config.activation_checkpointing:
         common.checkpoint_blocks(model.decoder.decoder_layers)
     last_layer = LastLayer(model)
-    optimizer = make_optimizer(config, model)
-    modules, optimizers = {"model": model, "ema": ema}, [optimizer]
-    if discriminator:
-        adamw = {"lr": config.disc_lr, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
-        disc_optimizer = common.Optimizers(
-            torch.optim.AdamW(discriminator.parameters(), **adamw), clip=config.clip
-        )
-        modules["discriminator"] = discriminator
-        optimizers.append(disc_optimizer)
+    optimizers = make_optimizers(config, model, discriminator)
+    optimizer, disc_optimizer = optimizers[0], optimizers[-1]
+    modules = {"model": model, "ema": ema} | ({"discriminator": discriminator} if discriminator else {})
     state = run.load(modules, optimizers, export)
     start = step = state["step"]
     val_source = data.open_source(config.data, model.image_size, config.seed + 1)
@@ -663,17 +680,7 @@ def main() -> None:
         for micro_batch in data.micro_batches(next(loader), config.grad_accum):
             # ---- latents: frozen encoder, no gradient ------------------------- (B, 3, H, W) -> (B, N, C)
             index = micro_batch["index"]
-            images = data.to_unit(micro_batch["image"], device)
-            with dist_ctx.autocast():
-                latents = model.encode(images)
-                if generator:
-                    if not all(micro_batch["caption"]):
-                        raise ValueError(
-                            f"{config.data} has images without captions, which --generator needs"
-                        )
-                    latents = regenerated(
-                        latents, generator, micro_batch["caption"], config.seed, index, step
-                    )
+            images, latents = encode(config, model, generator, micro_batch, step, dist_ctx)
             encoded.append((images, latents, index))
             noisy = latents
             if config.tau:  # noise-augmented decoding (RAE section 4.2)

@@ -1,45 +1,50 @@
 #!/usr/bin/env bash
-# The switches that Scale-RAE compares, each tried once in the nano world, with flags alone: the timestep shift, the
-# wide head at two widths, a VAE's latents, a second encoder, a noise-augmented decoder, a frozen language model, and
-# finetuning by epochs with questions in the mixture. Says what each costs and its velocity errors on 256 unseen
-# pictures: a few hundred steps show that the switches work, not which side is better.
+# Trains the nano model once for every choice that Scale-RAE compares: timestep shift, DDT head at two widths, a
+# VAE's latents, another encoder, a noise-augmented decoder, a frozen language model, and finetuning for 4 and 16
+# epochs with questions in the data. Prints speed and validation loss. A few hundred steps show that the options
+# work, not which one is better.
 #
-#     bash nano/compare.sh [OUT]        # resumes what was stopped; default runs/compare; STEPS=300, FLAGS="--dtype bf16"
+#     bash nano/compare.sh [OUT]      # default runs/compare; resumes; STEPS=300 and FLAGS="--dtype bf16" change it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} out=${1:-runs/compare} steps=${STEPS:-300}
 mkdir -p "$out"
-trained() {  # NAME FLAGS...
+train() {  # NAME FLAGS...
     "$python" train_t2i.py --resume --out "$out/$1" --steps "$steps" --save-every "$steps" \
-        --noise-first $((steps / 5)) ${FLAGS:-} "${@:2}"
+        --noise-only-steps $((steps / 5)) --val-data nano:objects ${FLAGS:-} "${@:2}"
 }
-decoder() {  # NAME FLAGS...
+train_decoder() {  # NAME FLAGS...
     "$python" train_decoder.py --resume --out "$out/$1" --steps "$steps" --save-every "$steps" ${FLAGS:-} "${@:2}"
 }
 
-trained base
-trained no-shift --alpha 1
-trained head --dit nano-DH
-trained narrow --dit nano-guide
-trained narrow-head --dit nano-guide-DH
-trained frozen --freeze language-model
+# ---- timestep shift, DDT head, frozen language model --------------------------------------------------------------
+train base
+train no-shift --alpha 1
+train head --dit nano-DH
+train narrow --dit nano-guide
+train narrow-head --dit nano-guide-DH
+train frozen --freeze language-model
 
+# ---- other latents: a VAE, and an RAE with an encoder of another seed ---------------------------------------------
 [ -e "$out/parts/vae/config.json" ] || "$python" -m nano.prepare vae --out "$out/parts" --steps "$steps"
-trained vae --autoencoder "$out/parts/vae" --reader nano/weights/rae
-
-[ -e "$out/parts/encoder/config.json" ] ||  # of another seed
+train vae --autoencoder "$out/parts/vae" --reader nano/weights/rae
+[ -e "$out/parts/encoder/config.json" ] ||
     "$python" -m nano.prepare encoder --out "$out/parts" --steps "$steps" --seed 1
-decoder second --encoder "$out/parts/encoder"
-trained encoder --autoencoder "$out/second/model"
+train_decoder second --encoder "$out/parts/encoder"
+train encoder --autoencoder "$out/second/model"
 
-decoder clean --encoder nano/weights/encoder --tau 0
-decoder noisy --encoder nano/weights/encoder --tau 0.2
-for name in clean noisy; do  # the same latents, drawn by the base model, through both
-    [ -e "$out/$name.json" ] || "$python" eval.py recon --autoencoder "$out/$name/model" --data nano:objects --out "$out/$name.json"
-    "$python" sample.py "a red circle" "two blue stars" --model "$out/base/model" --autoencoder "$out/$name/model" --out "$out/drawn-$name"
+# ---- noise-augmented decoder: the same generated latents through both decoders ------------------------------------
+train_decoder clean --encoder nano/weights/encoder --tau 0
+train_decoder noisy --encoder nano/weights/encoder --tau 0.2
+for name in clean noisy; do
+    [ -e "$out/$name.json" ] ||
+        "$python" eval.py recon --autoencoder "$out/$name/model" --data nano:objects --out "$out/$name.json"
+    "$python" sample.py "a red circle" "two blue stars" --model "$out/base/model" \
+        --autoencoder "$out/$name/model" --out "$out/samples-$name"
 done
 
-[ -e "$out/few/talks.jsonl" ] || "$python" - "$out/few" << 'END'  # requests and questions about 256 pictures
+# ---- finetuning on 256 images: three requests for one question, 4 and 16 epochs at batch 32 -----------------------
+[ -e "$out/few/conversations.jsonl" ] || "$python" - "$out/few" << 'END'
 import json
 import sys
 from pathlib import Path
@@ -58,50 +63,27 @@ for i in range(256):
     if i % 4 == 0:
         question, answer = sample.questions[i // 4 % 4]
         turns = [f"<image>\n{question}", answer]
-    talk = [{"from": who, "value": text} for who, text in zip(("human", "gpt"), turns)]
-    lines.append(json.dumps({"image": f"{i}.png", "conversations": talk}) + "\n")
-(folder / "talks.jsonl").write_text("".join(lines))
+    conversation = [{"from": who, "value": text} for who, text in zip(("human", "gpt"), turns)]
+    lines.append(json.dumps({"image": f"{i}.png", "conversations": conversation}) + "\n")
+(folder / "conversations.jsonl").write_text("".join(lines))
 END
 for epochs in 4 16; do
-    "$python" train_t2i.py --resume --out "$out/epochs-$epochs" --init "$out/base/model" --data "$out/few/talks.jsonl" \
-        --epochs "$epochs" --warmup 0.03 --lr 1e-4 --dit-lr 2e-4 ${FLAGS:-}
+    "$python" train_t2i.py --resume --out "$out/epochs-$epochs" --init "$out/base/model" --steps $((epochs * 8)) \
+        --data "$out/few/conversations.jsonl" --val-data nano:objects --warmup 0.03 --lr 1e-4 --dit-lr 2e-4 ${FLAGS:-}
 done
 
+# ---- table --------------------------------------------------------------------------------------------------------
 "$python" - "$out" << 'END'
 import json
 import sys
 from pathlib import Path
 
-import torch
-
-import data
-import rae
-
-print("| training | learned, M | steps | images/s | velocity error at t = 0.3 | 0.6 | 0.9 | cross-entropy of answers |")
-print("|---" * 8 + "|")
-names = "base no-shift head narrow narrow-head frozen vae encoder epochs-4 epochs-16".split()
-for name in names:
-    folder = Path(sys.argv[1]) / name
-    model = rae.TextToImage.from_pretrained(folder / "model").eval()
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    loader = data.Loader(data.open_source("nano:objects", model.autoencoder.image_size, 1000), 256, workers=0)
-    batch, generator = next(loader), torch.Generator().manual_seed(0)
-    images = data.to_unit(batch["image"], torch.device("cpu"))
-    questions = data.Loader(data.open_source("nano:objects", model.autoencoder.image_size, 1000, understanding=1.0), 256, workers=0)
-    asked = next(questions)
-    with torch.no_grad():
-        latents, condition = model.autoencoder.encode(images), model.condition(batch["caption"])
-        noise = torch.randn(latents.shape, generator=generator)
-        errors = [
-            rae.flow_loss(model.dit, latents, condition, 1.0, noise, torch.full((256,), t)).mean() for t in (0.3, 0.6, 0.9)
-        ]
-        chat = model.chat(asked["conversation"])
-        read = model.reader.encode(data.to_unit(asked["image"], torch.device("cpu")))
-        none = torch.zeros(256)
-        text, _ = model(chat, torch.zeros(256, *model.latent_shape), torch.zeros(256, *model.latent_shape), none, none.bool(), read)
-    frozen = "language_model." if name == "frozen" else "-"
-    learned = sum(p.numel() for key, p in model.named_parameters() if p.requires_grad and not key.startswith(frozen))
-    speed = sorted(row["images_per_second"] for row in rows)[len(rows) // 2]
-    shown = " | ".join(f"{error:.3f}" for error in errors)
-    print(f"| {name} | {learned / 1e6:.2f} | {rows[-1]['step']} | {speed:.0f} | {shown} | {text / len(chat.targets):.3f} |")
+columns = ("images_per_second", "text_loss", "val_loss", "val_loss_0.3", "val_loss_0.6", "val_loss_0.9")
+print(f"| run | step | {' | '.join(columns)} |")
+print("|---" * (len(columns) + 2) + "|")
+for name in "base no-shift head narrow narrow-head frozen vae encoder epochs-4 epochs-16".split():
+    last = {}
+    for line in (Path(sys.argv[1]) / name / "metrics.jsonl").read_text().splitlines():
+        last |= json.loads(line)
+    print(f"| {name} | {last['step']} | {' | '.join(f'{last[column]:.3f}' for column in columns)} |")
 END

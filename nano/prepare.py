@@ -1,20 +1,22 @@
-"""Makes the parts that the papers take off the shelf, at the size of a laptop, as ordinary `transformers`
-folders.
+"""Trains the parts that the papers take off the shelf, at the size of a laptop, as ordinary `transformers`
+and `diffusers` folders.
 
-    python -m nano.prepare language-model       # plays Qwen2.5: a ChatML tokenizer and a Qwen2 model
-    python -m nano.prepare encoder              # plays SigLIP-2: a vision tower that knows objects
-    python -m nano.prepare vae                  # plays FLUX's VAE, to compare with the RAE
-    python -m nano.prepare photographs          # real images, cut from those of scikit-image and -learn
-    python -m nano.prepare ship                 # runs/decoder and runs/t2i, as bf16
+    python -m nano.prepare language-model       # stands in for Qwen2.5: a ChatML tokenizer and a Qwen2 model
+    python -m nano.prepare encoder              # stands in for SigLIP-2: a vision tower that knows objects
+    python -m nano.prepare vae                  # stands in for FLUX's VAE, to compare with the RAE
+    python -m nano.prepare photographs          # real images, crops of those of scikit-image and scikit-learn
+    python -m nano.prepare ship                 # runs/decoder and runs/t2i -> nano/weights, as bf16
 
-Each token of the encoder learns to tell, through one linear layer, what the nearest object is and where its
-centre lies, as SigLIP-2 does from captions and boxes of billions of images; and its own patch, or else
-details below a patch were lost to the decoder. Noise on the tokens makes it spend most of them on objects:
-they, not pixels, are then what a generating model has to get right.
-The language model learns next tokens of requests, captions and questions with answers. It answers a request
-with the caption once more, so that what follows a request looks back at it: the latent queries, which take
-the caption's place later, could not learn that from the images alone. The VAE learns with L1, of pixels and
-of their differences, and a trace of KL; its tokens, 2x2 packed, are as many as the RAE's.
+Encoder: each token learns to tell, through one linear layer, what the nearest object is and where its centre
+lies, as SigLIP-2 does from captions and boxes of billions of images. It also learns its own patch, without
+which details below a patch would be lost to the decoder. Noise on the tokens makes the encoder spend most of
+them on objects: these, not pixels, are then what a generative model has to get right.
+
+Language model: next tokens of requests, captions and questions with answers. It answers a request by
+repeating the caption, so that what follows a request attends to it. The latent queries, which later take the
+caption's place, could not learn that from the images alone.
+
+VAE: L1 of pixels and of their differences, and a trace of KL. Packed 2x2, it has as many tokens as the RAE.
 """
 
 import argparse
@@ -41,9 +43,10 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SIZE, PATCH = 48, 8  # pixels of an image and of the square of one token
+SIZE, PATCH = 48, 8  # sides in pixels of an image and of one token's patch
 WIDTH = 96  # channels of a token
-NOISE = {"things": 0.5, "pixels": 0.3}  # the largest sigma at which a token must still tell them
+NOISE = {"objects": 0.5, "pixels": 0.3}  # largest sigma of the noise on a token that has to predict them
+IMAGES = "nano:objects=0.7,nano:scenes=0.15,nano:text=0.15"
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -51,8 +54,7 @@ NOISE = {"things": 0.5, "pixels": 0.3}  # the largest sigma at which a token mus
 
 
 def conversation(seed: int, index: int) -> list[dict]:
-    """Chat messages about an image that is not there: half ask for it and get its caption, half ask about
-    its caption."""
+    """Chat messages without an image: half ask for one and get its caption, half ask about a caption."""
     domain = shapes.DOMAINS[index % len(shapes.DOMAINS)]
     sample = shapes.draw(domain, seed, index, SIZE)
     chance = data.hash_seed(seed, index)
@@ -70,7 +72,7 @@ def conversation(seed: int, index: int) -> list[dict]:
 
 
 def make_tokenizer(vocabulary: int = 576, documents: int = 20_000) -> transformers.PreTrainedTokenizerFast:
-    """Byte-level BPE in which every capital is a token of its own, so that words to draw are spelled out."""
+    """Byte-level BPE in which every capital is a token, so that words to be drawn are spelled out."""
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"[A-Z]| ?[a-z]+| ?[^\sA-Za-z]+|\s")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -129,25 +131,27 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int) -> None:
 # images
 
 
-def describe(things: Sequence[shapes.Object]) -> np.ndarray:
-    """What each token is to know of the object nearest to it, (N, 14): its shape, where its centre lies, its
-    radius, its tilt where that is to be seen, its colour, and 1; all of it fades to 0 outside of its edge."""
+def describe(objects: Sequence[shapes.Object]) -> np.ndarray:
+    """What each token has to predict of its nearest object, (N, 14): one-hot shape, offset to the centre,
+    radius, tilt if it is visible, colour, and 1. All values fade to 0 outside of the object's edge."""
     middle = (np.arange(SIZE // PATCH) + 0.5) * PATCH
     tokens = np.stack(np.meshgrid(middle, middle), axis=-1).reshape(-1, 1, 2)
-    centers = np.array([(thing.x, thing.y) for thing in things]).reshape(1, -1, 2)
+    centers = np.array([(thing.x, thing.y) for thing in objects]).reshape(1, -1, 2)
     to_center = centers - tokens
-    to_edge = np.linalg.norm(to_center, axis=-1) - [thing.radius for thing in things]
-    known = np.zeros((len(tokens), 14), dtype=np.float32)
-    for row, nearest in enumerate(to_edge.argmin(axis=1) if things else ()):
-        thing = things[nearest]
-        known[row, shapes.SHAPES.index(thing.shape)] = 1.5
-        known[row, 6:8] = to_center[row, nearest] / PATCH
-        known[row, 8] = (thing.radius - 8) / 2
-        known[row, 9] = 0 if thing.shape in ("circle", "ring") else thing.tilt / 0.115
-        known[row, 10:13] = np.array(thing.rgb) / 127.5 - 1
-        known[row, 13] = 1
-        known[row] *= np.clip((7 - to_edge[row, nearest]) / 6, 0, 1)
-    return known
+    to_edge = np.linalg.norm(to_center, axis=-1) - [thing.radius for thing in objects]
+    target = np.zeros((len(tokens), 14), dtype=np.float32)
+    if not objects:
+        return target
+    for row, nearest in enumerate(to_edge.argmin(axis=1)):
+        thing = objects[nearest]
+        target[row, shapes.SHAPES.index(thing.shape)] = 1.5
+        target[row, 6:8] = to_center[row, nearest] / PATCH
+        target[row, 8] = (thing.radius - 8) / 2
+        target[row, 9] = 0 if thing.shape in ("circle", "ring") else thing.tilt / 0.115
+        target[row, 10:13] = np.array(thing.rgb) / 127.5 - 1
+        target[row, 13] = 1
+        target[row] *= np.clip((7 - to_edge[row, nearest]) / 6, 0, 1)
+    return target
 
 
 def train_encoder(out: Path, steps: int, batch: int, seed: int) -> None:
@@ -165,11 +169,15 @@ def train_encoder(out: Path, steps: int, batch: int, seed: int) -> None:
     )
     model.post_layernorm.requires_grad_(False)  # RAE takes tokens without its scale and shift
     heads = torch.nn.ModuleDict(
-        {"things": torch.nn.Linear(WIDTH, 14), "pixels": torch.nn.Linear(WIDTH, 3 * PATCH**2)}
+        {"objects": torch.nn.Linear(WIDTH, 14), "pixels": torch.nn.Linear(WIDTH, 3 * PATCH**2)}
     )
     domains = ("objects", "objects", "scenes", "text")
     weights = torch.ones(14)  # an outline is right if its centre, radius and tilt are
     weights[6:8], weights[8:10] = 9, 4
+
+    def predict(target: str, tokens: torch.Tensor) -> torch.Tensor:
+        sigma = NOISE[target] * torch.rand(batch, 1, 1)
+        return heads[target](tokens + sigma * torch.randn_like(tokens))
 
     def loss(step: int) -> torch.Tensor:
         numbers = range(step * batch, (step + 1) * batch)
@@ -177,15 +185,10 @@ def train_encoder(out: Path, steps: int, batch: int, seed: int) -> None:
         images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
         pixels = data.to_unit(images, torch.device("cpu")) * 2 - 1
         patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
-        things = torch.from_numpy(np.stack([describe(sample.objects) for sample in samples]))
-        tokens = model(pixels).last_hidden_state
-
-        def told(what: str) -> torch.Tensor:
-            sigma = NOISE[what] * torch.rand(batch, 1, 1)
-            return heads[what](tokens + sigma * torch.randn_like(tokens))
-
-        wrong = weights * (told("things") - things).square()
-        return 30 * wrong.mean() + 20 * F.l1_loss(told("pixels"), patches)
+        objects = torch.from_numpy(np.stack([describe(sample.objects) for sample in samples]))
+        tokens = model(pixels).last_hidden_state  # (B, N, WIDTH)
+        object_loss = (weights * (predict("objects", tokens) - objects).square()).mean()
+        return 30 * object_loss + 20 * F.l1_loss(predict("pixels", tokens), patches)
 
     matrices = [p for p in model.encoder.parameters() if p.ndim == 2]
     train(torch.nn.ModuleList([model, heads]), loss, steps, lr=1e-3, out=out, save=model, muon=matrices)
@@ -206,11 +209,11 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
         norm_num_groups=8,
         latent_channels=8,
         sample_size=SIZE,
-        use_quant_conv=False,  # as FLUX's
+        use_quant_conv=False,  # like FLUX's
         use_post_quant_conv=False,
         mid_block_add_attention=False,
     )
-    batches = data.Loader(data.open_source("nano", SIZE, seed), batch)
+    batches = data.Loader(data.open_source(IMAGES, SIZE, seed), batch)
 
     def pixels() -> torch.Tensor:
         return data.to_unit(next(batches)["image"], torch.device("cpu")) * 2 - 1
@@ -223,13 +226,14 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
         return error.abs().mean() + edges + 1e-6 * posterior.kl().mean()
 
     train(model, loss, steps, lr=1e-3, out=out)
+    # shift and scale that normalise its latents, measured on the trained weights
     with torch.no_grad():
         latents = torch.cat([model.float().encode(pixels()).latent_dist.mean for _ in range(8)])
     model.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     model.save_config(out)
 
 
-PHOTOGRAPHS = {  # by those whose wheels hold them; the two halves share no image
+PHOTOGRAPHS = {  # in the wheels of scikit-image and scikit-learn; the two halves share no image
     "train": ["astronaut.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
               "retina.jpg", "china.jpg"],
     "test": ["chelsea.png", "rocket.jpg", "flower.jpg"],
@@ -237,7 +241,7 @@ PHOTOGRAPHS = {  # by those whose wheels hold them; the two halves share no imag
 
 
 def cut_photographs(out: Path, seed: int, crops: int = 128) -> None:
-    """Random squares of real photographs, from 96 px to all of the height, as PNG files of 72 px."""
+    """Random square crops of photographs, from 96 px to the full height, as PNG files of 72 px."""
     import skimage
     import sklearn
 
@@ -258,8 +262,8 @@ def cut_photographs(out: Path, seed: int, crops: int = 128) -> None:
 
 
 def ship(out: Path, runs: Path) -> None:
-    """Copies the models of both trainings with one log line in ten; their matrices as bf16, while statistics,
-    frequencies and position tables stay as they were trained with."""
+    """Copies the models of both runs with one log line in ten. Matrices become bf16; statistics, frequencies
+    and position tables stay as they are."""
     for run in ("decoder", "t2i"):
         if not (runs / run / "model").is_dir():
             raise ValueError(f"no model at {runs / run / 'model'}: train it first")
@@ -271,34 +275,30 @@ def ship(out: Path, runs: Path) -> None:
             if key.startswith("encoder.") or (parameter.requires_grad and parameter.ndim > 1):
                 parameter.data = parameter.data.bfloat16()
         part.save_pretrained(out / name)
-        rows = (runs / run / "metrics.jsonl").read_text().splitlines()
-        (out / name / "log.jsonl").write_text("\n".join([*rows[9:-1:10], rows[-1]]) + "\n")
+        rows = common.read_rows(runs / run / "metrics.jsonl")
+        rows = [row for row in rows if "loss" in row]  # those of the training loss, not of validation
+        kept = [*rows[9:-1:10], rows[-1]]
+        (out / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
 def train(model, loss, steps: int, lr: float, out: Path, save=None, muon: Sequence = ()) -> None:
-    """AdamW, and Muon for some matrices, with warm-up and cosine; writes the model (bf16) and its log into
-    `out`."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    others = [p for p in learned if not any(p is matrix for matrix in muon)]
+    """AdamW, and Muon for some matrices, with warm-up and cosine decay. Writes the model, or its part `save`,
+    as bf16 and a log into `out`. loss(step): the loss of one batch."""
+    others = [p for p in model.parameters() if p.requires_grad and not any(p is matrix for matrix in muon)]
     optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
     if muon:
-        optimizers.append(torch.optim.Muon(muon, lr=0.02, weight_decay=0.0))
-    stepper = common.Stepper(*optimizers)
+        optimizers.append(common.Muon(muon, lr=0.02, weight_decay=0.0))
+    optimizers = common.Optimizers(*optimizers)
     out.mkdir(parents=True, exist_ok=True)
     started, log = time.time(), []
     for step in (bar := tqdm(range(steps), dynamic_ncols=True)):
-        stepper.scale(common.cosine(step, steps, steps // 20, 0.0))
+        optimizers.set_lr(common.cosine(step, steps, steps // 20, 0.0))
         value = loss(step)
         value.backward()
-        norm = stepper.step()
+        grad_norm = optimizers.step()
         if step % 50 == 0 or step == steps - 1:
-            row = {
-                "step": step,
-                "loss": value.item(),
-                "grad_norm": norm.item(),
-                "seconds": time.time() - started,
-            }
-            log.append(row)
+            row = {"step": step, "loss": value.item(), "grad_norm": grad_norm.item()}
+            log.append(row | {"seconds": time.time() - started})
             bar.set_postfix(loss=f"{row['loss']:.3f}")
     (model if save is None else save).bfloat16().save_pretrained(out)
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
@@ -309,23 +309,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=["language-model", "encoder", "vae", "photographs", "ship"])
-    parser.add_argument("--out", type=Path, default=Path("nano/weights"), help="writes OUT/<part>")
+    parser.add_argument("--out", type=Path, default=Path("nano/weights"), help="writes OUT/PART")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
-    parser.add_argument("--batch", type=int, help="samples a step (default: 128; encoder 64; vae 32)")
+    parser.add_argument("--batch", type=int, help="samples per step (default: 128; encoder 64; vae 32)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="ship: the trainings' folders")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="ship: folder of both runs")
     args = parser.parse_args()
-    args.batch = args.batch or {"encoder": 64, "vae": 32}.get(args.part, 128)
+    batch = args.batch or {"encoder": 64, "vae": 32}.get(args.part, 128)
+    out = args.out / args.part
     if args.part == "ship":
         ship(args.out, args.runs)
-    elif args.part == "encoder":
-        train_encoder(args.out / "encoder", args.steps, args.batch, args.seed)
     elif args.part == "photographs":
-        cut_photographs(args.out / "photographs", args.seed)
-    elif args.part == "vae":
-        train_vae(args.out / "vae", args.steps, args.batch, args.seed)
+        cut_photographs(out, args.seed)
     else:
-        train_language_model(args.out / "language-model", args.steps, args.batch, args.seed)
+        train_part = {"language-model": train_language_model, "encoder": train_encoder, "vae": train_vae}
+        train_part[args.part](out, args.steps, batch, args.seed)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""GenEval for the world of nano/shapes.py: finds shapes and reads words in images without a network.
+"""GenEval for the nano world: detects shapes and reads words in images without a network.
 
-The rule is GenEval's (Ghosh et al. 2023, evaluation/evaluate_images.py); only its detector (Mask2Former)
-and its colour classifier (CLIP) are replaced by segmentation by hue and by templates drawn with
-`shapes.coverage`.
+The rules are GenEval's (Ghosh et al. 2023, evaluation/evaluate_images.py). Its detector (Mask2Former) and its
+colour classifier (CLIP) are replaced by segmentation by hue and by templates drawn with `shapes.coverage`.
 """
 
 from dataclasses import dataclass
@@ -16,23 +15,16 @@ from scipy import ndimage
 from nano.shapes import COLORS, GLYPHS, SHAPES, TASKS, Object, coverage
 
 POSITION_MARGIN = 0.1  # GenEval's POSITION_THRESHOLD
-SMALLEST_AREA = 0.007  # of the image; the smallest star that shapes.py draws covers 0.011
-LEAST_OVERLAP = 0.72  # intersection over union with the best template, below which a blob is no shape
-TURNS = {
-    "circle": 1,
-    "ring": 1,
-    "square": 4,
-    "cross": 4,
-    "triangle": 3,
-    "star": 5,
-}  # in which a shape repeats
-GRID = 20  # samples a side of a normalised mask
-CONTRAST = 40  # least distance of a word's ink from its background, in levels
+MIN_AREA = 0.007  # fraction of the image; the smallest star that shapes.py draws covers 0.011
+MIN_OVERLAP = 0.72  # intersection over union with the best template, below which a blob is no shape
+SYMMETRY = {"circle": 1, "ring": 1, "square": 4, "cross": 4, "triangle": 3, "star": 5}  # rotational
+GRID = 20  # samples per side of a normalised mask
+CONTRAST = 40  # minimum distance of a word's ink from its background, in levels
 
 
 @dataclass(frozen=True)
 class Detection:
-    """A shape found in an image: box (x0, y0, x1, y1) in pixels, end exclusive, and confidence 0 to 1."""
+    """A shape in an image: box (x0, y0, x1, y1) in pixels, end exclusive; confidence from 0 to 1."""
 
     shape: str
     color: str
@@ -41,63 +33,59 @@ class Detection:
 
 
 def detect(image: np.ndarray) -> list[Detection]:
-    """The shapes in an image (H, W, 3) uint8 on a neutral background, the most confident first.
+    """The shapes in an image (H, W, 3) uint8 on a neutral background, most confident first.
 
-    Every pixel gets the palette's nearest hue, which blending with grey at an object's edge does not
-    change. Connected pixels of one hue, more than half covered by it, are an object if a shape's template
-    overlaps them well.
+    Every pixel gets the palette's nearest hue, which blending with grey at an object's edge does not change.
+    Connected pixels of one hue that are more than half covered are an object if a template fits them well.
     """
     labels, cover = _segment(image)
-    found = []
+    detections = []
     for label, color in enumerate(COLORS):
         mask = (labels == label) & (cover > 0.5)
-        if mask.sum() >= SMALLEST_AREA * mask.size:
-            found += _blobs(mask, np.where(labels == label, cover, 0), color)
-    return sorted(found, key=lambda detection: -detection.confidence)
+        if mask.sum() >= MIN_AREA * mask.size:
+            detections += _blobs(mask, np.where(labels == label, cover, 0), color)
+    return sorted(detections, key=lambda detection: -detection.confidence)
 
 
 def score(image: np.ndarray, metadata: dict[str, Any]) -> tuple[bool, str]:
-    """Whether an image fulfils a GenEval request, and in words what is wrong with it."""
+    """Whether an image fulfils a GenEval request, and the reasons why not."""
     return judge(detect(image), metadata)
 
 
 def judge(detections: list[Detection], metadata: dict[str, Any]) -> tuple[bool, str]:
-    """GenEval's `evaluate`: every entry of `include` has to hold and none of `exclude` may.
+    """GenEval's `evaluate`: every entry of `include` must hold, and none of `exclude` may.
 
-    Colours and positions are those of the `count` most confident detections of the class, so that more
-    objects than asked for are wrong only where `exclude` says so, and an entry whose target was not found
-    cannot be in place.
+    Colours and positions are those of the `count` most confident detections of a class, so surplus objects
+    are wrong only if `exclude` says so. An entry whose target is missing cannot be in position.
     """
     objects = {shape: [d for d in detections if d.shape == shape] for shape in SHAPES}
     reasons, groups = [], []
     for entry in metadata["include"]:
         group = objects[entry["class"]][: entry["count"]]
-        wrong = _missing(entry, group)
-        groups.append([] if wrong else group)
-        if not wrong and "position" in entry:
-            wrong = _misplaced(entry, group, groups[entry["position"][1]])
-        reasons += [wrong] if wrong else []
+        reason = _missing(entry, group)
+        groups.append([] if reason else group)
+        if not reason and "position" in entry:
+            reason = _misplaced(entry, group, groups[entry["position"][1]])
+        if reason:
+            reasons.append(reason)
     for entry in metadata.get("exclude", []):
         if len(objects[entry["class"]]) >= entry["count"]:
-            reasons.append(
-                f"expected {entry['class']}<{entry['count']}, found {len(objects[entry['class']])}"
-            )
+            count = len(objects[entry["class"]])
+            reasons.append(f"expected {entry['class']}<{entry['count']}, found {count}")
     return not reasons, "\n".join(reasons)
 
 
 def overall(results: dict[str, list[bool]]) -> dict[str, float]:
-    """Accuracy of every task and, as `overall`, their mean: GenEval weighs tasks alike, not images."""
+    """Accuracy of every task and, as `overall`, their mean: GenEval weighs tasks equally, not images."""
     missing = [task for task in TASKS if not results.get(task)]
     if missing:
-        raise ValueError(
-            f"GenEval's overall is a mean of six tasks, but there are no results of {', '.join(missing)}"
-        )
+        raise ValueError(f"GenEval's overall is the mean of six tasks: no results of {', '.join(missing)}")
     accuracies = {task: float(np.mean(results[task])) for task in TASKS}
     return accuracies | {"overall": float(np.mean(list(accuracies.values())))}
 
 
 def relations(one: Detection, other: Detection) -> set[str]:
-    """GenEval's `relative_position`: where `one` is, seen from `other`; on a diagonal two relations hold."""
+    """GenEval's `relative_position`: where `one` is as seen from `other`; two relations on a diagonal."""
     boxes = np.array([one.box, other.box]).reshape(2, 2, 2)
     offset = np.subtract(*boxes.mean(axis=1))
     extent = (boxes[:, 1] - boxes[:, 0]).sum(axis=0)
@@ -112,10 +100,10 @@ def relations(one: Detection, other: Detection) -> set[str]:
 def read_word(image: np.ndarray) -> str:
     """The word of one to four capitals in an image (H, W, 3) uint8 on a plain background, else "".
 
-    The box of the ink tells scale and length, since every letter fills its five columns and seven rows;
-    each letter is then the glyph that correlates best over small shifts and changes of the scale.
+    The box of the ink gives scale and length, because every letter fills its five columns and seven rows.
+    Each letter is then the glyph that fits best over small shifts and changes of scale.
     """
-    ink = ndimage.gaussian_filter(_ink(image), 0.5)  # cells are read at points, so edges have to be soft
+    ink = ndimage.gaussian_filter(_ink(image), 0.5)  # cells are read at single points: edges must be soft
     blobs, count = ndimage.label(ndimage.binary_dilation(ink > 0.5, iterations=len(ink) // 12))
     if count == 0:
         return ""
@@ -124,7 +112,7 @@ def read_word(image: np.ndarray) -> str:
 
 
 def _segment(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number of the palette's nearest hue and coverage by it, both (H, W)."""
+    """Index of the palette's nearest hue, and coverage by it, both (H, W)."""
     hues = _opponent(image.astype(np.float64))
     palette = _opponent(np.array(list(COLORS.values()), dtype=np.float64))
     strength = np.linalg.norm(palette, axis=-1)
@@ -134,7 +122,7 @@ def _segment(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _opponent(rgb: np.ndarray) -> np.ndarray:
-    """Chroma as a vector whose angle is the hue; greys are the origin."""
+    """Chroma as a vector whose angle is the hue; greys are at the origin."""
     red, green, blue = np.moveaxis(rgb, -1, 0)
     return np.stack([red - (green + blue) / 2, (green - blue) * 0.75**0.5], axis=-1)
 
@@ -142,22 +130,22 @@ def _opponent(rgb: np.ndarray) -> np.ndarray:
 def _blobs(mask: np.ndarray, cover: np.ndarray, color: str) -> list[Detection]:
     """Connected components of the mask that are shapes."""
     blobs, _ = ndimage.label(mask)
-    found = []
+    detections = []
     for number, window in enumerate(ndimage.find_objects(blobs), start=1):
         rows, columns = window
         window = tuple(slice(max(0, s.start - 1), s.stop + 1) for s in window)
         mine = blobs[window] == number
-        if mine.sum() >= SMALLEST_AREA * mask.size:
+        if mine.sum() >= MIN_AREA * mask.size:
             shape, confidence = _classify(cover[window] * ndimage.binary_dilation(mine, np.ones((3, 3))))
-            if confidence >= LEAST_OVERLAP:
-                found.append(
+            if confidence >= MIN_OVERLAP:
+                detections.append(
                     Detection(shape, color, (columns.start, rows.start, columns.stop, rows.stop), confidence)
                 )
-    return found
+    return detections
 
 
 def _classify(cover: np.ndarray) -> tuple[str, float]:
-    """The shape whose template has the largest soft intersection over union with a mask, and that."""
+    """The shape whose template has the largest soft intersection over union with a mask, and its value."""
     names, bank = _templates()
     mask = _normalise(cover)
     shared = np.minimum(mask, bank).sum(axis=-1)
@@ -168,11 +156,11 @@ def _classify(cover: np.ndarray) -> tuple[str, float]:
 
 @cache
 def _templates() -> tuple[list[str], np.ndarray]:
-    """Names and normalised masks (n, GRID * GRID) of all shapes: small and large, sharp and soft, turned."""
+    """Names and normalised masks (n, GRID * GRID) of all shapes: small, large, sharp, soft and rotated."""
     names, masks = [], []
     for shape, radius, blur in product(SHAPES, (6, 9), (0, 1)):
-        turn = 360 / TURNS[shape]
-        for angle in np.arange(0, turn if TURNS[shape] > 1 else 1, 7.5):
+        turn = 360 / SYMMETRY[shape]
+        for angle in np.arange(0, turn if SYMMETRY[shape] > 1 else 1, 7.5):
             tilt = float(np.tan(np.radians(angle / 2)))
             thing = Object(shape, "red", 16, 16, radius, tilt, (0, 0, 0))
             window, cover = coverage(thing, 32)
@@ -184,7 +172,7 @@ def _templates() -> tuple[list[str], np.ndarray]:
 
 
 def _normalise(cover: np.ndarray) -> np.ndarray:
-    """A mask resampled around its centre so that all have one area, as GRID * GRID values."""
+    """A mask resampled around its centre to a standard area, as GRID * GRID values."""
     area = cover.sum()
     rows, columns = np.indices(cover.shape)
     center = (cover * rows).sum() / area, (cover * columns).sum() / area
@@ -194,7 +182,7 @@ def _normalise(cover: np.ndarray) -> np.ndarray:
 
 
 def _missing(entry: dict[str, Any], group: list[Detection]) -> str:
-    """What is wrong with the number or the colours of the detections for an entry of `include`."""
+    """What is wrong with the number or colours of the detections for an entry of `include`, or ""."""
     if len(group) < entry["count"]:
         return f"expected {entry['class']}>={entry['count']}, found {len(group)}"
     colors = [detection.color for detection in group]
@@ -204,7 +192,7 @@ def _missing(entry: dict[str, Any], group: list[Detection]) -> str:
 
 
 def _misplaced(entry: dict[str, Any], group: list[Detection], targets: list[Detection]) -> str:
-    """What is wrong with the place of detections relative to those of the entry that they refer to."""
+    """What is wrong with the position of the detections relative to the targets, or ""."""
     relation = entry["position"][0]
     if not targets:
         return f"no target for {entry['class']} to be {relation}"
@@ -217,7 +205,7 @@ def _misplaced(entry: dict[str, Any], group: list[Detection], targets: list[Dete
 
 
 def _ink(image: np.ndarray) -> np.ndarray:
-    """Share (H, W) in each pixel of the colour farthest from the background, the border's median."""
+    """Fraction (H, W) of ink in each pixel: the colour farthest from the background, the border's median."""
     pixels = image.astype(np.float64)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     away = pixels - np.median(border, axis=0)
@@ -236,7 +224,7 @@ def _extent(mask: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def _fit_letters(ink: np.ndarray, top: float, left: float, bottom: float, right: float) -> str:
-    """The word that differs least from the ink at its letters' cells, in about this box."""
+    """The word that differs least from the ink at its letters' cells, in roughly this box."""
     names, glyphs = _alphabet()
     least, word = 0.2, ""
     for length in range(1, 5):
@@ -252,7 +240,7 @@ def _fit_letters(ink: np.ndarray, top: float, left: float, bottom: float, right:
 
 
 def _cells(ink: np.ndarray, y: float, x: float, scale: float, length: int) -> np.ndarray:
-    """Ink at the cells' centres (n, length, 35), for small changes of the scale and of the centre (y, x)."""
+    """Ink at the cells' centres (n, length, 35), for n small changes of scale and of the centre (y, x)."""
     stretch, down, right = np.meshgrid([0.92, 0.96, 1, 1.04], [-0.6, 0, 0.6], [-0.6, 0, 0.6])
     letter, row, column = np.indices((length, 7, 5)).reshape(3, 1, -1)
     step = scale * stretch.reshape(-1, 1)

@@ -1,10 +1,12 @@
-"""A small world of shapes and words: the synthetic data on which everything in this project runs on a laptop.
+"""The nano world of shapes and words: synthetic data with which everything in this project runs on a laptop.
 
 `draw(domain, seed, index)` makes an image with its caption, `prompt` a GenEval request and `render` a true
-image for one. The same arguments give the same bytes on every machine and with every library version:
-chance comes only from `random.Random(int).random()`, whose stream Python guarantees, and pixels only from the
-four operations, square roots, floor and comparisons, which IEEE 754 makes exact (numpy's sin, exp, matmul and
-float sums differ between processors).
+image for one. The same arguments give the same bytes on every machine and with every library version. Random
+numbers come only from `random.Random(int).random()`, whose stream Python guarantees. Pixels come only from
+the four operations, square roots, floor and comparisons, which IEEE 754 makes exact (numpy's sin, exp, matmul
+and float sums differ between processors).
+
+Captions and questions are part of the data that the shipped weights were trained on: do not reword them.
 """
 
 import math
@@ -30,26 +32,18 @@ COLORS = {
     "purple": (140, 40, 180),
     "pink": (250, 110, 185),
 }
-# Pairs that no training image or caption holds: they ask whether colour and shape were learnt apart.
-HELD_OUT = frozenset(
-    {
-        ("circle", "purple"),
-        ("square", "green"),
-        ("square", "cyan"),
-        ("triangle", "orange"),
-        ("star", "blue"),
-        ("cross", "yellow"),
-        ("cross", "pink"),
-        ("ring", "red"),
-    }
-)
+# Pairs that no training image or caption holds: they test whether colour and shape were learned separately.
+HELD_OUT = frozenset({
+    ("circle", "purple"), ("square", "green"), ("square", "cyan"), ("triangle", "orange"),
+    ("star", "blue"), ("cross", "yellow"), ("cross", "pink"), ("ring", "red"),
+})  # fmt: skip
 PAIRS = tuple((shape, color) for shape in SHAPES for color in COLORS)
 TRAINING_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 HELD_OUT_PAIRS = tuple(pair for pair in PAIRS if pair in HELD_OUT)
 
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
-LEVELS = (246, 205, 155, 95, 35)  # greys of a plain background, white to dark
+LEVELS = (246, 205, 155, 95, 35)  # grey levels of a plain background
 TEXTURES = ("striped", "checked", "dotted", "shaded")
 TONES = {
     "white": (236, 236, 236),
@@ -58,19 +52,17 @@ TONES = {
     "beige": (220, 204, 178),
     "brown": (112, 92, 76),
 }
-# Radii as fractions of the image's size, by the number of objects in it.
+# Radii as fractions of the image's side, by the number of objects in it.
 RADII = {1: (0.15, 0.24), 2: (0.13, 0.23), 3: (0.12, 0.18), 4: (0.11, 0.16), 5: (0.10, 0.15)}
 
 DARK_INKS = {"black": (25, 25, 25)} | {name: COLORS[name] for name in ("red", "green", "blue", "purple")}
-LIGHT_INKS = {"white": (240, 240, 240)} | {
-    name: COLORS[name] for name in ("orange", "yellow", "cyan", "pink")
-}
+LIGHT_INKS = {"white": (240, 240, 240)} | {n: COLORS[n] for n in ("orange", "yellow", "cyan", "pink")}
 WORDS = tuple(
     "A I GO NO UP WE ON IN IT MY CAT DOG SUN RED BOX CAR CUP HAT KEY MAP PEN BUS SKY SEA ICE JAM FOX OWL "
     "BEE ANT EGG PIE TEA ZOO BIRD FISH TREE MOON STAR BOOK DOOR FIRE RAIN SNOW WIND BLUE PINK FROG DUCK "
     "BEAR LION CAKE MILK RICE SHIP BALL KING HOME LOVE PLAY QUIZ JAZZ".split()
 )
-# Five columns by seven rows a letter, A to M and N to Z.
+# Letters of 5 columns by 7 rows, A to M above N to Z.
 FONT = """
 .###. ####. .###. ####. ##### ##### .###. #...# ##### ..### #...# #.... #...#
 #...# #...# #...# #...# #.... #.... #...# #...# ..#.. ...#. #..#. #.... ##.##
@@ -98,46 +90,37 @@ GLYPHS = {
 
 @dataclass(frozen=True)
 class Object:
-    """One shape in an image: centre (`x`, `y`) and circumscribed `radius` in pixels, y downwards.
-
-    `tilt` is the tangent of half its turn (so that the turn's sine and cosine are rational), `rgb` its exact
-    colour, `color` that colour's name.
-    """
+    """One shape in an image."""
 
     shape: str
-    color: str
-    x: float
+    color: str  # name of the colour
+    x: float  # centre in pixels, y downwards
     y: float
-    radius: float
-    tilt: float
-    rgb: tuple[float, float, float]
+    radius: float  # of the circumscribed circle, in pixels
+    tilt: float  # tangent of half the rotation, so that its sine and cosine are rational functions
+    rgb: tuple[float, float, float]  # exact colour
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image (size, size, 3) uint8 with its caption, what is in it, and (question, answer) pairs about it.
+    """An image with its caption and what is in it."""
 
-    `metadata` (with `task`, its tag) is the GenEval request that an image of the domain `objects` fulfils,
-    `word` what an image of the domain `text` says, `label` the place in PAIRS of what one of the domain
-    `classes` shows; they are None in the other domains.
-    """
-
-    image: np.ndarray
+    image: np.ndarray  # (size, size, 3) uint8
     caption: str
     objects: tuple[Object, ...]
-    task: str | None
-    questions: tuple[tuple[str, str], ...]
-    word: str | None
-    metadata: dict[str, Any] | None = None
-    label: int | None = None
+    task: str | None  # GenEval's tag, in the domain `objects`
+    questions: tuple[tuple[str, str], ...]  # (question, answer) pairs
+    word: str | None  # in the domain `text`
+    metadata: dict[str, Any] | None = None  # the GenEval request that the image fulfils, in `objects`
+    label: int | None = None  # index in PAIRS, in the domain `classes`
 
 
 class Chance:
-    """Random draws that depend on the given integers alone, in the order in which they are asked for."""
+    """A stream of random draws that depends only on the given integers."""
 
     def __init__(self, *keys: int):
         state = 0
-        for key in keys:  # splitmix64, so that neighbouring seeds and indices share nothing
+        for key in keys:  # splitmix64, so that neighbouring seeds and indices give unrelated streams
             state = (state + key + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
             state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
             state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
@@ -165,12 +148,13 @@ class Chance:
 
 
 def draw(domain: str, seed: int, index: int, size: int = 48) -> Sample:
-    """Training sample number `index` of the endless stream `seed` of one of DOMAINS, or of one of TASKS, that
-    part of `objects`, without held-out pairs; or of `classes`, single objects of every pair, held out or not.
+    """Sample number `index` of the endless stream `seed` of a domain. Raises ValueError for an unknown one.
 
-    `size` is the image's side in pixels; everything in it grows along. ValueError for another domain.
+    domain: one of DOMAINS; or one of TASKS, `objects` of that task only; or `classes`, a single object of any
+        pair of shape and colour. Only `classes` contains held-out pairs.
+    size: side of the image in pixels; everything in it scales with it.
     """
-    others = len(DOMAINS) + len(TASKS) + 1  # the streams before are of domains, prompts and renderings
+    others = len(DOMAINS) + len(TASKS) + 1  # earlier streams belong to domains, prompts and renderings
     if domain == "classes":
         return _draw_class(Chance(others, seed, index), size)
     if domain in TASKS:
@@ -184,31 +168,28 @@ def draw(domain: str, seed: int, index: int, size: int = 48) -> Sample:
 def prompt(task: str, seed: int, index: int, held_out: bool = False) -> dict[str, Any]:
     """Request number `index` of one of TASKS in GenEval's format: tag, include, (counting) exclude, prompt.
 
-    The entries of `include` hold class, count and perhaps color and position, which is [relation, number of
-    the entry that it relates to], as in GenEval's evaluation_metadata.jsonl. With `held_out` every object
-    is of a pair in HELD_OUT, which only `colors` and `color_attr` can ask for (else ValueError); without,
-    none is. Prompts are worded like training captions but drawn from a stream of their own.
+    Entries of `include` hold class, count and, depending on the task, color and position: [relation, index of
+    the other entry], as in GenEval's evaluation_metadata.jsonl. With `held_out` every object is a pair of
+    HELD_OUT, otherwise none is. Prompts are worded like training captions but come from another stream.
     """
     if held_out and task not in ("colors", "color_attr"):
-        raise ValueError(
-            f"{task} has no held-out prompts, only colors and color_attr name a pair of shape and colour"
-        )
+        raise ValueError(f"{task} has no held-out prompts: choose colors or color_attr, which name pairs")
     chance = Chance(len(DOMAINS) + TASKS.index(task), seed, index)
     metadata = _request(chance, task, HELD_OUT_PAIRS if held_out else TRAINING_PAIRS)
     return metadata | {"prompt": _caption(chance, metadata)}
 
 
 def render(metadata: dict[str, Any], seed: int, size: int = 48) -> np.ndarray:
-    """An image (size, size, 3) uint8 that fulfils a GenEval request, random where that leaves freedom.
+    """An image (size, size, 3) uint8 that fulfils a GenEval request, random where the request leaves freedom.
 
-    It holds nothing but what is asked for, and a held-out pair only where the request names it.
+    It shows nothing else, and a held-out pair only if the request names it.
     """
     chance = Chance(len(DOMAINS) + len(TASKS), seed)
     return _paint(_plain(chance, size), _place(chance, metadata["include"], size, gap=2.5))
 
 
 def coverage(thing: Object, size: int) -> tuple[tuple[slice, slice], np.ndarray]:
-    """The window of an image that an object can touch, and the share of each pixel there that it covers."""
+    """The window of an image that an object can touch, and the fraction of its pixels that it covers."""
     low = [max(0, math.floor(center - thing.radius - 1)) for center in (thing.y, thing.x)]
     high = [min(size, math.ceil(center + thing.radius + 1)) for center in (thing.y, thing.x)]
     down = (np.arange(low[0], high[0])[:, None] + 0.5 - thing.y) / thing.radius
@@ -219,7 +200,7 @@ def coverage(thing: Object, size: int) -> tuple[tuple[slice, slice], np.ndarray]
 
 
 def letters(word: str) -> np.ndarray:
-    """The bitmap (7, 6 n - 1) of a word of n upper-case letters, one empty column between two letters."""
+    """Bitmap (7, 6 n - 1) of a word of n capitals, with one empty column between letters."""
     bitmap = np.zeros((7, 6 * len(word) - 1), dtype=bool)
     for i, letter in enumerate(word):
         bitmap[:, 6 * i : 6 * i + 5] = GLYPHS[letter]
@@ -259,14 +240,11 @@ def _draw_scene(chance: Chance, size: int) -> Sample:
     image = _paint(_textured(chance, texture, TONES[tone], size), objects)
     background, things = f"{an(texture)} {tone} background", _listing(include)
     caption = chance.choice((f"{background} with {things}", f"{things} on {background}"))
-    kind = chance.choice(TEXTURES)
-    asked = chance.choice(
-        (
-            ("what is the background like?", texture),
-            (f"is the background {kind}?", "yes" if kind == texture else "no"),
-        )
-    )
-    return Sample(image, caption, objects, None, _some(chance, [asked, *_questions(chance, objects)]), None)
+    other = chance.choice(TEXTURES)
+    yes_no = (f"is the background {other}?", "yes" if other == texture else "no")
+    question = chance.choice((("what is the background like?", texture), yes_no))
+    questions = _some(chance, [question, *_questions(chance, objects)])
+    return Sample(image, caption, objects, None, questions, None)
 
 
 def _draw_text(chance: Chance, size: int) -> Sample:
@@ -295,7 +273,7 @@ def _draw_text(chance: Chance, size: int) -> Sample:
 
 
 def _request(chance: Chance, task: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """What an image of the task has to show, GenEval's metadata without the prompt."""
+    """What an image of the task has to show: GenEval's metadata without the prompt."""
     first = chance.choice(pairs)
     second = chance.choice([pair for pair in pairs if pair[0] != first[0] and pair[1] != first[1]])
     colored = task in ("colors", "color_attr") or (task == "position" and chance.coin())
@@ -313,7 +291,7 @@ def _request(chance: Chance, task: str, pairs: Sequence[tuple[str, str]]) -> dic
 
 
 def _scene(chance: Chance) -> list[dict[str, Any]]:
-    """Two or three groups of objects, two to five in all, in the form of GenEval's include."""
+    """Two or three groups of objects, two to five objects in all, like GenEval's include."""
     include = []
     for shape, most in zip(chance.shuffled(SHAPES), (3, 2, 1), strict=False):
         color = chance.choice([color for other, color in TRAINING_PAIRS if other == shape])
@@ -334,7 +312,7 @@ def _caption(chance: Chance, metadata: dict[str, Any]) -> str:
         things = [f"{things[1]} {relation} {things[0]}"]
     elif metadata["tag"] == "single_object" and chance.coin(0.2):
         things = [f"one {metadata['include'][0]['class']}"]
-    frame = chance.choice(("{}", "{}", "{}", "an image of {}", "an image of {}", "a drawing of {}"))
+    frame = chance.choice(("{}", "{}", "{}", "a picture of {}", "an image of {}", "a drawing of {}"))
     return frame.format(" and ".join(things))
 
 
@@ -360,7 +338,7 @@ def _listing(include: list[dict[str, Any]]) -> str:
 
 
 def _questions(chance: Chance, objects: tuple[Object, ...]) -> list[tuple[str, str]]:
-    """Question and answer pairs about objects of one colour a shape."""
+    """Question and answer pairs about objects of which each shape has one colour."""
     present = {thing.shape: thing.color for thing in objects}
     shape = chance.choice(list(present))
     count = sum(thing.shape == shape for thing in objects)
@@ -376,24 +354,24 @@ def _questions(chance: Chance, objects: tuple[Object, ...]) -> list[tuple[str, s
         first, second = chance.shuffled(objects)
         for relation in RELATIONS:
             if _holds(relation, first, second):
-                dist_ctx = f"to the {relation}" if relation in ("left of", "right of") else relation
-                questions.append((f"what is {dist_ctx} the {second.shape}?", an(first.shape)))
+                where = f"to the {relation}" if relation in ("left of", "right of") else relation
+                questions.append((f"what is {where} the {second.shape}?", an(first.shape)))
     return questions
 
 
 def _judgements(chance: Chance, metadata: dict[str, Any]) -> list[tuple[str, str]]:
-    """The two questions by which a model is asked to judge its own images (`TextToImage.verify`)."""
+    """The two questions with which a model judges its own images (`rae.verify`)."""
     aligned = chance.coin()
-    asked = _caption(chance, metadata if aligned else _altered(chance, metadata))
+    prompt = _caption(chance, metadata if aligned else _altered(chance, metadata))
     return [
-        (f"Does this image align with the prompt: {asked}?", "yes" if aligned else "no"),
+        (f"Does this image align with the prompt: {prompt}?", "yes" if aligned else "no"),
         ("Describe this image.", metadata["prompt"]),
     ]
 
 
 def _altered(chance: Chance, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The request with one thing changed, so that its images show another: the number, the relation, or
-    the shape or colour of one entry. No pair is held out."""
+    """The request with one change, so that its images do not fit any more: the number, the relation, or the
+    shape or colour of one entry. No pair is held out."""
     include = [dict(entry) for entry in metadata["include"]]
     entry = chance.choice(include)
     shape, color = entry["class"], entry.get("color")
@@ -415,10 +393,10 @@ def _some(chance: Chance, questions: list[tuple[str, str]]) -> tuple[tuple[str, 
 
 
 def _place(chance: Chance, include: list[dict[str, Any]], size: int, gap: float) -> tuple[Object, ...]:
-    """Objects for the entries of `include`, `gap` pixels apart or more, whole, and in the asked relations."""
+    """Objects for the entries of `include`: at least `gap` pixels apart, uncut, in the right positions."""
     colors = [entry.get("color") or _free_color(chance, entry["class"]) for entry in include]
     total = sum(entry["count"] for entry in include)
-    while True:  # until every object found room among its 20 throws
+    while True:  # until every object fits at one of its 20 random places
         placed: list[list[Object]] = []
         for entry, color in zip(include, colors, strict=True):
             placed.append([])
@@ -443,7 +421,7 @@ def _throw(chance: Chance, shape: str, color: str, radii: tuple[float, float], s
 
 
 def _fits(thing: Object, entry: dict[str, Any], placed: list[list[Object]], gap: float) -> bool:
-    """Whether an object is clear of those that stand, and where its entry of `include` wants it."""
+    """Whether an object is clear of those already placed, and where its entry of `include` wants it."""
     if not all(_apart(thing, other, gap) for group in placed for other in group):
         return False
     relation, target = entry.get("position", (None, 0))
@@ -456,7 +434,7 @@ def _apart(one: Object, other: Object, gap: float) -> bool:
 
 
 def _holds(relation: str, one: Object, other: Object) -> bool:
-    """Whether `one` clearly stands in the relation to `other`: GenEval's rule, and along the longer axis."""
+    """Whether the relation clearly holds: GenEval's rule, and along the longer axis."""
     across, down = RELATIONS[relation]
     x, y = one.x - other.x, one.y - other.y
     along, aside = x * across + y * down, abs(x * down) + abs(y * across)
@@ -465,7 +443,7 @@ def _holds(relation: str, one: Object, other: Object) -> bool:
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance, negative inside, to a shape in the unit circle; sharp corners stay sharp outside."""
+    """Signed distance, negative inside, to a shape in the unit circle; corners stay sharp."""
     if shape == "circle":
         return np.sqrt(x * x + y * y) - 0.9
     if shape == "ring":
@@ -477,7 +455,7 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.maximum(long - 0.94, short - 0.32)
     if shape == "triangle":
         return np.maximum(np.maximum(0.8660254 * x, -0.8660254 * x) - 0.5 * y, y) - 0.5
-    # A star is what lies inside at least four of the five lines that bound its inner pentagon.
+    # A star is the set of points inside at least four of the five lines through its inner pentagon's sides.
     sides = [0.58778525 * x + 0.80901699 * y, 0.95105652 * x - 0.30901699 * y]
     sides += [0.80901699 * y - 0.58778525 * x, -0.30901699 * y - 0.95105652 * x, -y + 0 * x]
     largest, second = np.maximum(sides[0], sides[1]), np.minimum(sides[0], sides[1])
@@ -487,7 +465,7 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _turn(tilt: float) -> tuple[float, float]:
-    """Cosine and sine of the angle whose half has the tangent `tilt`."""
+    """Cosine and sine of the angle whose half has the tangent `tilt`, without trigonometric functions."""
     return (1 - tilt * tilt) / (1 + tilt * tilt), 2 * tilt / (1 + tilt * tilt)
 
 
@@ -519,10 +497,8 @@ def _plain(chance: Chance, size: int) -> np.ndarray:
 def _textured(chance: Chance, texture: str, rgb: tuple[float, ...], size: int) -> np.ndarray:
     """A background in two shades of one tone."""
     cos, sin = _turn(chance.uniform(-1, 1))
-    down, right = (
-        np.arange(size)[:, None] + chance.uniform(0, size),
-        np.arange(size) + chance.uniform(0, size),
-    )
+    down = np.arange(size)[:, None] + chance.uniform(0, size)
+    right = np.arange(size) + chance.uniform(0, size)
     x, y = cos * right + sin * down, cos * down - sin * right
     if texture == "shaded":
         start = (x - x.min()) / (x.max() - x.min())
@@ -543,7 +519,7 @@ def _pattern(texture: str, x: np.ndarray, y: np.ndarray, period: float) -> np.nd
 
 
 def _write(chance: Chance, canvas: np.ndarray, word: str, rgb: tuple[float, ...]) -> None:
-    """Writes the word into the canvas, at a random scale and place, each pixel the mean of 4 x 4 samples."""
+    """Draws the word at a random scale and place, with 4 x 4 samples per pixel."""
     size, bitmap = len(canvas), letters(word)
     height, width = bitmap.shape
     scale = chance.uniform(1.4 * size / 48, min(2.4 * size / 48, (size - 4) / width))

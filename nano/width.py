@@ -4,17 +4,17 @@ image.
     python -m nano.width                        # the shipped autoencoder: docs/width.png, docs/width.json
     python -m nano.width --autoencoder runs/decoder/model --out runs/width.png
 
-Overfits the latents of one image, with fresh noise and times in every step, by DiTs that are narrower than,
-as wide as and wider than the C channels of a token, by deeper narrow ones, and by a narrow one with the wide
-shallow head of DiT-DH. Takes 9 minutes of one CPU core. Prints a table, and writes the losses over the
-steps as an image and the results as JSON beside it: metric, value, n, seed, command, versions, date.
+Overfits the latents of one image, with fresh noise and timesteps in every step, with DiTs narrower than, as
+wide as and wider than the C channels of a token, with deeper narrow ones, and with a narrow one that has a
+DDT head (wide and shallow). Takes 9 minutes on one CPU core. Prints a table, writes the losses as a plot, and
+the results as JSON beside it.
 
-The bound: the last layer is linear, so that all of the output for one token lies in a plane of d dimensions,
-d the width in front of it. The target, noise - x, fills all C, since the noise does. What lies outside of the
-best plane is lost, whatever stands before that layer: of the C eigenvalues of the target's covariance the
-smallest C - d. The noise makes the covariance I + Cov(x), the second over the tokens of the image, of which
-N span N - 1 directions at most: from d = N - 1 on these eigenvalues are all 1 and the bound of the loss, a
-mean over channels, is (C - d) / C. Behind a wide head d is the head's width, the backbone's no longer counts.
+The bound: the last layer is linear, so the outputs for a token lie in a subspace of d dimensions, where d is
+the width in front of it. The target, noise - x, fills all C dimensions, because the noise does. A model of
+any depth loses what lies outside the best subspace: the C - d smallest eigenvalues of the target's
+covariance. That covariance is I + Cov(x), where Cov(x) over the N tokens of one image has rank N - 1 at most.
+So from d = N - 1 on these eigenvalues are all 1, and the bound of the loss, a mean over channels, is
+(C - d) / C. With a DDT head d is the width of the head, and the width of the backbone no longer counts.
 """
 
 from dataclasses import dataclass
@@ -32,21 +32,21 @@ from common import flag
 from nano import shapes
 
 HEADS = 2
-ALPHA = 3.0  # of the timestep shift: that of train_t2i.py's nano preset
-DRAWS = 1024  # of noise and time, to measure a trained model with
+ALPHA = 3.0  # timestep shift of train_t2i.py's nano preset
+DRAWS = 1024  # draws of noise and t to measure a trained model with
 
 
 @dataclass
 class Config:
     autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE or VAE folder or hub id")
     steps: int = flag(1000, "optimizer steps of each model", at_least=2)
-    batch: int = flag(32, "noises and times in a step", at_least=1)
-    seed: int = flag(0, "of the image, weights, noise and times")
-    out: str = flag("docs/width.png", "the image; the results are beside it, as .json")
+    batch: int = flag(32, "draws of noise and t per step", at_least=1)
+    seed: int = flag(0, "of the image, weights, noise and t")
+    out: str = flag("docs/width.png", "the plot; the results are beside it, as .json")
 
 
 class Size(NamedTuple):
-    """Of a DiT: width and depth of its backbone, and of its head, if it has one."""
+    """Width and depth of a DiT's backbone, and (width, depth) of its DDT head if it has one."""
 
     width: int
     depth: int
@@ -61,17 +61,18 @@ class Size(NamedTuple):
 
 
 def sizes(channels: int) -> list[Size]:
-    """The models to compare. Widths are rounded to what rotary positions can be given."""
-    quarter, half, most, equal, wide = (
+    """The models to compare. RoPE needs a multiple of 4 channels per head."""
+    widths = [
         max(1, round(part * channels / (4 * HEADS))) * 4 * HEADS for part in (0.25, 0.5, 0.75, 1.0, 1.5)
-    )
-    plain = [Size(width, 2) for width in (quarter, half, most, equal, wide)]
+    ]
+    half, wide = widths[1], widths[-1]
+    plain = [Size(width, 2) for width in widths]
     return list(dict.fromkeys([*plain, Size(half, 4), Size(half, 8), Size(half, 2, (wide, 2))]))
 
 
 def lower_bound(latents: Tensor, width: int) -> float:
-    """The least flow loss on one image's latents (N, C) of a model whose output for every token lies in a
-    plane of `width` dimensions: the sum of the target's C - width smallest eigenvalues, divided by C."""
+    """The least flow loss on one image's latents (N, C) if the outputs for a token lie in a subspace of
+    `width` dimensions: the C - width smallest eigenvalues of the target's covariance, summed, over C."""
     channels = latents.shape[1]
     covariance = torch.cov(latents.double().T, correction=0) + torch.eye(channels, dtype=torch.float64)
     smallest = torch.linalg.eigvalsh(covariance)[: max(0, channels - width)]  # in ascending order
@@ -82,15 +83,15 @@ def lower_bound(latents: Tensor, width: int) -> float:
 # one model
 
 
-def loss(model: rae.DiT, latents: Tensor, seed: int, first: int, count: int) -> Tensor:
-    """Mean flow loss on the latents (N, C) over the draws of noise and time number first, first + 1, ..."""
+def flow_loss(model: rae.DiT, latents: Tensor, seed: int, first: int, count: int) -> Tensor:
+    """Mean loss on the latents (N, C) over draws of noise and t number first, first + 1, ..."""
     noise, u, _ = data.flow_draws(latents.shape, seed, range(first, first + count), latents.device)
     t = rae.sample_time(u, ALPHA).to(latents.device)
     return rae.flow_loss(model, latents.expand(count, -1, -1), None, ALPHA, noise, t).mean()
 
 
 def train(size: Size, latents: Tensor, config: Config) -> tuple[rae.DiT, list[float]]:
-    """An unconditional DiT that has seen nothing but these latents (N, C), and its loss in every step."""
+    """An unconditional DiT trained on these latents (N, C) alone, and its loss in every step."""
     torch.manual_seed(config.seed)
     head = (*size.head, HEADS) if size.head else None
     model = rae.DiT(tuple(latents.shape), size.width, size.depth, HEADS, head).to(latents.device)
@@ -100,22 +101,22 @@ def train(size: Size, latents: Tensor, config: Config) -> tuple[rae.DiT, list[fl
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=config.steps, pct_start=0.05)
     losses = []
     for step in (bar := tqdm(range(config.steps), desc=str(size), leave=False, dynamic_ncols=True)):
-        value = loss(model, latents, config.seed, step * config.batch, config.batch)
-        value.backward()
+        loss = flow_loss(model, latents, config.seed, step * config.batch, config.batch)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(value.item())
+        losses.append(loss.item())
         bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
     return model, losses
 
 
 @torch.no_grad()
 def measure(model: rae.DiT, latents: Tensor, config: Config) -> float:
-    """The loss over draws that come after all of the training's."""
+    """The loss over draws that training has not used."""
     first = config.steps * config.batch
-    parts = [loss(model, latents, config.seed, first + start, 64) for start in range(0, DRAWS, 64)]
-    return torch.stack(parts).mean().item()
+    losses = [flow_loss(model, latents, config.seed, first + start, 64) for start in range(0, DRAWS, 64)]
+    return torch.stack(losses).mean().item()
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def measure(model: rae.DiT, latents: Tensor, config: Config) -> float:
 
 class Result(NamedTuple):
     size: Size
-    parameters: int  # that are trained
+    parameters: int  # trainable
     losses: list[float]  # in every step
     loss: float  # in the end, on fresh draws
     bound: float
@@ -133,49 +134,36 @@ class Result(NamedTuple):
 def table(results: list[Result], channels: int) -> str:
     """Markdown."""
     lines = [["width", "depth", "head", "parameters", "loss", "lower bound"], ["---"] * 6]
-    for size, parameters, _, value, bound in results:
+    for size, parameters, _, loss, bound in results:
         head = f"{size.head[0]} x {size.head[1]}" if size.head else ""
         width = f"{size.width} ({size.width / channels:.2f} C)"
-        lines.append([width, str(size.depth), head, f"{parameters:,}", f"{value:.4f}", f"{bound:.3f}"])
+        lines.append([width, str(size.depth), head, f"{parameters:,}", f"{loss:.4f}", f"{bound:.3f}"])
     return "\n".join("| " + " | ".join(f"{cell:12}" for cell in line) + " |" for line in lines)
 
 
 def plot(results: list[Result], latents: Tensor, path: Path) -> None:
-    """On the left the loss over the steps, on the right the final loss over the width, above its bound."""
+    """Left: loss over steps. Right: final loss over width, with its bound."""
     channels = latents.shape[1]
     with common.plotting(path, 1, 2, figsize=(12, 4.5)) as (left, right):
-        window = max(1, len(results[0].losses) // 50)  # steps, whose mean is shown
-        for i, (size, _, losses, value, _) in enumerate(results):
+        window = max(1, len(results[0].losses) // 50)  # steps of a moving average
+        for i, (size, _, losses, loss, _) in enumerate(results):
             smooth = torch.tensor(losses).unfold(0, window, 1).mean(dim=1)
             label = f"{size.width} wide, {size.depth} deep"
             label += f", head {size.head[0]} wide, {size.head[1]} deep" if size.head else ""
             style = {"color": f"C{i}", "label": label}
             left.plot(range(window, len(losses) + 1), smooth, **style, linestyle="--" if size.head else "-")
-            right.plot(
-                size.width, value, **style, linestyle="", marker="*" if size.head else "o", markersize=8
-            )
+            right.plot(size.width, loss, **style, linestyle="", marker="*" if size.head else "o")
         widest = max(result.size.width for result in results)
         bounds = [lower_bound(latents, width) for width in range(widest + 1)]
         right.plot(bounds, color="black", linewidth=1, label="lower bound, without a head")
         right.axvline(channels, color="gray", linestyle=":", label=f"width of a token, {channels}")
         left.set(xlabel="step", ylabel="flow loss", yscale="log")
         top = 1.05 * max(1.0, *(result.loss for result in results))
-        right.set(
-            xlabel="width of the backbone",
-            ylabel="final flow loss",
-            xlim=(0, 1.05 * widest),
-            ylim=(-0.03, top),
-        )
+        right.set(xlabel="width of the backbone", ylabel="final flow loss")
+        right.set(xlim=(0, 1.05 * widest), ylim=(-0.03, top))
         for axis in (left, right):
             axis.grid(alpha=0.3)
         right.legend(fontsize=8)
-
-
-def save(results: list[Result], tokens: int, config: Config, path: Path) -> None:
-    """As JSON; n of a loss are its draws, of a bound the tokens of the image."""
-    rows = [{"metric": f"loss/{r.size}", "value": r.loss, "n": DRAWS} for r in results]
-    rows += [{"metric": f"bound/{r.size}", "value": r.bound, "n": tokens} for r in results]
-    common.save_results(rows, config.seed, path)
 
 
 def main() -> None:
@@ -197,7 +185,10 @@ def main() -> None:
     print(f"\n{table(results, channels)}\n")
     out = Path(config.out)
     plot(results, latents, out)
-    save(results, tokens, config, out.with_suffix(".json"))
+    # n of a loss is its number of draws, n of a bound the tokens of the image
+    rows = [{"metric": f"loss/{r.size}", "value": r.loss, "n": DRAWS} for r in results]
+    rows += [{"metric": f"bound/{r.size}", "value": r.bound, "n": tokens} for r in results]
+    common.save_results(rows, config.seed, out.with_suffix(".json"))
 
 
 if __name__ == "__main__":

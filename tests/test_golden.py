@@ -567,7 +567,7 @@ def with_patches(ids, labels):
 
 
 def losses(model, batch, latents, noise, t):
-    """Summed cross-entropy, and the velocity error of each image to generate, as train_t2i.py computes them."""
+    """Summed cross-entropy, and the velocity error of each image to generate, as in train_t2i.py."""
     answers = batch.is_answer
     x_1, x_0, t, context = noise[answers], latents[answers], t[answers], latents[~answers]
     x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * x_1

@@ -1,5 +1,4 @@
-"""The parts that nano/prepare.py makes: trained a few steps, they are folders which the real loading code
-reads."""
+"""nano/prepare.py: parts trained for a few steps are folders that the ordinary loading code reads."""
 
 import functools
 import json
@@ -17,11 +16,11 @@ from nano import prepare, shapes
 
 def test_parts_are_ordinary_folders(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare, "make_tokenizer", functools.partial(prepare.make_tokenizer, documents=300))
-    prepare.train_language_model(tmp_path / "language-model", steps=30, batch=4, seed=0)
-    prepare.train_encoder(tmp_path / "encoder", steps=30, batch=4, seed=0)
+    prepare.train_language_model(tmp_path / "language-model", steps=8, batch=4, seed=0)
+    prepare.train_encoder(tmp_path / "encoder", steps=8, batch=4, seed=0)
     for part in ("language-model", "encoder"):
         rows = [json.loads(line) for line in (tmp_path / part / "log.jsonl").read_text().splitlines()]
-        assert rows[-1]["step"] == 29 and rows[-1]["loss"] < rows[0]["loss"]
+        assert rows[-1]["step"] == 7 and rows[-1]["loss"] < rows[0]["loss"]
     decoder = {"patch_size": 8, "width": 32, "depth": 1, "heads": 2, "mlp_width": 48}
     autoencoder = rae.RAE(str(tmp_path / "encoder"), decoder)
     assert autoencoder.latent_shape == (36, prepare.WIDTH) and autoencoder.image_size == 48
@@ -31,7 +30,7 @@ def test_parts_are_ordinary_folders(monkeypatch, tmp_path):
     assert language_model.config.vocab_size == len(tokenizer)
 
 
-def test_tokens_are_to_know_the_nearest_object():
+def test_targets_describe_the_nearest_object():
     circle = shapes.Object("circle", "red", 12.0, 20.0, 8.0, 0.1, (255, 0, 127.5))
     known = prepare.describe([circle]).reshape(6, 6, 14)  # tokens of 8 pixels: centres at 4, 12, 20, ...
     assert known[2, 1].tolist() == [1.5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, -1, 0, 1]
@@ -48,14 +47,13 @@ def test_tokens_are_to_know_the_nearest_object():
 
 
 def test_vae_is_a_folder_of_diffusers_with_measured_statistics(tmp_path):
-    prepare.train_vae(tmp_path, steps=30, batch=4, seed=0)
+    prepare.train_vae(tmp_path, steps=8, batch=4, seed=0)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 29 and rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["step"] == 7 and rows[-1]["loss"] < rows[0]["loss"]
     model = rae.open_autoencoder(tmp_path)
     assert model.latent_shape == (36, 32) and model.image_size == 48  # as many tokens as the nano RAE
-    images = data.to_unit(
-        next(data.Loader(data.open_source("nano", 48, 1), 32))["image"], torch.device("cpu")
-    )
+    images = torch.from_numpy(np.stack([shapes.draw("objects", 1, i).image for i in range(32)]))
+    images = images.permute(0, 3, 1, 2) / 255
     latents = model.encode(images)
     assert latents.mean().abs() < 0.2 and 0.8 < latents.std() < 1.2
     assert model.decode(latents).shape == images.shape
@@ -75,10 +73,10 @@ def test_tokenizer_spells_capitals_and_loses_nothing(parts):
 def test_conversations_ask_for_images_or_about_captions():
     chats = [prepare.conversation(0, i) for i in range(60)]
     assert {len(chat) for chat in chats} == {3} and chats[0] == prepare.conversation(0, 0)
-    asked = [chat for chat in chats if chat[2]["content"].startswith("Here you go:\n")]
-    assert 15 < len(asked) < 45
+    requests = [chat for chat in chats if chat[2]["content"].startswith("Here you go:\n")]
+    assert 15 < len(requests) < 45
     heads = tuple(template.partition("{}")[0] for template in data.REQUESTS)
-    for _, request, answer in asked:
+    for _, request, answer in requests:
         assert request["content"].startswith(heads)
         assert answer["content"].removeprefix("Here you go:\n") in request["content"]  # the caption, again
 
@@ -87,9 +85,8 @@ def test_shipped_models_are_bf16_matrices_with_exact_statistics(parts, tmp_path)
     for run, part in (("decoder", "rae"), ("t2i", "t2i")):
         (tmp_path / "runs" / run).mkdir(parents=True)
         (tmp_path / "runs" / run / "model").symlink_to(parts / part)
-        (tmp_path / "runs" / run / "metrics.jsonl").write_text(
-            "".join(f'{{"step": {i}}}\n' for i in range(25))
-        )
+        rows = "".join(f'{{"step": {i}, "loss": 1.0}}\n{{"step": {i}, "val_loss": 1.0}}\n' for i in range(25))
+        (tmp_path / "runs" / run / "metrics.jsonl").write_text(rows)
     (tmp_path / "runs/rae").symlink_to(parts / "rae")
     prepare.ship(tmp_path / "weights", tmp_path / "runs")
     tensors = load_file(tmp_path / "weights/t2i/model.safetensors")

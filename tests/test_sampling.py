@@ -1,4 +1,4 @@
-"""nano/sampling.py: sampling from noised latents, and its run as a user sees it."""
+"""nano/sampling.py: sampling from noised latents, and a run as a user sees it."""
 
 import json
 import sys
@@ -11,17 +11,17 @@ import rae
 from nano import sampling
 
 
-def test_sampling_starts_in_the_middle_or_not_at_all(parts):
+def test_sampling_starts_at_a_given_t(parts):
     model = rae.TextToImage.from_pretrained(parts / "t2i").eval()
     torch.nn.init.normal_(model.dit.final_layer.linear.weight, std=0.1)  # a new one's velocity is 0
     noise, prompts = torch.randn(2, *model.latent_shape), ["a star", "two rings"]
     (_, dt), (t, _), *_ = rae.time_grid(4, model.alpha)
     for solver in ("euler", "heun"):
-        found, none, near = (
+        full, none, short = (
             model.generate(prompts, 4, noise=noise, solver=solver, start=start) for start in (1.0, 0.0, 0.01)
         )
         assert torch.equal(none, noise)
-        assert 0 < (near - noise).abs().max() < 0.1 * (found - noise).abs().max()
+        assert 0 < (short - noise).abs().max() < 0.1 * (full - noise).abs().max()
     with torch.no_grad():
         first = noise + dt * model.dit(noise, torch.ones(2), model.condition(prompts))
     rest = model.generate(prompts, 4, noise=first, start=t)
@@ -39,7 +39,7 @@ def test_run_writes_plot_and_results(parts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sampling.py", *map(str, flags)])
     sampling.main()
     assert Image.open(tmp_path / "plot.png").size[0] > 800
-    found = {row["metric"]: row for row in json.loads((tmp_path / "plot.json").read_text())}
-    assert len(found) == 5 * 7 and found["overall/heun, 2 steps, guidance 3, from 1"]["n"] == 12
-    assert all(0 <= row["value"] <= 1 for row in found.values())
+    results = {row["metric"]: row for row in json.loads((tmp_path / "plot.json").read_text())["results"]}
+    assert len(results) == 5 * 7 and results["overall/heun, 2 steps, guidance 3, from 1"]["n"] == 12
+    assert all(0 <= row["value"] <= 1 for row in results.values())
     assert "counting" in capsys.readouterr().out

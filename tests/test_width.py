@@ -1,4 +1,4 @@
-"""The bound of nano/width.py against numbers found without its formula, and its run as a user sees it."""
+"""nano/width.py: the bound against numbers that do not use its formula, and a run as a user sees it."""
 
 import json
 import sys
@@ -11,21 +11,21 @@ from nano import width
 
 
 @pytest.mark.parametrize("tokens", [4, 16])
-def test_bound_is_what_the_best_plane_through_sampled_targets_leaves(tokens):
+def test_bound_is_the_error_of_the_best_subspace_of_sampled_targets(tokens):
     torch.manual_seed(0)
     latents = 2 * torch.randn(tokens, 12) + torch.randn(12)
     targets = (torch.randn(20_000, tokens, 12) - latents).flatten(0, 1).double()
     targets -= targets.mean(dim=0)
     axes = torch.linalg.svd(targets, full_matrices=False).Vh
     for d in (0, 1, 5, 9, 12):
-        left = targets - targets @ axes[:d].T @ axes[:d]
-        assert width.lower_bound(latents, d) == pytest.approx(left.square().mean().item(), abs=0.01)
+        rest = targets - targets @ axes[:d].T @ axes[:d]
+        assert width.lower_bound(latents, d) == pytest.approx(rest.square().mean().item(), abs=0.01)
     assert width.lower_bound(latents, 15) == 0
-    if tokens == 4:  # three directions, beyond which there is noise alone
+    if tokens == 4:  # the latents span three directions, the others hold noise alone
         assert width.lower_bound(latents, 5) == pytest.approx((12 - 5) / 12)
 
 
-def test_a_narrow_model_stays_above_the_bound_and_a_head_frees_it():
+def test_narrow_model_stays_above_the_bound_and_a_head_does_not():
     torch.manual_seed(0)
     latents, config = torch.randn(4, 32), width.Config(steps=200, batch=16)
     losses = []
@@ -36,18 +36,25 @@ def test_a_narrow_model_stays_above_the_bound_and_a_head_frees_it():
     assert losses[0] > width.lower_bound(latents, 8) > losses[1] + 0.2
 
 
-def test_run_writes_table_image_and_results(parts, tmp_path, monkeypatch, capsys):
-    flags = ["--autoencoder", parts / "rae", "--steps", 3, "--batch", 2]
-    written = []
+def test_run_writes_table_plot_and_the_same_results_for_the_same_seed(parts, tmp_path, monkeypatch, capsys):
+    files = []
     for name in ("a", "b"):
-        out = ["--out", tmp_path / f"{name}.png"]
-        monkeypatch.setattr(sys, "argv", ["width.py", *map(str, flags + out)])
+        flags = [
+            "--autoencoder",
+            parts / "rae",
+            "--steps",
+            3,
+            "--batch",
+            2,
+            "--out",
+            tmp_path / f"{name}.png",
+        ]
+        monkeypatch.setattr(sys, "argv", ["width.py", *map(str, flags)])
+        monkeypatch.setattr(width, "DRAWS", 64)
         width.main()
-        written.append(json.loads((tmp_path / f"{name}.json").read_text()))
+        files.append(json.loads((tmp_path / f"{name}.json").read_text()))
         assert Image.open(tmp_path / f"{name}.png").size[0] > 800
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(rows) == 2 * (2 + len(width.sizes(24))) and "24 (1.00 C)" in "".join(rows)
-    for one, other in zip(*written, strict=True):
-        assert set(one) == {"metric", "value", "n", "seed", "command", "versions", "date"}
-        assert (one["metric"], one["value"]) == (other["metric"], other["value"])  # the same seed
-    assert [row["metric"] for row in written[0]][:2] == ["loss/8x2", "loss/16x2"]
+    assert files[0]["results"] == files[1]["results"]
+    assert [row["metric"] for row in files[0]["results"]][:2] == ["loss/8x2", "loss/16x2"]
