@@ -526,14 +526,15 @@ def test_a_kill_while_writing_leaves_the_checkpoint_before(world, parts, tmp_pat
 def test_killed_at_random_and_restarted(world, parts, tmp_path):
     """What `python tests/kill.py` does many times under torchrun."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    runs = [world(2, "train_decoder.py", *kill.flags(parts, out)) for out in (whole, killed)]
+    flags = ["train_decoder.py", *kill.flags(parts, killed), "--workers", 0]
+    runs = [world(2, *flags, "--out", whole), world(2, *flags)]
     while kill.last_step(killed) < 3 and runs[1].processes[0].is_alive():
         time.sleep(0.005)
     time.sleep(random.uniform(0, 0.1))
     runs[1].signal(signal.SIGKILL, rank=random.randint(0, 1))
     runs[1].wait(code=None)  # the other process cannot go on alone
     assert kill.last_step(killed) < kill.STEPS
-    assert "resumed from" in world(2, "train_decoder.py", *kill.flags(parts, killed)).wait()
+    assert "resumed from" in world(2, *flags).wait()
     runs[0].wait()
     assert kill.is_identical(whole, killed)
 
