@@ -2,22 +2,19 @@
 
 --data names a source, or several with weights, separated by commas:
 
-    nano                           the synthetic world of nano/shapes.py: the domains of NANO_MIXTURE below
-    nano:objects                   one domain: objects, scenes, text, questions (about images of those),
-                                   classes (labelled objects), or a task of objects, such as counting
-    path/to/folder                 images; captions in its metadata.jsonl ({"file_name": ..., "text": ...}),
-                                   or one subfolder per class, as in ImageNet
+    nano                           the synthetic world of nano/shapes.py: the domains of NANO_MIXTURE
+    nano:DOMAIN                    objects, scenes, text, questions, classes, or a task such as counting
+    path/to/folder                 images; captions in its metadata.jsonl, or one subfolder per class
     path/to/shards                 .tar files (jpg, png or webp beside txt, cls or json) or .parquet files
     path/to/latents                the output of encode.py: latents instead of images
-    path/to/file.jsonl             lines of {"image": a path relative to the file's folder, or null,
-                                   "conversations": [{"from": "human" or "gpt", "value": ...}, ...]}
-    path/to/wds_manifest.json      {"dataset_name": ..., "tars": [URLs, or paths relative to its folder]}
+    path/to/file.jsonl             conversations, and paths of their images from the file's folder
+    path/to/wds_manifest.json      a list of tars: URLs, or paths from its folder
     org/name                       a data set on the Hugging Face hub, streamed
     web=0.7,synthetic=0.2,nano=0.1 a mixture
 
-A json file in a tar and a row of a table may have "conversations" instead of a caption. <image> marks the
-place of the image: in a human turn the model looks at it, in a gpt turn the model draws it. A caption becomes
-a conversation that asks for the image.
+docs/data.md has examples of the files. Rows of shards may have conversations too. <image> marks the place of
+the image: in a human turn the model looks at it, in a gpt turn the model draws it. A caption becomes a
+conversation that asks for the image.
 
 Place j of step s is sample number s * batch + j. A sample depends on the seed and its number only, not on the
 number of processes or workers. `Loader` yields the batches of a training run, without end. `OnePass` yields
@@ -623,8 +620,7 @@ def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
 
 
 class Mixture:
-    """Several sources with weights. Every thousand samples hold the exact share of each source, in an order
-    that depends on the seed.
+    """Several sources with weights: every thousand samples have the exact shares, in a random order.
 
     classes: number of classes, None if no source knows it
     latents: the latents.json of every source of latents; [] for images
@@ -848,8 +844,7 @@ class OnePass:
 
     def __init__(self, source: Mixture, batch: int, limit=None, workers=1, rank=0, world_size=1):
         self.source, self.batch, self.limit, self.workers = source, batch, limit, workers
-        self.rank, self.world_size = rank, world_size
-        self.skipped: list[str] = []
+        self.rank, self.world_size, self.skipped = rank, world_size, []
 
     def batches(self, worker: int, workers: int) -> Iterator[dict]:
         """What one worker process makes; only "skipped" if no sample of a batch can be used."""
