@@ -84,8 +84,8 @@ def from_official(state_dict: dict[str, Tensor], **options) -> nn.Module:
       im_start= and im_end=, ids of the tokens around an image. Set its tokenizer and autoencoder afterwards
 
     heads= is needed for a decoder whose size is not in `rae.DECODERS`, and for a DiT without RoPE tables.
-    Other sizes are read from the tensors; options such as width= are checked against them. With the DDT head,
-    heads, width and depth are pairs (backbone, head), or one number for both. Raises ValueError for an unknown
+    Other sizes are read from the tensors; options such as width= are checked. With the DDT head, heads, width
+    and depth are pairs (backbone, head), or one number for both. Raises ValueError for an unknown
     or damaged state dict, naming the first keys that do not fit, and for options that contradict it.
     """
     # DDP, FSDP and torch_xla add their own prefixes, anywhere in a key
