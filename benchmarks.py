@@ -418,7 +418,7 @@ def clipscore(config, dist_ctx: common.DistContext) -> list[dict]:
         batch = pairs[start : start + config.batch]
         images = [data.open_image(str(path)).convert("RGB") for path, _ in batch]
         cosines = (clip.images(images) * clip.texts([prompt for _, prompt in batch])).sum(dim=-1)
-        total += 100 * cosines.clamp(min=0).sum().item()
+        total += (100 * cosines.clamp(min=0)).sum().item()
     [total] = common.global_sum(total)
     return [{"metric": f"clipscore/{config.clip}", "value": total / len(paths), "n": len(paths)}]
 
