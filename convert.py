@@ -85,8 +85,8 @@ def from_official(state_dict: dict[str, Tensor], **options) -> nn.Module:
 
     heads= is needed for a decoder whose size is not in `rae.DECODERS`, and for a DiT without RoPE tables.
     Other sizes are read from the tensors; options such as width= are checked. With the DDT head, heads, width
-    and depth are pairs (backbone, head), or one number for both. Raises ValueError for an unknown
-    or damaged state dict, naming the first keys that do not fit, and for options that contradict it.
+    and depth are pairs (backbone, head), or one number for both. Raises ValueError for an unknown or damaged
+    state dict, naming the first keys that do not fit, and for options that contradict it.
     """
     # DDP, FSDP and torch_xla add their own prefixes, anywhere in a key
     wrappers = r"(?<![^.])(_orig_module|module|_fsdp_wrapped_module|_fpw_module)\."
