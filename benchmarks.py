@@ -111,6 +111,7 @@ def as_results(name: str, figures: dict[str, tuple[float, int]]) -> list[dict]:
 # -----------------------------------------------------------------------------------------------------------
 # GenEval (arXiv 2310.11513): are the objects of the prompt there, in number, colour and position
 
+# the official evaluate_images.py's numbers
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # lowest score of a detection
 MAX_OBJECTS = 16  # per class
 POSITION_MARGIN = 0.1  # distance beyond which one object is beside another, in units of their sizes
@@ -521,6 +522,7 @@ def dpg(config, dist_ctx: common.DistContext) -> list[dict]:
     if missing := [path for path in paths if not path.is_file()]:
         raise ValueError(f"{len(missing)} of {len(paths)} grids are missing, the first is {missing[0]}")
     images = [(path, square) for path in paths for square in range(GRID * GRID)][: config.limit]
+    # an image's content is part of its key: a grid that was drawn again is asked about again
     digests = {path: digest(path) for path, _ in images}
     jobs = {(path.stem, square, digests[path]): (path, square) for path, square in images}
     fields, scorer = ("item_id", "square", "digest"), partial(DPGScorer, config.vqa, items, dist_ctx.device)
@@ -678,7 +680,8 @@ def open_tables(name: str) -> list:
 
 
 def asked_rows(name: str, table) -> list[int]:
-    """Numbers of the rows that are asked. Reads one column, so that no image is decoded."""
+    """Numbers of the rows that are asked."""
+    # one column is read, so that no image is decoded
     if QUESTION_SETS[name].only is None:
         return list(range(len(table)))
     column, values = QUESTION_SETS[name].only
@@ -709,14 +712,14 @@ class QuestionScorer:
 
 
 def understanding_summary(name: str, rows: list[dict]) -> tuple[float, int]:
-    """(percentage, n). For MME the sum over categories of two accuracies, of questions and of images, both of
-    whose questions must be right: 2000 at most."""
+    """(percentage, n). For MME a sum of percentages, at most 2000."""
     if name != "mme":
         return 100 * float(np.mean([row["score"] for row in rows])), len(rows)
     categories = defaultdict(lambda: defaultdict(list))
     for row in rows:
         category, _, image = row["group"].partition("/")
         categories[category][image].append(row["score"])
+    # of each category two accuracies: of questions, and of images, both of whose questions must be right
     total = 0.0
     for images in categories.values():
         questions = [score for scores in images.values() for score in scores]

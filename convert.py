@@ -572,7 +572,7 @@ def read_tensors(path: str, revision: str | None) -> dict[str, Tensor]:
 
 
 def decompress(path: str) -> BinaryIO:
-    """Decompress to a temporary file, because `torch.load` needs to seek."""
+    """Decompress to a temporary file: `torch.load` needs to seek, and the content may not fit in memory."""
     import zstandard
 
     file = tempfile.TemporaryFile()
@@ -602,6 +602,7 @@ def read_weights(source: str, revision: str | None) -> dict[str, Tensor]:
 
 def check_config(source: str, config: dict, known: dict) -> None:
     """Raise ValueError for a switch with another value than the one that rae.py implements."""
+    # older files lack some switches, which then have this value
     for name, value in known.items():
         if config.get(name) not in (value, None):
             raise ValueError(f"{source}: config.json has {name} {config[name]}, only {value} is known")
@@ -653,7 +654,7 @@ def diffusers_key(name: str) -> str:
 
 def read_diffusers(source: str, config: dict, revision: str | None) -> rae.RAE:
     """An RAE from a folder of `diffusers.AutoencoderRAE`."""
-    weights = load_file(fetch(f"{source}/diffusion_pytorch_model.safetensors", revision))
+    weights = read_tensors(f"{source}/diffusion_pytorch_model.safetensors", revision)
     try:
         encoder, encoder_size = diffusers_encoder(config), config["encoder_input_size"]
         decoder = {ours: config[theirs] for ours, theirs in DIFFUSERS_DECODER.items()}

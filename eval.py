@@ -67,13 +67,9 @@ class Config:
     )
     samples: str = flag("", "fid: a .npz like ADM's or a source of images; benchmarks: a folder of images")
     reference: str = flag("", "fid, and recon in place of the originals: a .npz like ADM's or a source")
-    limit: int | None = flag(
-        None, "images per data set (recon, fid; default all, nano 256) or in all (benchmarks)", at_least=2
-    )
+    limit: int | None = flag(None, "images per data set (default all, nano 256) or benchmark", at_least=2)
     # metrics
-    features: str = flag(
-        "encoder", "network for FID: inception or nano encoder", choices=["inception", "encoder"]
-    )
+    features: str = flag("encoder", "network for FID (encoder: nano's)", choices=["inception", "encoder"])
     inception: str = flag("", "file with Inception's weights (default: torch-fidelity downloads them)")
     lpips: str = flag("none", "LPIPS network; torchvision downloads it", choices=["vgg", "alex", "none"])
     detector: str = flag("facebook/mask2former-swin-small-coco-instance", "geneval: Mask2Former")

@@ -290,6 +290,9 @@ def test_damaged_diffusers_folders(tmp_path):
         save_file(weights | change, path)
         with pytest.raises(ValueError, match="extra|statistics"):
             rae.RAE.from_pretrained(tmp_path)
+    path.write_bytes(b"no")
+    with pytest.raises(ValueError, match="damaged"):
+        rae.RAE.from_pretrained(tmp_path)
     save_file(weights, path)
     for change in ({"encoder_type": "clip"}, {"decoder_hidden_size": 64}, {"encoder_num_hidden_layers": 2}):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
