@@ -67,7 +67,7 @@ class Config:
     )
     samples: str = flag("", "fid: a .npz like ADM's or a source of images; benchmarks: a folder of images")
     reference: str = flag("", "fid, and recon in place of the originals: a .npz like ADM's or a source")
-    limit: int | None = flag(None, "images per data set (default all, nano 256) or benchmark", at_least=2)
+    limit: int | None = flag(None, "images per data set or benchmark (default all; nano 256)", at_least=2)
     # metrics
     features: str = flag("encoder", "network for FID (encoder: nano's)", choices=["inception", "encoder"])
     inception: str = flag("", "file with Inception's weights (default: torch-fidelity downloads them)")
@@ -291,6 +291,7 @@ class ImageSet(NamedTuple):
 class Uncropped:
     """Takes the place of data.Transform in a source: whole images, which must be squares of one size."""
 
+    # cropping or resizing the samples would change the FID; their reference is cropped to their size instead
     size, text_only, length = None, False, None
 
     def pixels(self, image: Image.Image, *uniform: float) -> np.ndarray:
@@ -468,6 +469,7 @@ def reconstruct(
         decoded_sums.add(features.extract(rounded)[0])
         if reference is None:
             original_sums.add(features.extract(batch)[0])
+        # the first images by index, whichever process holds them
         first += zip(indices, np.stack([batch, rounded], axis=1), strict=True)
         first = sorted(first, key=lambda item: item[0])[:STRIP]
 

@@ -158,11 +158,8 @@ def test_damaged_decoder_files(parts, decoder, tmp_path, hub):
         path = save(content, tmp_path / "model.pt")
         return rae.RAE.from_pretrained(path, **{"encoder": str(parts / "encoder"), "heads": 2} | options)
 
-    for name in ("decoder_norm.bias", "decoder_layers.1.output.dense.weight", "trainable_cls_token"):
-        with pytest.raises(ValueError, match=name):
-            read({key: w for key, w in weights.items() if key != name})
-        with pytest.raises(ValueError, match=name):
-            read(weights | {name: torch.cat([weights[name]] * 2)})
+    with pytest.raises(ValueError, match="decoder_norm.bias"):  # test_golden.py tries every key
+        read({key: w for key, w in weights.items() if key != "decoder_norm.bias"})
     for change, options, message in (
         ({"extra": torch.zeros(1)}, {}, "extra is unknown"),
         ({"decoder_embed.weight": torch.zeros(32, 20)}, {}, "encoder gives"),
@@ -350,14 +347,17 @@ def test_text_to_image_with_a_vae(vae_folder, parts, tmp_path):
 # -- Scale-RAE
 
 SIGLIP = "google/siglip2-so400m-patch14-224"
-LANGUAGE_MODEL = {"vocab_size": 528, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-LANGUAGE_MODEL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "rope_theta": 1000000.0}
-LANGUAGE_MODEL |= {"tie_word_embeddings": True}
-CONFIG = LANGUAGE_MODEL | {"model_type": "cambrian_qwen", "architectures": ["ScaleRAEQwenForCausalLM"]}
-CONFIG |= {"rope_scaling": None, "torch_dtype": "float32", "mm_vision_tower_aux_list": [SIGLIP]}
-CONFIG |= {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -1, "vision_loss_mode": "query"}
-CONFIG |= {"diffusion_model_hidden_size": 32, "diffusion_model_depth": 2, "diffusion_model_heads": 2}
-CONFIG |= {"diffusion_model_channels": 24, "diffusion_base_dim": None, "diffusion_norm_stats_path": None}
+LANGUAGE_MODEL = {
+    "vocab_size": 528, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "rope_theta": 1000000.0, "tie_word_embeddings": True,
+}  # fmt: skip
+CONFIG = LANGUAGE_MODEL | {
+    "model_type": "cambrian_qwen", "architectures": ["ScaleRAEQwenForCausalLM"], "rope_scaling": None,
+    "torch_dtype": "float32", "mm_vision_tower_aux_list": [SIGLIP], "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -1, "vision_loss_mode": "query", "diffusion_model_hidden_size": 32,
+    "diffusion_model_depth": 2, "diffusion_model_heads": 2, "diffusion_model_channels": 24,
+    "diffusion_base_dim": None, "diffusion_norm_stats_path": None,
+}  # fmt: skip
 WIDE = {"diffusion_model_hidden_size": [32, 48], "diffusion_model_depth": [2, 2]}
 WIDE |= {"diffusion_model_heads": [2, 4]}
 
