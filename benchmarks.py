@@ -6,7 +6,8 @@ Rules and arithmetic are those of the official scorers. The networks are the sam
 geneval: --samples is a folder in GenEval's layout, as sample.py --file evaluation_metadata.jsonl draws it.
 No mmdetection is needed. Published figures that others have scored both ways differ by about 0.01.
 dpg: --samples is a folder of 2 x 2 grids ITEM.png, as sample.py --file FOLDER draws them for the official
-prompts. Any visual question answering model works, but only figures of mPLUG compare with published ones.
+prompts. A BLIP or another visual question answering model of `transformers` works, but only figures of mPLUG
+compare with published ones.
 clipscore: --samples is a folder of PNGs with their prompt in the metadata, as sample.py writes it.
 understanding asks --model itself. An image is squeezed into a square; of several images the first is shown.
 
