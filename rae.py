@@ -45,6 +45,7 @@ class Hub(PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, config: dict | None = None, **kwargs):
+        # the mixin ignores arguments that `__init__` does not have, and loads weights that do not fit
         if unknown := set(config or ()) - set(cls._hub_mixin_init_parameters):
             raise ValueError(f"config.json has keys that {cls.__name__} does not know: {', '.join(unknown)}")
         with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):  # the mixin prints a line
@@ -69,6 +70,7 @@ def grid_positions(tokens: int) -> tuple[Tensor, Tensor]:
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise ValueError(f"{tokens} tokens do not form a square grid")
+    # float64, so that the tables are rounded once, to fp32
     index = torch.arange(tokens, dtype=torch.float64)
     return index.div(side, rounding_mode="floor"), index % side
 
@@ -250,7 +252,7 @@ class Encoder(nn.Module):
             model.use_head, model.head = False, None
         if getattr(model, "pooler", None):
             model.pooler = None
-        # files are often bf16: the encoder runs in fp32, or under autocast
+        # files are often bf16; the encoder runs in fp32, or under autocast
         self.model = model.float().requires_grad_(False).eval()
         self.prefix = family.class_tokens + getattr(config, "num_register_tokens", 0)
         self.is_mae = config.model_type == "vit_mae"
@@ -304,6 +306,7 @@ def check_encoder(source: str, model: nn.Module, report: dict, unused: tuple) ->
 
 def input_of(source: str, encoder: Encoder) -> tuple[int, list[float], list[float]]:
     """Side in pixels, mean and std of an encoder's input, from its folder's image processor."""
+    # DINO's processors resize to `size` and crop to `crop_size`; SigLIP's only resize
     processor = transformers.AutoImageProcessor.from_pretrained(source)
     sizes = [getattr(processor, name, None) or {} for name in ("crop_size", "size")]
     side = next((size["height"] for size in sizes if size.get("height")), encoder.config.image_size)
@@ -333,10 +336,8 @@ class DecoderLayer(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         qkv = self.attention["attention"]
         # (B, N, width) -> three of (B, heads, N, width / heads)
-        heads = []
-        for name in ("query", "key", "value"):
-            heads.append(rearrange(qkv[name](x), "b n (h d) -> b h n d", h=self.heads))
-        out = F.scaled_dot_product_attention(*heads)
+        q, k, v = [rearrange(layer(x), "b n (h d) -> b h n d", h=self.heads) for layer in qkv.values()]
+        out = F.scaled_dot_product_attention(q, k, v)
         return self.attention["output"]["dense"](rearrange(out, "b h n d -> b n (h d)"))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -606,6 +607,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        # two of (B, 1 or N, width)
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
         # fp32, because the loss and the sampler's state are
         return self.linear(modulate(self.norm_final(x), shift, scale)).float()
@@ -676,8 +678,7 @@ class DiT(nn.Module, Hub, library_name="rae"):
         super().__init__()
         if num_classes and condition_width:
             raise ValueError("a DiT takes labels (num_classes) or vectors (condition_width), not both")
-        if readd_time and condition_width not in (None, width):
-            raise ValueError(f"readd_time adds a timestep {condition_width} wide to tokens {width} wide")
+        assert not readd_time or condition_width in (None, width), "readd_time adds the timestep to tokens"
         tokens, channels = latent_shape
         self.depth, self.head = depth, head
         self.silu_condition, self.readd_time = silu_condition, readd_time
@@ -714,6 +715,7 @@ class DiT(nn.Module, Hub, library_name="rae"):
         for layer in layers:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+        # as in DiT
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         if isinstance(self.y_embedder, LabelCondition):
@@ -834,6 +836,7 @@ def time_grid(steps: int, alpha: float, grid: str = "full", start: float = 1.0) 
     points = shift_time(base, alpha).tolist()
     if start < 1:
         points = [start, *(t for t in points if t < start)]
+    # steps from each point to the next; the last point is not evaluated
     pairs = [(t, after - t) for t, after in zip(points, points[1:], strict=False)]
     if grid == "scale-rae":
         pairs[-1] = (points[0], 1 - points[0])
@@ -880,7 +883,7 @@ def guided(
         return velocity
 
     def guided_velocity(x: Tensor, t: Tensor) -> Tensor:
-        # the full interval must not read t: on CUDA that would wait for the GPU
+        # Trap: the full interval must not read t, which on CUDA would wait for the GPU.
         if interval != (0.0, 1.0) and not interval[0] <= t[0] <= interval[1]:
             return velocity(x, t)
         # the weaker model is evaluated only where its result is used
@@ -966,6 +969,7 @@ class LatentModel(nn.Module, Hub):
         # ---- condition and noise
         condition = self.condition(inputs)
         if noise is None:
+            # a generator draws on its own device: a CPU generator gives the same noise for every model device
             device = generator.device if generator else self.device
             noise = torch.randn(len(inputs), *self.latent_shape, generator=generator, device=device)
         noise = to_device(noise.float(), self.device)
@@ -990,17 +994,21 @@ class LatentModel(nn.Module, Hub):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
-        # a folder is stored relative to the model's own, so that both can be moved together
+        # A folder is stored relative to the model's own, so that both can be moved together. Real paths,
+        # because ".." after a symbolic link leads to the parent of what it points to.
+        model_folder = os.path.realpath(save_directory)
         self._hub_mixin_config["alpha"] = self.alpha
         for name in self.PATHS:
             if path := getattr(self, f"{name}_path", None):
-                is_local = os.path.isdir(path)
-                self._hub_mixin_config[name] = os.path.relpath(path, save_directory) if is_local else path
+                if os.path.isdir(path):
+                    path = os.path.relpath(os.path.realpath(path), model_folder)
+                self._hub_mixin_config[name] = path
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: dict | None = None, **kwargs):
         model = super()._from_pretrained(model_id=model_id, config=config, **kwargs)
         for name in cls.PATHS:
+            # back from relative to the model's folder to relative to the working directory
             path = getattr(model, f"{name}_path", None)
             if path and (Path(model_id) / path).is_dir():
                 setattr(model, f"{name}_path", str(Path(model_id) / path))
@@ -1044,7 +1052,7 @@ class ClassToImage(LatentModel, library_name="rae"):
     ) -> tuple[Tensor, Tensor]:
         """Velocity of k draws for each label (B,), and a text loss of zero; see `TextToImage.forward`."""
         if self.num_classes is not None:
-            labels = self.dit.drop_condition(labels.repeat(len(x_t) // len(labels)), dropped)
+            labels = self.dit.drop_condition(labels.repeat(len(x_t) // max(1, len(labels))), dropped)
         return self.dit(x_t, t, labels), x_t.new_zeros(())
 
     @classmethod
@@ -1103,6 +1111,7 @@ class Chat:
     def is_answer(self) -> Tensor:
         """(P,) bool: which of the batch's images, in order, are to be generated."""
         inside = self.ids == IMAGE
+        # an image's first position has none before it
         first = inside & ~F.pad(inside[:, :-1], (1, 0))  # images are never adjacent
         return self.answer_mask[first]
 
@@ -1182,14 +1191,16 @@ class TextToImage(LatentModel, library_name="rae"):
 
     def add_image_tokens(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         """Adds <im_start> and <im_end> (not Qwen's <|im_start|>), with the mean of all other embeddings."""
-        tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
+        added = tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
         self.set_tokenizer(tokenizer)
         model = self.language_model
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         # with tied embeddings both are the same matrix, and the second pass changes nothing
         for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+            # a tokenizer that has one or both already keeps their embeddings
+            known = len(tokenizer) - added
             with torch.no_grad():
-                embeddings.weight[-2:] = embeddings.weight[:-2].mean(dim=0)
+                embeddings.weight[known:] = embeddings.weight[:known].mean(dim=0)
 
     def tokens(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -1224,7 +1235,7 @@ class TextToImage(LatentModel, library_name="rae"):
         # attention is causal: no token sees the padding behind it, so that it needs no mask
         ids = torch.tensor([row + [0] * (length - len(row)) for row, _ in encoded])
         labels = torch.tensor([row + [IGNORED] * (length - len(row)) for _, row in encoded])
-        # flat positions of the batch's images, (P, N)
+        # flat positions of the batch's P images, (P, N), in raster order
         images = (ids == IMAGE).flatten().nonzero().view(-1, self.latent_shape[0])
         # an image is an answer if the token before it, its <im_start>, is supervised
         answers = images[labels.flatten()[images[:, 0] - 1] != IGNORED]
@@ -1249,6 +1260,7 @@ class TextToImage(LatentModel, library_name="rae"):
         # No branches: FSDP needs every rank to use every weight, also if its samples have no image.
         flat, answers = embeddings.flatten(0, 1), self.positions(chat.answer_mask)
         queries = self.latent_queries.repeat(len(answers) // self.latent_shape[0], 1)
+        # (B * L, width); out of place, so that autograd reaches the token embeddings and the queries
         flat = flat.index_copy(0, answers, queries.type_as(flat))
         if context_latents is not None:
             projected = self.mm_projector(context_latents).type_as(flat).flatten(0, 1)
@@ -1296,6 +1308,7 @@ class TextToImage(LatentModel, library_name="rae"):
 
     def check_prompts(self, texts: list[str], max_tokens: int = 256) -> None:
         """Raises ValueError for user text that is empty, too long or contains a special token."""
+        # they would end the turn, or stand for an image that is not there
         special = [*self.tokenizer.get_added_vocab(), "<image>"]
         for text in texts:
             if not text.strip():
@@ -1313,6 +1326,7 @@ class TextToImage(LatentModel, library_name="rae"):
             # condition vectors already, from a `Dialogue`
             return prompts
         self.check_prompts(prompts)
+        # no generation: the reply is known up to the image, and causal attention ignores what follows
         chat = self.chat([[("user", REQUEST.format(prompt)), ("assistant", REPLY)] for prompt in prompts])
         return self.answer_condition(self.hidden_states(self.embed(chat)), chat)
 
@@ -1360,14 +1374,13 @@ def read(model: TextToImage, ids: list[int], latents: Tensor | None = None, batc
 def decode_greedily(model: TextToImage, embeddings: Tensor, max_tokens: int, stop: list[int]):
     """Continues the embeddings (B, L, width). Returns `sequences` (B, T), the new tokens up to and including
     one of `stop`, then padding; and `logits`, T tensors (B, V)."""
-    config = transformers.GenerationConfig(
-        max_new_tokens=max_tokens,
-        do_sample=False,
-        eos_token_id=stop,
-        pad_token_id=stop[0],
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    options = {
+        "max_new_tokens": max_tokens,
+        "do_sample": False,
+        "eos_token_id": stop,
+        "pad_token_id": stop[0],
+    }
+    config = transformers.GenerationConfig(**options, output_logits=True, return_dict_in_generate=True)
     mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
     model = model.language_model
     return model.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=config)
@@ -1429,7 +1442,9 @@ class Verdict(NamedTuple):
     prompt_confidence: float
 
 
-VERIFIERS = {  # sort keys, the best verdict first; ties keep their order
+# Sort keys, the best verdict first; ties keep their order. Scale-RAE: all yes answers, the surest first, then
+# the others, the least sure of no first.
+VERIFIERS = {
     "answer_logits": lambda verdict: (verdict.answer != "yes", -verdict.yes_logit, verdict.no_logit),
     "prompt_confidence": lambda verdict: -verdict.prompt_confidence,
 }
@@ -1452,8 +1467,7 @@ def verify(model: TextToImage, prompt: str, latents: Tensor, max_tokens: int = 1
     yes, no = word_ids(model, "yes"), word_ids(model, "no")
     answers, yes_logits, no_logits = answer_logits(model, question, latents, yes, no, end, max_tokens)
     confidence = prompt_confidence(model, description, model.tokens(prompt), latents).tolist()
-    rows = zip(answers, yes_logits, no_logits, confidence, strict=True)
-    return [Verdict(*row) for row in rows]
+    return [Verdict(*row) for row in zip(answers, yes_logits, no_logits, confidence, strict=True)]
 
 
 def word_ids(model: TextToImage, word: str) -> list[int]:
@@ -1481,6 +1495,7 @@ def answer_logits(
     logits = torch.stack(out.logits, dim=1).gather(2, out.sequences[..., None])[..., 0]
     answers, yes_logits, no_logits = [], [], []
     for tokens, row in zip(out.sequences.tolist(), logits.tolist(), strict=True):
+        # logits of the answer's tokens that say yes, and no, in order
         of_yes = [logit for token, logit in zip(tokens, row, strict=True) if token in yes]
         of_no = [logit for token, logit in zip(tokens, row, strict=True) if token in no]
         answers.append("yes" if of_yes else "no" if of_no else "uncertain")
@@ -1493,6 +1508,7 @@ def answer_logits(
 def prompt_confidence(model: TextToImage, ids: list[int], prompt: list[int], latents: Tensor) -> Tensor:
     """(B,): how certain the model is while it reads the prompt as the description of each of B images."""
     embeddings = read(model, [*ids, *prompt], latents, len(latents))
+    # (B, L, width) -> the prompt's positions (B, n, width), the last ones
     hidden = model.hidden_states(embeddings).view(*embeddings.shape[:2], -1)[:, -len(prompt) :]
     # self-certainty: mean over the prompt's positions of KL(uniform || next token) (arXiv 2502.18581)
     log_p = model.language_model.lm_head(hidden).float().log_softmax(dim=-1)
