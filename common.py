@@ -50,6 +50,10 @@ def flag(default, help: str, **kwargs):
     return dataclasses.field(default=default, metadata={"help": help, **kwargs})
 
 
+DTYPES = ("auto", "bf16", "fp32")
+SHARDING = ("none", "full", "hybrid")
+
+
 @dataclass
 class TrainConfig:
     """The flags that both trainers share."""
@@ -59,14 +63,8 @@ class TrainConfig:
     seed: int = flag(0, "seed of weights, data order, noise and every other random draw")
     batch: int = flag(64, "samples per step, over all ranks", at_least=1)
     grad_accum: int = flag(1, "gradient accumulation: micro-batches per step and rank", at_least=1)
-    dtype: str = flag(
-        "auto", "compute dtype; auto: bf16 on CUDA, else fp32", choices=["auto", "bf16", "fp32"]
-    )
-    shard: str = flag(
-        "none",
-        "FSDP2 sharding: none (replicate), full (across all ranks) or hybrid (within a node)",
-        choices=["none", "full", "hybrid"],
-    )
+    dtype: str = flag("auto", "compute dtype; auto: bf16 on CUDA, else fp32", choices=DTYPES)
+    shard: str = flag("none", "FSDP2 sharding: across all ranks (full) or within a node", choices=SHARDING)
     activation_checkpointing: bool = flag(False, "recompute the blocks in backward, to save memory")
     compile: bool | None = flag(None, "torch.compile the transformer blocks (default: on CUDA)")
     workers: int = flag(1, "data loading processes per rank", at_least=0)
@@ -108,6 +106,7 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
 
 def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
     kwargs = {key: value for key, value in field.metadata.items() if key != "at_least"}
+    # a field with a tuple as its default takes all positional arguments
     if isinstance(field.default, tuple):
         parser.add_argument(field.name, type=str, **kwargs)
         return
@@ -116,6 +115,7 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> N
         type_ = next(t for t in type_.__args__ if t is not type(None))
     if field.default not in (None, ""):
         kwargs["help"] += f" (default {field.default})"
+    # --compile and --no-compile
     if type_ is bool:
         kwargs["action"] = argparse.BooleanOptionalAction
     else:
@@ -146,10 +146,11 @@ def main(run: Callable[[], None]) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The line that says most: the last of a data loading process's traceback, else the first."""
+    """The line of an error that says most."""
     # torch.distributed.checkpoint collects the errors of all ranks: the first stands for them
     for failure, _ in getattr(error, "failures", {}).values():
         return one_line(failure)
+    # a data loading process's message is its traceback, which ends with the error
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if "Original Traceback" in str(error) else 0]
 
@@ -208,8 +209,11 @@ def init_distributed(dtype: str = "auto", shard: str = "none") -> DistContext:
         device = torch.device("cpu")
     mesh = None
     if world_size > 1:
+        # gloo beside NCCL: counts and signals are summed on the CPU, so that no GPU has to be waited for
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        shards = {"none": 1, "full": world_size, "hybrid": int(os.environ["LOCAL_WORLD_SIZE"])}[shard]
+        # launchers other than torchrun do not set LOCAL_WORLD_SIZE
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() or world_size))
+        shards = {"none": 1, "full": world_size, "hybrid": per_node}[shard]
         names = ("replicate", "shard")
         mesh = dist.init_device_mesh(device.type, (world_size // shards, shards), mesh_dim_names=names)
     name = ("bf16" if device.type == "cuda" else "fp32") if dtype == "auto" else dtype
@@ -283,7 +287,6 @@ def global_sum(*values: float) -> list[float]:
     """Sums of numbers over all processes."""
     if not dist.is_initialized():
         return list(values)
-    # on the CPU, over gloo: no GPU has to be waited for
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
@@ -302,6 +305,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def sum_gradients(parameters: list[nn.Parameter]) -> None:
     """Over all processes, for a replicated module outside of FSDP."""
     if dist.is_initialized():
+        # one message instead of one for each parameter
         flat = torch.cat([p.grad.flatten() for p in parameters])
         dist.all_reduce(flat)
         for p, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -330,6 +334,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self) -> None:
+        # weights and momentum, to be put back where the step is skipped
         changing = [p for group in self.param_groups for p in group["params"]]
         changing += [buffer for state in self.state.values() for buffer in state.values()]
         before = [local_tensor(tensor).clone() for tensor in changing]
@@ -381,6 +386,7 @@ class Optimizers:
 
     def init_state(self) -> None:
         """Creates the optimizers' state, all zeros, into which a checkpoint can be loaded."""
+        # a step of zero gradients at a learning rate of zero, which counts as none
         self.set_lr(0.0)
         for p in self.parameters:
             p.grad = torch.zeros_like(p)
@@ -519,10 +525,12 @@ def plot_losses(metrics: Path, path: Path) -> None:
         return
     with plotting(path, 2, 1, figsize=(8, 8), sharex=True, dpi=100) as (losses, speed):
         for name in names:
+            # not every row has every loss: validation has rows of its own
             steps = [row["step"] for row in rows if name in row]
             values = [row[name] for row in rows if name in row]
             losses.plot(steps, values, label=name, marker="." if len(steps) < 30 else "")
-            if min(values) <= 0:  # the adversarial loss has both signs
+            # the adversarial loss has both signs
+            if min(values) <= 0:
                 losses.set_yscale("symlog", linthresh=0.01)
         if losses.get_yscale() == "linear":
             losses.set_yscale("log")
@@ -542,7 +550,9 @@ def plot_losses(metrics: Path, path: Path) -> None:
 def loading(source: str | Path):
     """Turns whatever reading a model raises into one ValueError that names the source."""
     folder, is_file = Path(source), str(source).endswith((".pt", ".zstd"))
-    if folder.exists() and not is_file and not (folder / "config.json").is_file():
+    # a pipeline of diffusers keeps its VAE in the folder vae
+    has_config = (folder / "config.json").is_file() or (folder / "vae" / "config.json").is_file()
+    if folder.exists() and not is_file and not has_config:
         raise ValueError(f"{source} is no model folder: it has no config.json")
     on_hub = str(source).count("/") == 1 and not str(source).startswith((".", "/"))
     released = {**convert.RELEASED, **convert.RELEASED_DITS, **convert.RELEASED_TEXT_TO_IMAGE}
@@ -635,6 +645,7 @@ class Run:
             tensors = training_state(modules, optimizers)
             reader = dcp.HuggingFaceStorageReader(self.source)
             metadata = reader.read_metadata().state_dict_metadata
+            # ---- compare names and shapes with the model's, for one clear error
             # The second number is the elements in all chunks: it tells whether any rank's file is missing.
             saved = {k: (v.size, sum(c.sizes.numel() for c in v.chunks)) for k, v in metadata.items()}
             expected = {k: (v.size(), v.numel()) for k, v in tensors.items()}
@@ -652,6 +663,7 @@ class Run:
         shards, which any number of processes can read."""
         import torch.distributed.checkpoint as dcp
 
+        # ---- the previous checkpoint first; counts and positions of all ranks
         self.publish(wait=True)
         path, temporary = self.checkpoints / f"{step:07d}", self.checkpoints / f".{step:07d}.tmp"
         self.count_skipped(loader)
@@ -665,6 +677,7 @@ class Run:
             gathered = full_tensor(tensor)
             if self.dist_ctx.is_main:
                 exported[name].copy_(gathered)
+        # ---- main process: state.json, the model folder, the plot
         if self.dist_ctx.is_main:
             state = {
                 "step": step,
@@ -704,6 +717,7 @@ class Run:
         if error := future.exception():
             raise OSError(f"cannot write {path}: {one_line(error)}") from error
         if self.dist_ctx.is_main:
+            # of the same step, if a resumed run stopped before its next one
             shutil.rmtree(path, ignore_errors=True)
             temporary.rename(path)
             for old in self.complete_checkpoints()[: -self.config.keep]:
@@ -733,6 +747,7 @@ class Run:
             if not path.name.isdigit() or int(path.name) > step:
                 shutil.rmtree(path)
         for path in self.out.glob(".model.*"):
+            # killed between the two renamings of `replacing`: the old folder is the only complete one
             if path.suffix == ".old" and not (self.out / "model").exists():
                 path.rename(self.out / "model")
             else:
@@ -752,6 +767,7 @@ class Run:
     def stopping(self, step: int) -> bool:
         """After every step: whether any process was asked to stop, so that all leave the loop together."""
         self.publish(wait=False)
+        # reading the counter waits for the GPU, so not at every step
         if step % 10 == 0:
             for optimizer in self.optimizers:
                 optimizer.check_skipped()
@@ -776,7 +792,8 @@ class Run:
         if self.dist_ctx.device.type == "cuda":
             row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         row["eta_hours"] = (self.config.steps - step) * seconds / 3600
-        row["data_wait"] = loader.waited / (now - began)  # share of the time, on the main process
+        # share of the time, on the main process: near 0 unless --workers are too few
+        row["data_wait"] = loader.waited / (now - began)
         loader.waited = 0.0
         self.count_skipped(loader, write)
         row["skipped_samples"] = self.skipped_samples
@@ -795,6 +812,7 @@ class Run:
                 shown.append(f"ETA {timedelta(seconds=round(3600 * value))}")
             elif name not in ("step", "time") and not (name.startswith("skipped") and value == 0):
                 shown.append(f"{name.replace('_per_', '/').replace('/second', '/s')} {value:.4g}")
+        # tqdm's own write, which does not break the progress bar
         write("  ".join(shown))
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -828,6 +846,7 @@ def start_wandb(config, out: Path):
         import wandb
     except ImportError as error:
         raise ValueError(f"--wandb {config.wandb} needs `pip install wandb`") from error
+    # the id is made of the folder's path, so that --resume continues the same curves
     settings = {"dir": out, "name": out.name, "id": str(out).strip("/.").replace("/", "-"), "resume": "allow"}
     return wandb.init(project=config.wandb, config=dataclasses.asdict(config), **settings)
 
