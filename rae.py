@@ -933,6 +933,8 @@ class LatentModel(nn.Module, Hub):
         return self.open(self.autoencoder_path)
 
     def open(self, path: str) -> RAE | VAE:
+        if not path:
+            raise ValueError("this model does not name its autoencoder: set its autoencoder_path")
         if path not in self._autoencoders:
             self._autoencoders[path] = open_autoencoder(path)
         return self._autoencoders[path].to(self.device)
@@ -1374,13 +1376,9 @@ def read(model: TextToImage, ids: list[int], latents: Tensor | None = None, batc
 def decode_greedily(model: TextToImage, embeddings: Tensor, max_tokens: int, stop: list[int]):
     """Continues the embeddings (B, L, width). Returns `sequences` (B, T), the new tokens up to and including
     one of `stop`, then padding; and `logits`, T tensors (B, V)."""
-    options = {
-        "max_new_tokens": max_tokens,
-        "do_sample": False,
-        "eos_token_id": stop,
-        "pad_token_id": stop[0],
-    }
-    config = transformers.GenerationConfig(**options, output_logits=True, return_dict_in_generate=True)
+    options = {"max_new_tokens": max_tokens, "eos_token_id": stop, "pad_token_id": stop[0]}
+    options |= {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    config = transformers.GenerationConfig(**options)
     mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
     model = model.language_model
     return model.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=config)
