@@ -235,7 +235,7 @@ LOOPS = {
 
 def available_loops(dit: str) -> list[str]:
     """The nano DiT comes for text and for labels, Scale-RAE's for text, all others for labels."""
-    is_text = dit == "nano" or dit.removesuffix("-DH") in rae.SCALE_DITS
+    is_text = dit == "nano" or dit.removesuffix("-DH") in rae.SCALE_RAE_DITS
     skip = () if dit == "nano" else ("class",) if is_text else ("t2i", "sample")
     return [name for name in LOOPS if not name.startswith(skip)]
 

@@ -1,4 +1,4 @@
-"""Small folders made with the library classes that made the real ones: untrained, but of every part."""
+"""Small untrained models in folders, written by the library classes that write the real ones."""
 
 import os
 
@@ -19,12 +19,12 @@ SIZE = 32
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    torch.set_num_threads(1)  # tiny tensors; and sums in one order
+    torch.set_num_threads(1)  # tiny tensors; and one order of summation
     harness.start_server()
 
 
 def write_encoder(folder, width: int, hidden: int, layers: int) -> None:
-    """Of images of 32 px, 16 tokens of so many channels."""
+    """Images of 32 px -> 16 tokens of `width` channels."""
     vision = transformers.SiglipVisionConfig(
         hidden_size=width,
         intermediate_size=hidden,
@@ -54,7 +54,7 @@ def parts(tmp_path_factory):
             vocab_size=len(tokenizer),
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=2,
             num_key_value_heads=1,
             tie_word_embeddings=True,
@@ -76,6 +76,7 @@ def parts(tmp_path_factory):
 
 @pytest.fixture
 def vae_folder(tmp_path):
+    """An AutoencoderKL of 6 channels and a factor of 4: (16, 24) at 32 px."""
     import diffusers
 
     torch.manual_seed(0)

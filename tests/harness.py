@@ -1,11 +1,10 @@
 """Runs the scripts as one process or as several, as torchrun would, but forked from a server that has the
-imports behind it: a run of two processes costs about a second."""
+imports behind it: a run of two processes takes about a second."""
 
 import contextlib
 import importlib
 import multiprocessing
 import os
-import runpy
 import signal
 import socket
 import sys
@@ -15,22 +14,31 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PRELOAD = (
-    "common", "data", "datasets", "nano.shapes", "torch._dynamo", "torch.distributed.checkpoint",
-    "torch.distributed.fsdp", "transformers.models.auto.modeling_auto",
-    "transformers.models.qwen2.modeling_qwen2", "transformers.models.siglip.modeling_siglip",
-    "transformers.tokenization_utils_tokenizers",
-)  # fmt: skip
+TINY_DIT = {"width": 32, "depth": 1, "heads": 2}
+TINY_DECODER = {"width": 32, "depth": 1, "heads": 2, "mlp_width": 48}
 
 server = multiprocessing.get_context("forkserver")
 
 
 def start_server() -> None:
     os.environ |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    server.set_forkserver_preload(list(PRELOAD))
+    server.set_forkserver_preload(["preload"])
 
 
-def child(script: str, flags: list[str], env: dict, log: str, patch: tuple[str, str] | None) -> None:
+def shrink(plots: bool) -> None:
+    """The sizes of a laptop become those of a test: models, validation, sample grids; and no plots."""
+    import common
+    import rae
+    import train_t2i
+
+    rae.DITS |= {"nano": TINY_DIT | {"condition_width": 20}, "nano-guide": TINY_DIT}
+    rae.DECODERS["nano"] = TINY_DECODER
+    train_t2i.GRID_STEPS, train_t2i.VAL_SAMPLES = 1, 8
+    if not plots:
+        common.plot_losses = lambda *_: None
+
+
+def child(script: str, flags: list[str], env: dict, log: str, patch: tuple[str, str] | None, plots: bool):
     """In the new process: its output goes to a file, and a patch (module, function) is called first."""
     os.chdir(ROOT)
     os.environ |= env
@@ -39,20 +47,24 @@ def child(script: str, flags: list[str], env: dict, log: str, patch: tuple[str, 
         os.dup2(file.fileno(), 2)
     import torch
 
+    import common
+
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of data loading processes, as on Linux by default
+    shrink(plots)
     sys.argv = [script, *flags]
     if patch:
         getattr(importlib.import_module(patch[0]), patch[1])()
-    runpy.run_path(str(ROOT / script), run_name="__main__")
+    common.main(importlib.import_module(script.removesuffix(".py")).main)
 
 
 def compiled_cheaply() -> None:
-    """A patch: without a C++ compiler's seconds, and said in the output."""
+    """A patch: compiles without the seconds of a C++ compiler, and prints that it does."""
     import torch
 
     compile_ = torch.compile
 
-    def cheaply(forward: Callable) -> Callable:
+    def cheaply(forward: Callable, **_) -> Callable:
         print("compiles")
         return compile_(forward, backend="aot_eager")
 
@@ -60,9 +72,18 @@ def compiled_cheaply() -> None:
 
 
 class World:
-    """Processes of one run. `machines` of them share the processes equally."""
+    """Processes of one run, spread equally over so many `nodes`."""
 
-    def __init__(self, logs: Path, size: int, script: str, *flags, patch: Callable | None = None, machines=1):
+    def __init__(
+        self,
+        logs: Path,
+        size: int,
+        script: str,
+        *flags,
+        patch: Callable | None = None,
+        nodes: int = 1,
+        plots: bool = False,
+    ):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
@@ -73,19 +94,19 @@ class World:
         for rank in range(size):
             env = {}
             if size > 1:
-                local = size // machines
+                local = size // nodes
                 env = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port,
                        "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}  # fmt: skip
             env = {key: str(value) for key, value in env.items()}
-            args = (script, [str(flag) for flag in flags], env, str(self.logs[rank]), name)
+            args = (script, [str(flag) for flag in flags], env, str(self.logs[rank]), name, plots)
             self.processes.append(server.Process(target=child, args=args))
             self.processes[-1].start()
 
     def output(self) -> str:
         return "\n".join(log.read_text() for log in self.logs if log.exists())
 
-    def wait(self, code: int | None = 0, timeout: float = 120) -> str:
-        """What was printed, once all have ended; their exit status has to be `code`, if one is given."""
+    def wait(self, code: int | None = 0, timeout: float = 300) -> str:
+        """What was printed, once all have ended; their exit status has to be `code`, unless it is None."""
         for process in self.processes:
             process.join(timeout)
         codes = [process.exitcode for process in self.processes]
@@ -109,7 +130,7 @@ def world(tmp_path) -> Callable[..., World]:
         return started[-1]
 
     yield start
-    for each in started:
-        for process in each.processes:
+    for run in started:
+        for process in run.processes:
             if process.is_alive():
                 process.kill()

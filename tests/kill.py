@@ -1,9 +1,9 @@
-"""Kills trainings at random moments and checks that they end as if nothing had happened.
+"""Kills runs at random with SIGKILL and checks that the final weights and losses match an uninterrupted run
+bit for bit.
 
     python tests/kill.py --runs 50
 
-Each run is two processes under `torchrun --max-restarts`; one of them gets SIGKILL several times. At the end
-the weights and the log have to be those of a run without a kill, bit for bit.
+Each run is two processes under `torchrun --max-restarts`, one of which is killed several times.
 """
 
 import argparse
@@ -20,24 +20,24 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-STEPS = 30
+STEPS = 12
+
+
+def flags(parts: Path, out: Path) -> list[str]:
+    line = f"--init {parts / 'rae'} --out {out} --batch 4 --steps {STEPS} --save-every 2 --log-every 1"
+    return f"{line} --workers 1 --resume auto --shard full".split()
 
 
 def launch(parts: Path, out: Path, restarts: int) -> subprocess.Popen:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "--max-restarts", str(restarts), "--monitor-interval", "0.1",
-        "train_decoder.py", "--encoder", parts / "encoder", "--out", out, "--batch", "4",
-        "--statistics", "16", "--steps", str(STEPS), "--save-every", "2", "--log-every", "1",
-        "--workers", "1", "--resume", "auto", "--shard", "full",
-    ]  # fmt: skip
+    line = "-m torch.distributed.run --standalone --nproc-per-node 2 --monitor-interval 0.1 --max-restarts"
+    command = [sys.executable, *line.split(), str(restarts), "train_decoder.py", *flags(parts, out)]
     with open(f"{out}.log", "w") as log:
         env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        return subprocess.Popen(list(map(str, command)), env=env, cwd=ROOT, stdout=log, stderr=log)
+        return subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log)
 
 
 def workers(process: subprocess.Popen) -> list[int]:
-    """The trainings among torchrun's children."""
+    """The ids of torchrun's children."""
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
     return [int(pid) for pid in listed.stdout.split()]
 
@@ -47,33 +47,30 @@ def last_step(out: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def trial(parts: Path, folder: Path, chance: random.Random, kills: int) -> str:
-    """One run that is killed, beside one that is not: "identical", or what is not."""
-    done = 0
-    for name, restarts in (("whole", 0), ("killed", kills)):
-        if not (folder / name).exists():
-            process = launch(parts, folder / name, restarts)
-            for _ in range(restarts):  # each after some more steps, at a random moment of a step
-                goal = last_step(folder / name) + chance.randint(1, 6)
-                while process.poll() is None and last_step(folder / name) < min(goal, STEPS - 1):
-                    time.sleep(0.005)
-                time.sleep(chance.uniform(0, 0.2))
-                if process.poll() is None and (alive := workers(process)):
-                    victim = chance.choice(alive)
-                    os.kill(victim, 9)
-                    done += 1
-                    while process.poll() is None and victim in workers(process):
-                        time.sleep(0.01)
-            if process.wait(timeout=300):
-                return f"failed, see {folder / name}.log"
-    if not done:
-        return "nothing was killed"
-    one, other = (load_file(folder / name / "model/model.safetensors") for name in ("whole", "killed"))
-    if not all(one[key].equal(other[key]) for key in one):
-        return "other weights"
-    rows = [(folder / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")]
-    losses = [[(row["step"], row["loss"]) for row in map(json.loads, lines)] for lines in rows]
-    return "identical" if losses[0] == losses[1] else "another log"
+def run(parts: Path, out: Path, rng: random.Random, kills: int) -> int:
+    """Trains under torchrun; returns how often a process was killed."""
+    process, killed = launch(parts, out, kills), 0
+    for _ in range(kills):  # each after some more steps, at a random moment of a step
+        goal = min(last_step(out) + rng.randint(1, 5), STEPS - 1)
+        while process.poll() is None and last_step(out) < goal:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.2))
+        if process.poll() is None and (alive := workers(process)):
+            victim = rng.choice(alive)
+            os.kill(victim, 9)
+            killed += 1
+            while process.poll() is None and victim in workers(process):
+                time.sleep(0.01)
+    if process.wait(timeout=300):
+        raise RuntimeError(f"failed, see {out}.log")
+    return killed
+
+
+def is_identical(one: Path, other: Path) -> bool:
+    weights = [load_file(out / "model/model.safetensors") for out in (one, other)]
+    rows = [map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) for out in (one, other)]
+    losses = [[(row["step"], row["loss"]) for row in part] for part in rows]
+    return losses[0] == losses[1] and all(weights[0][key].equal(weights[1][key]) for key in weights[0])
 
 
 def main() -> None:
@@ -83,18 +80,18 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--kills", type=int, default=3, help="in each run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parts", type=Path, default=ROOT / "nano/weights", help="holds encoder/")
+    parser.add_argument("--parts", type=Path, default=ROOT / "nano/weights", help="holds rae/")
     args = parser.parse_args()
-    chance, results = random.Random(args.seed), []
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(args.runs):
-            results.append(trial(args.parts, Path(folder), chance, args.kills))
-            print(f"run {number + 1}: {results[-1]}", flush=True)
-            if results[-1] != "identical":
-                break
-            shutil.rmtree(Path(folder) / "killed")
-    print(f"{results.count('identical')} of {args.runs} identical")
-    sys.exit(results.count("identical") != args.runs)
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as name:
+        whole, killed = Path(name) / "whole", Path(name) / "killed"
+        run(args.parts, whole, rng, kills=0)
+        for number in range(1, args.runs + 1):
+            kills = run(args.parts, killed, rng, args.kills)
+            if not is_identical(whole, killed):
+                sys.exit(f"run {number}: differs after {kills} kills")
+            print(f"run {number}: identical after {kills} kills", flush=True)
+            shutil.rmtree(killed)
 
 
 if __name__ == "__main__":

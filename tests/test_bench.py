@@ -27,7 +27,9 @@ def test_every_loop_runs(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
     bench.main()
     file = json.loads((tmp_path / "bench.json").read_text())
-    assert list(file["results"]) == list(bench.LOOPS)
+    assert list(file["results"]) == list(bench.LOOPS) == bench.available_loops("nano")
+    assert set(bench.LOOPS) - set(bench.available_loops("DiT-S")) == {"t2i-step", "sample", "sample-cfg"}
+    assert bench.available_loops("2.4B-DH")[-2:] == ["sample", "sample-cfg"]
     assert all(result["images_per_second"] > 0 for result in file["results"].values())
     flops = {name: result.get("gflop_per_image") for name, result in file["results"].items()}
     assert [name for name in flops if not flops[name]] == ["loader", "jpeg", "decoder-full"]

@@ -1,237 +1,204 @@
-"""Class labels to images: labels of data, training, latents on disk, released files."""
+"""Class labels to images: labels of data, latents on disk, training, released files."""
 
 import json
 import math
-import shutil
 import tarfile
 from io import BytesIO
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from harness import TINY_DIT
 from PIL import Image
 from safetensors.torch import load_file
 
 import common
 import data
 import rae
+import train_t2i
 from nano import shapes
 
-TINY = {"width": 32, "depth": 2, "heads": 2}
+FLAGS = ["--condition", "class", "--batch", 4, "--workers", 0, "--muon", 0, "--dit-lr", 0.01, "--warmup", 1,
+         "--log-every", 1]  # fmt: skip
 
 
-def tiny(num_classes=48, **changes) -> rae.ClassToImage:
-    """With weights of some size everywhere: a new DiT's velocity is zero."""
-    model = rae.ClassToImage(TINY | {"num_classes": num_classes} | changes, (16, 24))
+def tiny(num_classes: int | None = 48, **changes) -> rae.ClassToImage:
+    """With random weights everywhere: a new DiT's velocity is zero."""
+    model = rae.ClassToImage(TINY_DIT | {"num_classes": num_classes} | changes, (16, 24))
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.1)
     return model.eval()
 
 
-@pytest.fixture
-def trainer(monkeypatch, parts):
-    """Flags of a training on tiny parts, of which `nano` is the size of the DiT."""
-    monkeypatch.setitem(rae.DITS, "nano", TINY)
-    return ["train_t2i.py", "--condition", "class", "--autoencoder", parts / "rae", "--batch", 8,
-            "--warmup", 2, "--log-every", 1, "--save-every", 2, "--sample-steps", 2]  # fmt: skip
-
-
-def shrink() -> None:
-    """In the processes of a world."""
-    rae.DITS["nano"] = TINY
-
-
-def test_draws_of_a_image_are_as_if_it_came_that_often():
-    torch.manual_seed(0)
-    net, labels, latents = tiny(), torch.tensor([3, 7]), torch.randn(2, 16, 24)
-    noise, t, dropped = torch.randn(4, 16, 24), torch.rand(4), torch.tensor([False, True, True, False])
-    flow = net(labels, latents, noise, t, dropped)
-    halves = [net(labels, latents, noise[h], t[h], dropped[h]) for h in (slice(2), slice(2, 4))]
-    torch.testing.assert_close(flow, torch.cat(halves))
-    assert len(set(flow.tolist())) == 4
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, parts):
-    """Folder of an untrained model of eight classes."""
-    folder = tmp_path_factory.mktemp("classes") / "model"
-    model = tiny(8)
-    model.autoencoder_path = str(parts / "rae")
-    model.save_pretrained(folder)
-    return folder
-
-
-def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def losses(out) -> list[float]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [value for row in rows for name, value in row.items() if name.endswith("loss") or "val_" in name]
 
 
 # -- labels
 
 
-def png(color) -> bytes:
+def png(value: int) -> bytes:
     file = BytesIO()
-    Image.new("RGB", (40, 36), color).save(file, "PNG")
+    Image.new("RGB", (40, 36), (value, 0, 0)).save(file, "PNG")
     return file.getvalue()
 
 
 def test_labels_of_folders_tars_and_json(tmp_path):
     for number, name in enumerate(("n01", "n02", "n03")):
         (tmp_path / "folders" / name).mkdir(parents=True)
-        (tmp_path / "folders" / name / "a.png").write_bytes(png((number, 0, 0)))
+        (tmp_path / "folders" / name / "a.png").write_bytes(png(number))
     source = data.open_source(str(tmp_path / "folders"), 32, 0)
     assert source.classes == 3
     for number in range(3):
         assert source[number]["label"] == source[number]["image"][0, 0, 0]
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        files = {"0.png": png("red"), "0.cls": b"7", "1.png": png("red"), "1.json": b'{"label": 5}',
-                 "2.png": png("red"), "3.png": png("red"), "3.cls": b"seven"}  # fmt: skip
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars/0.tar", "w") as tar:
+        files = {"0.png": png(1), "0.cls": b"7", "1.png": png(1), "1.json": b'{"label": 5}',
+                 "2.png": png(1), "3.png": png(1), "3.cls": b"seven"}  # fmt: skip
         for name, content in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, BytesIO(content))
-    (tmp_path / "tars").mkdir()
-    (tmp_path / "0.tar").rename(tmp_path / "tars/0.tar")
     source = data.open_source(str(tmp_path / "tars"), 32, 0)
     assert source.classes is None
     [batch] = data.OnePass(source, 8, workers=0)
-    assert sorted(map(str, batch["label"])) == ["5", "7", "None"]
-    assert "damaged cls" in batch["skipped"][0]
+    assert sorted(map(str, batch["label"])) == ["5", "7", "None"] and len(batch["skipped"]) == 1
 
 
 def test_nano_classes_are_single_objects_of_every_pair():
     source = data.open_source("nano:classes", 48, 3)
     drawn = [source[number] for number in range(400)]
-    assert source.classes == 48 and {one["label"] for one in drawn} == set(range(48))
-    for number, one in enumerate(drawn[:40]):
+    assert source.classes == 48 and {sample["label"] for sample in drawn} == set(range(48))
+    for number, sample in enumerate(drawn[:40]):
         [thing] = shapes.draw("classes", 3, number).objects
-        assert (thing.shape, thing.color) == shapes.PAIRS[one["label"]]
-        assert one["caption"] == shapes.an(f"{thing.color} {thing.shape}")
+        assert (thing.shape, thing.color) == shapes.PAIRS[sample["label"]]
+        assert sample["caption"] == shapes.an(f"{thing.color} {thing.shape}")
+
+
+@pytest.mark.parametrize(
+    "flags, classes, message",
+    [
+        ({}, None, "give --num-classes"),
+        ({"num_classes": 4}, 48, "has 48 classes, not 4"),
+        ({"num_classes": 4, "condition": "none"}, None, "needs --condition class"),
+    ],
+)
+def test_wrong_numbers_of_classes(flags, classes, message):
+    config = train_t2i.Config(**{"condition": "class"} | flags)
+    with pytest.raises(ValueError, match=message):
+        train_t2i.count_classes(config, SimpleNamespace(classes=classes))
+
+
+def test_models_and_data_that_do_not_fit():
+    config = train_t2i.Config(condition="class", init="x")
+    for shape, classes, message in (((16, 24), 8, "has classes 48, not 8"), ((4, 24), 48, "has latents")):
+        with pytest.raises(ValueError, match=message):
+            train_t2i.build_model(config, tiny(), shape, classes, None)
+    with pytest.raises(ValueError, match="without labels"):
+        train_t2i.prepare(config, tiny(), {"label": [3, None], "image_index": [0, 1]})
 
 
 # -- training
 
 
-def test_training_resumes_bit_for_bit(world, trainer, tmp_path):
-    world(1, *trainer, "--steps", 4, "--out", tmp_path / "a", patch=shrink).wait()
-    world(1, *trainer, "--steps", 4, "--out", tmp_path / "b", "--save-every", 3, patch=shrink).wait()
-    (tmp_path / "b/checkpoints/0000004").rename(tmp_path / "gone")
-    world(1, "train_t2i.py", "--resume", "--out", tmp_path / "b", patch=shrink).wait()
-    assert losses(tmp_path / "a") == losses(tmp_path / "b") and len(losses(tmp_path / "a")) == 4
-    one, other = (load_file(tmp_path / name / "model/model.safetensors") for name in "ab")
-    assert all(torch.equal(one[key], other[key]) for key in one)
+def test_several_draws_are_as_if_the_images_came_that_often():
+    torch.manual_seed(0)
+    model, labels, x_t, t = tiny(), torch.tensor([3, 7]), torch.randn(4, 16, 24), torch.rand(4)
+    dropped = torch.tensor([False, True, True, False])
+    velocity, text_loss = model(labels, x_t, t, dropped)
+    halves = [model(labels, x_t[h], t[h], dropped[h])[0] for h in (slice(2), slice(2, 4))]
+    torch.testing.assert_close(velocity, torch.cat(halves))
+    assert len(velocity) == 4 and text_loss == 0
 
 
-@pytest.mark.parametrize("flags", [["--accumulate", 3, "--checkpoint-blocks"], ["--shard", "full"]])
-def test_processes_and_accumulation_change_nothing(flags, world, trainer, tmp_path):
-    size = 2 if "--shard" in flags else 1
-    trainer = [*trainer, "--steps", 3, "--schedule", "linear", "--time", "uniform"]
-    world(1, *trainer, "--out", tmp_path / "a", patch=shrink).wait()
-    world(size, *trainer, *flags, "--out", tmp_path / "b", patch=shrink).wait()
-    np.testing.assert_allclose(losses(tmp_path / "a"), losses(tmp_path / "b"), atol=1e-5)
-
-
-def test_unconditional_training_and_the_average(world, trainer, tmp_path):
-    trainer = [*trainer, "--condition", "none", "--data", "nano:objects", "--steps", 3]
-    world(1, *trainer, "--dit-lr", 0.01, "--out", tmp_path, patch=shrink).wait()
-    average = rae.ClassToImage.from_pretrained(tmp_path / "model")
-    assert average.num_classes is None and average.generate([0, 0], 2).shape == (2, 16, 24)
-    with pytest.raises(ValueError, match="give a guide"):
-        average.generate([0, 0], 2, guidance=2.0)
-    online = load_file(next((tmp_path / "checkpoints/0000003").glob("*.safetensors")))
-    name = "dit.blocks.0.attn.proj.weight"  # the average lags behind
-    assert not torch.equal(online[f"model.{name}"], online[f"ema.{name}"])
-    assert torch.equal(average.state_dict()[name], online[f"ema.{name}"])
-    new = rae.DiT((16, 24), **TINY)  # the authors trained these two unknowingly, and their average moved them
-    assert torch.equal(average.dit.pos_embed, new.pos_embed)
-    assert torch.equal(average.dit.t_embedder.W, new.t_embedder.W)
-
-
-def test_labels_are_dropped_in_training_only_where_asked():
-    model, noise = tiny(), torch.randn(64, 16, 24)
-    labels, t = torch.full((64,), 7), torch.full((64,), 0.5)
+def test_labels_are_dropped_only_where_asked():
+    model, x_t = tiny(), torch.randn(8, 16, 24)
+    labels, null, t = torch.full((8,), 7), torch.full((8,), 48), torch.full((8,), 0.5)
+    never, dropped = torch.zeros(8, dtype=torch.bool), torch.arange(8) % 2 == 0
     model.train()  # in the authors' code an evaluation in this mode loses a tenth of its labels
-    given = model.forward(labels, noise, noise.flip(0), t, torch.zeros(64, dtype=torch.bool))
-    model.eval()
-    null = model.forward(torch.full((64,), 48), noise, noise.flip(0), t, torch.zeros(64, dtype=torch.bool))
-    dropped = torch.arange(64) % 2 == 0
-    mixed = model.forward(labels, noise, noise.flip(0), t, dropped)
-    torch.testing.assert_close(mixed, torch.where(dropped, null, given))
-    assert not torch.allclose(null, given)
+    conditional, unconditional = model(labels, x_t, t, never)[0], model(null, x_t, t, never)[0]
+    expected = torch.where(dropped[:, None, None], unconditional, conditional)
+    torch.testing.assert_close(model(labels, x_t, t, dropped)[0], expected)
+    assert not torch.allclose(unconditional, conditional)
 
 
-def test_latents_on_disk_are_those_of_the_images(world, trainer, parts, tmp_path):
+def test_latents_on_disk_train_as_on_any_number_of_processes(world, parts, tmp_path):
+    """encode.py on two processes; then the same losses with sharding, and with micro-batches."""
     out = tmp_path / "latents"
     flags = ["--autoencoder", parts / "rae", "--limit", 21, "--batch", 4, "--flip", "--out", out]
     world(2, "encode.py", *flags).wait()
-    source = data.open_source(str(out), 32, 0, flip=True)
-    autoencoder = rae.RAE.from_pretrained(parts / "rae")
-    images, found = data.open_source("nano:classes", 32, 0), []
+    assert "already exists" in world(1, "encode.py", *flags).wait(code=1)
+    source, autoencoder = data.open_source(str(out), 32, 0, flip=True), rae.RAE.from_pretrained(parts / "rae")
+    nano, encoded = data.open_source("nano:classes", 32, 0), []
     for number in range(21):  # in whatever order they lie
-        image = torch.from_numpy(images[number]["image"]).permute(2, 0, 1)[None] / 255
+        image = torch.from_numpy(nano[number]["image"]).permute(2, 0, 1)[None] / 255
         views = torch.cat([autoencoder.encode(view) for view in (image, image.flip(3))])
-        found.append((views, images[number]["label"]))
-    for sample_ in [source[number] for number in range(63)]:
-        near = [
-            label for views, label in found
-            if (views - torch.from_numpy(sample_["latents"]).float()).abs().amax(dim=(1, 2)).min() < 5e-3
-        ]  # fmt: skip
-        assert sample_["label"] in near
-    assert len({source.sources[0].shuffled.row(number) for number in range(21)}) == 21
-    world(1, *trainer, "--data", out, "--steps", 2, "--out", tmp_path / "run", patch=shrink).wait()
-    assert len(losses(tmp_path / "run")) == 2
-    assert "is there already" in world(1, "encode.py", *flags).wait(code=1)
-    left = tmp_path / "latents.tmp"  # of a run of more processes that was killed
-    left.mkdir()
-    (left / "00002.npy").write_bytes((out / "00001.npy").read_bytes())
-    (left / "00002.jsonl").write_bytes((out / "00001.jsonl").read_bytes())
-    shutil.rmtree(out)
-    flags.remove("--flip")
-    world(1, "encode.py", *flags).wait()
-    assert len(data.open_source(str(out), 32, 0).sources[0].rows) == 21
-    with pytest.raises(ValueError, match="no mirror images"):
-        data.open_source(str(out), 32, 0, flip=True)
+        encoded.append((views, nano[number]["label"]))
+    for sample in [source[number] for number in range(42)]:
+        latents = torch.from_numpy(sample["latents"]).float()
+        errors = [((views - latents).abs().amax(dim=(1, 2)).min(), label) for views, label in encoded]
+        assert min(errors)[0] < 5e-3 and min(errors)[1] == sample["label"]
+
+    flags = [*FLAGS, "--autoencoder", parts / "rae", "--data", out, "--flip", "--t-distribution", "uniform"]
+    flags += ["--steps", 3, "--eval-every", 2, "--decay-start", 1, "--ema", 0.5]
+    variants = {"one": (1, []), "full": (2, ["--shard", "full"])}
+    variants["micro"] = (1, ["--grad-accum", 3, "--activation-checkpointing"])
+    runs = [
+        world(size, "train_t2i.py", *flags, *more, "--out", tmp_path / name)
+        for name, (size, more) in variants.items()
+    ]
+    [run.wait() for run in runs]
+    expected = losses(tmp_path / "one")
+    assert len(expected) == 3 + 2 * 4 and expected[0] != expected[1]
+    for name in variants:
+        assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-5)
+
+    other = SimpleNamespace(latent_shape=(16, 12), image_size=32)
+    config = train_t2i.Config(condition="class", data=str(out), autoencoder=str(parts / "rae"))
+    with pytest.raises(ValueError, match="give the one that made them"):
+        train_t2i.open_data(config, None, other, None)
     (out / "00000.jsonl").write_text("")
-    with pytest.raises(ValueError, match="another number"):
+    with pytest.raises(ValueError):
         data.open_source(str(out), 32, 0)
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--data", "nano:objects"], "does not say how many classes"),
-        (["--data", "nano:objects", "--classes", 4], "without labels"),
-        (["--data", "nano:classes", "--classes", 4], "has 48 classes, not --classes 4"),
-        (["--condition", "none", "--classes", 4], "needs --condition class"),
-        (["--init", "MODEL"], "has classes 8, not 48"),
-        (["--data", "nano:classes", "--preset", "dit-dh-s-imagenet256"], "not --classes 1000"),
-    ],
-)
-def test_wrong_classes(flags, message, world, trainer, model, tmp_path):
-    flags = [model if flag == "MODEL" else flag for flag in flags]
-    text = world(1, *trainer, "--steps", 1, *flags, "--out", tmp_path, patch=shrink).wait(code=1)
-    assert message in text.splitlines()[-1]
-
-
-def test_wrong_latents(tmp_path):
-    import train_t2i
-
-    source = SimpleNamespace(latents=[{"latent_shape": [16, 24], "autoencoder": "a"}])
-    for autoencoder, shape in (("a", (16, 32)), ("b", (16, 24))):
-        with pytest.raises(ValueError, match="give the one that made them"):
-            train_t2i.check_latents(train_t2i.Config(data="x", autoencoder=autoencoder), source, shape)
-    train_t2i.check_latents(train_t2i.Config(data="x", autoencoder="a"), source, (16, 24))
+def test_unconditional_training_saves_the_ema(world, parts, tmp_path):
+    flags = [*FLAGS, "--condition", "none", "--autoencoder", parts / "rae", "--data", "nano:objects"]
+    world(1, "train_t2i.py", *flags, "--steps", 3, "--out", tmp_path).wait()
+    model = rae.ClassToImage.from_pretrained(tmp_path / "model")
+    assert model.num_classes is None and model.generate([0, 0], 2).shape == (2, 16, 24)
+    with pytest.raises(ValueError, match="give a guide"):
+        model.generate([0, 0], 2, guidance=2.0)
+    saved = load_file(next((tmp_path / "checkpoints/0000003").glob("*.safetensors")))
+    name = "dit.blocks.0.attn.proj.bias"
+    assert not torch.equal(saved[f"model.{name}"], saved[f"ema.{name}"])
+    assert torch.equal(model.state_dict()[name], saved[f"ema.{name}"])
+    new = rae.DiT((16, 24), **TINY_DIT)  # two tables that the authors' optimizer moved
+    assert torch.equal(model.dit.pos_embed, new.pos_embed)
+    assert torch.equal(model.dit.t_embedder.W, new.t_embedder.W)
 
 
 def test_the_published_schedule():
-    import train_t2i
-
     recipe = train_t2i.Config(**train_t2i.PRESETS["dit-dh-xl-imagenet256"])
-    ends = (recipe.decay_start, recipe.decay_end, recipe.final_lr)
-    rates = [recipe.dit_lr * common.linear(step * 1251, *ends) for step in (0, 40, 420, 800, 1000)]
-    assert rates == pytest.approx([2e-4, 2e-4, 1.1e-4, 2e-5, 2e-5])
-    assert (recipe.batch, recipe.ema, recipe.dropout, recipe.time) == (1024, 0.9995, 0.1, "logit-normal")
+    factors = [train_t2i.learning_rate(recipe, epoch * 1251) for epoch in (0, 40, 420, 800)]
+    assert [2e-4 * factor for factor in factors] == pytest.approx([2e-4, 2e-4, 1.1e-4, 2e-5])
+    values = (recipe.batch, recipe.dit_lr, recipe.ema, recipe.dropout, recipe.t_distribution)
+    assert values == (1024, 2e-4, 0.9995, 0.1, "logit-normal")
+
+
+def test_learning_rate_and_ema():
+    rates = [common.cosine(step, 10, 2, 0.1) for step in range(11)]
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[10] == pytest.approx(0.1)
+    assert rates[6] == pytest.approx(0.55) and rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
+    model, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    model.weight.data.fill_(1.0)
+    ema.weight.data.fill_(0.0)
+    common.update_ema(ema, model, decay=0.75, step=0)
+    assert ema.weight.item() == pytest.approx(0.9)  # the decay starts at 0.1
+    common.update_ema(ema, model, decay=0.75, step=1000)
+    assert ema.weight.item() == pytest.approx(0.925)
 
 
 # -- released files
@@ -240,8 +207,7 @@ def test_the_published_schedule():
 @pytest.mark.parametrize("layout", ["flat", "ema"])
 def test_released_files(layout, parts, tmp_path):
     torch.manual_seed(1)
-    dit = {"head": (48, 2, 2), "readd_time": True, "xavier": False}
-    model = tiny(5, **dit)
+    model = tiny(5, head=(48, 2, 2), readd_time=True, xavier=False)
     model.dit.pos_embed.data += 0.1 * torch.randn_like(model.dit.pos_embed)  # the authors trained both
     model.dit.t_embedder.W.data.mul_(1.1)
     weights = {}
@@ -253,11 +219,9 @@ def test_released_files(layout, parts, tmp_path):
         weights |= {f"{name}_feat_rope.freqs_cos": table[0], f"{name}_feat_rope.freqs_sin": table[1]}
     torch.save(weights if layout == "flat" else {"ema": weights, "step": 3}, tmp_path / "stage2_model.pt")
     loaded = rae.ClassToImage.from_pretrained(tmp_path / "stage2_model.pt", str(parts / "rae"))
+    loaded.save_pretrained(tmp_path / "folder")
     noise, labels = torch.randn(3, 16, 24), [0, 4, 2]
     expected = model.generate(labels, 3, 1.5, noise=noise)
-    torch.testing.assert_close(loaded.generate(labels, 3, 1.5, noise=noise), expected)
-    assert loaded.alpha == math.sqrt(16 * 24 / 4096) and loaded.autoencoder.latent_shape == (16, 24)
-    loaded.save_pretrained(tmp_path / "folder")
-    again = rae.ClassToImage.from_pretrained(tmp_path / "folder")
-    torch.testing.assert_close(again.generate(labels, 3, 1.5, noise=noise), expected)
-    assert again.autoencoder.latent_shape == (16, 24)
+    for other in (loaded, rae.ClassToImage.from_pretrained(tmp_path / "folder")):
+        torch.testing.assert_close(other.generate(labels, 3, 1.5, noise=noise), expected)
+        assert other.alpha == math.sqrt(16 * 24 / 4096) and other.autoencoder.latent_shape == (16, 24)

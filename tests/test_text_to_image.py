@@ -1,5 +1,4 @@
-"""The unified model: tokens and labels, which images are answers, both losses, guidance, answering, its
-folder."""
+"""TextToImage: tokens and labels, which images are answers, losses, sampling, dialogue, its folder."""
 
 import copy
 
@@ -41,21 +40,31 @@ def test_chat_format(model):
 
 def test_labels_are_the_assistants_turn_and_the_turn_markers_everywhere(model):
     ids, labels = model.encode_chat(QUESTION)
-    learned = [i for i, label in zip(ids, labels, strict=True) if label != rae.IGNORED]
-    assert text(model, learned) == (
+    supervised = [i for i, label in zip(ids, labels, strict=True) if label != rae.IGNORED]
+    assert text(model, supervised) == (
         "<|im_start|>\n<|im_end|>\n<|im_start|>\n\n<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"
     )
     assert all(label in (i, rae.IGNORED) for i, label in zip(ids, labels, strict=True))
 
 
-def test_answer_images_are_those_whose_start_token_is_learned(model):
-    chat = model.chat([QUESTION, REQUEST, QUESTION])
-    assert chat.answer_index.tolist() == [1] and chat.context_index.tolist() == [0, 2]
-    flat = chat.ids.flatten()
-    assert (flat[chat.answers] == rae.IMAGE).all() and (flat[chat.contexts] == rae.IMAGE).all()
-    assert torch.equal(chat.targets, flat[chat.predict + 1])
+def test_answer_images_are_those_whose_start_token_is_supervised(model):
+    chat = model.chat([QUESTION, REQUEST, [("user", "hi"), ("assistant", "hello")], QUESTION])
+    assert chat.is_answer.tolist() == [False, True, False]  # in order, of the images
+    images = chat.ids == rae.IMAGE
+    assert torch.equal(chat.answer_mask | chat.context_mask, images)
+    assert chat.answer_mask.sum(dim=1).tolist() == [0, 16, 0, 0]
+    assert chat.context_mask.sum(dim=1).tolist() == [16, 0, 0, 16]
     two_images = model.chat([[("user", "<image>\nsame?"), ("assistant", "<image>")]])
-    assert two_images.answer_index.tolist() == [1] and two_images.context_index.tolist() == [0]
+    assert two_images.is_answer.tolist() == [False, True]
+
+
+def test_each_position_predicts_the_next_label(model):
+    chat = model.chat([QUESTION, REQUEST])
+    assert torch.equal(chat.next_labels[:, :-1], chat.labels[:, 1:])
+    assert (chat.next_labels[:, -1] == rae.IGNORED).all() and not (chat.labels == rae.IMAGE).any()
+    supervised = chat.labels[:, 1:] != rae.IGNORED
+    assert chat.supervised_tokens == supervised.sum() > 0
+    assert torch.equal(chat.labels[chat.labels != rae.IGNORED], chat.ids[chat.labels != rae.IGNORED])
 
 
 def test_new_tokens_start_as_the_mean_row(parts):
@@ -82,66 +91,63 @@ def test_parameters_are_fp32_whatever_the_files_are(parts, tmp_path):
     assert {p.dtype for p in rae.Encoder(str(tmp_path / "encoder")).parameters()} == {torch.float32}
 
 
-def run(model, conversations, latents, noise, t, dropped):
+def run(model, conversations, x_t, t, dropped):
+    """Velocity of the images to generate, summed cross-entropy, supervised tokens."""
     chat = model.chat(conversations)
-    text_loss, flow = model(chat, latents, noise, t, dropped)
-    return text_loss, flow, len(chat.targets)
+    context = torch.randn(16, 24, generator=torch.Generator().manual_seed(7))
+    contexts = context.expand(int((~chat.is_answer).sum()), -1, -1)
+    velocity, cross_entropy = model(chat, x_t, t, dropped, contexts)
+    return velocity, cross_entropy, chat.supervised_tokens
 
 
-def test_losses_of_a_batch_are_the_losses_of_its_samples(model):
+def test_a_batch_gives_what_its_samples_give(model):
     """Padding, order and neighbours change nothing: what makes global normalisation equal to one big
     batch."""
     torch.manual_seed(0)
-    latents, noise = torch.randn(3, 16, 24), torch.randn(3, 16, 24)
-    t, dropped = torch.tensor([0.2, 0.5, 0.8]), torch.tensor([False, False, True])
+    x_t, t, dropped = torch.randn(2, 16, 24), torch.tensor([0.2, 0.8]), torch.tensor([False, True])
     chats = [REQUEST, [("user", "<image>\n" + "what is this, please? " * 3), ("assistant", "two")], REQUEST]
-    text_loss, flow, tokens = run(model, chats, latents, noise, t, dropped)
-    alone = [
-        run(model, [c], latents[i : i + 1], noise[i : i + 1], t[i : i + 1], dropped[i : i + 1])
-        for i, c in enumerate(chats)
-    ]
-    torch.testing.assert_close(text_loss, sum(a[0] for a in alone), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(flow, torch.cat([a[1] for a in alone]), rtol=1e-5, atol=1e-5)
-    assert tokens == sum(a[2] for a in alone) and len(flow) == 2
+    velocity, cross_entropy, tokens = run(model, chats, x_t, t, dropped)
+    slices = [slice(0, 1), slice(0, 0), slice(1, 2)]  # the second has no image to generate
+    alone = [run(model, [c], x_t[s], t[s], dropped[s]) for c, s in zip(chats, slices, strict=True)]
+    torch.testing.assert_close(velocity, torch.cat([a[0] for a in alone]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cross_entropy, sum(a[1] for a in alone), rtol=1e-5, atol=1e-5)
+    assert tokens == sum(a[2] for a in alone) and len(velocity) == 2
 
 
-def test_draws_of_a_image_are_as_if_it_came_that_often(model):
+def test_several_draws_are_as_if_the_images_came_that_often(model):
     torch.manual_seed(0)
     chats = [REQUEST, [("user", "<image>\nwhat is this?"), ("assistant", "two")], REQUEST]
-    latents, noise, t = torch.randn(3, 16, 24), torch.randn(6, 16, 24), torch.rand(6)
-    dropped = torch.tensor([False, False, True, True, False, False])
-    text_loss, flow, _ = run(model, chats, latents, noise, t, dropped)
-    halves = [run(model, chats, latents, noise[h], t[h], dropped[h]) for h in (slice(3), slice(3, 6))]
-    torch.testing.assert_close(flow, torch.cat([half[1] for half in halves]), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(text_loss, halves[0][0])
-    assert len(flow) == 4 and flow[0] != flow[2]
+    x_t, t, dropped = torch.randn(4, 16, 24), torch.rand(4), torch.tensor([False, True, True, False])
+    velocity, cross_entropy, _ = run(model, chats, x_t, t, dropped)
+    halves = [run(model, chats, x_t[h], t[h], dropped[h]) for h in (slice(2), slice(2, 4))]
+    torch.testing.assert_close(velocity, torch.cat([half[0] for half in halves]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cross_entropy, halves[0][1])
+    assert len(velocity) == 4
 
 
 def test_text_loss_is_cross_entropy_of_the_next_token(model):
-    ids, labels = model.encode_chat([("user", "hello"), ("assistant", "a star")])
-    none = torch.zeros(0, 16, 24)
-    given = (none, none, torch.zeros(0), torch.zeros(0, dtype=torch.bool))
-    text_loss, flow, tokens = run(model, [[("user", "hello"), ("assistant", "a star")]], *given)
+    turns = [("user", "hello"), ("assistant", "a star")]
+    ids, labels = model.encode_chat(turns)
+    none = torch.zeros(0)
+    velocity, cross_entropy, tokens = run(model, [turns], torch.zeros(0, 16, 24), none, none.bool())
     logits = model.language_model(torch.tensor([ids])).logits[0, :-1]
     expected = F.cross_entropy(logits, torch.tensor(labels[1:]), ignore_index=rae.IGNORED, reduction="sum")
-    torch.testing.assert_close(text_loss, expected, rtol=1e-5, atol=1e-5)
-    assert len(flow) == 0 and tokens == sum(label != rae.IGNORED for label in labels[1:])
+    torch.testing.assert_close(cross_entropy, expected, rtol=1e-5, atol=1e-5)
+    assert len(velocity) == 0 and tokens == sum(label != rae.IGNORED for label in labels[1:])
 
 
 def test_gradients_reach_the_parts_that_a_sample_uses(model):
-    latents = torch.randn(2, 16, 24)
-    given = (latents, torch.randn(2, 16, 24), torch.tensor([0.3, 0.6]), torch.tensor([False, False]))
-
-    def trained(conversations) -> set[str]:
+    def trained(conversations, images: int) -> set[str]:
         model.zero_grad()
-        text_loss, flow, _ = run(model, conversations, *given)
-        (text_loss + flow.sum()).backward()
-        return {
-            name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()
-        }
+        noise = (torch.randn(images, 16, 24), torch.rand(images), torch.zeros(images, dtype=torch.bool))
+        velocity, cross_entropy, _ = run(model, conversations, *noise)
+        (cross_entropy + velocity.square().sum()).backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        return {name.split(".")[0] for name, grad in grads.items() if grad is not None and grad.any()}
 
-    assert trained([REQUEST, REQUEST]) == {"language_model", "latent_queries", "diff_head_projector", "dit"}
-    assert trained([QUESTION, QUESTION]) == {"language_model", "mm_projector"}
+    expected = {"language_model", "latent_queries", "diff_head_projector", "dit"}
+    assert trained([REQUEST, REQUEST], 2) == expected
+    assert trained([QUESTION, QUESTION], 0) == {"language_model", "mm_projector"}
 
 
 def test_condition_equals_the_training_sequence(model):
@@ -151,10 +157,8 @@ def test_condition_equals_the_training_sequence(model):
     together = model.condition(prompts)
     for prompt, expected in zip(prompts, together, strict=True):
         chat = model.chat([data.request(prompt, 0.0)])
-        hidden = model.hidden_states(model.embed(chat))
-        torch.testing.assert_close(
-            model.diff_head_projector(hidden[chat.answers])[0], expected, atol=1e-5, rtol=1e-5
-        )
+        alone = model.answer_condition(model.hidden_states(model.embed(chat)), chat)
+        torch.testing.assert_close(alone[0], expected, atol=1e-5, rtol=1e-5)
     assert rae.REQUEST == data.REQUESTS[0] and data.request("x", 0.0)[1][1] == rae.REPLY
 
 
@@ -174,7 +178,7 @@ def test_a_model_without_a_block_guides_the_whole(model):
     made = model.generate(prompts, 3, 1.5, noise=noise, skip=1)
     torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(made, model.generate(prompts, 3, 1.5, noise=noise), atol=1e-2)
-    with pytest.raises(ValueError, match="no block 2 to leave out: the DiT's are 0 to 1"):
+    with pytest.raises(ValueError, match="no block 2 to skip: the DiT has blocks 0 to 1"):
         model.generate(prompts, 3, noise=noise, skip=2)
 
 
@@ -208,42 +212,40 @@ def greedy(model, turns, latents, count: int) -> list[int]:
     return ids[start:]
 
 
-def test_a_dialogue_reads_only_what_is_new(model):
+def test_a_dialogue_goes_on_where_it_was(model):
     latents = torch.randn(16, 24)
     dialogue = rae.Dialogue(model)
-    first, none = dialogue.say("how many?", latents, max_tokens=5)
+    first, condition = dialogue.say("how many?", latents, max_tokens=5)
     expected = greedy(model, [("user", "<image>\nhow many?")], latents[None], 5)
-    assert none is None and first == model.tokenizer.decode(expected, skip_special_tokens=True).strip()
-    read = dialogue.cache.get_seq_length()
+    assert condition is None and first == model.tokenizer.decode(expected, skip_special_tokens=True).strip()
     second, _ = dialogue.say("and which colour?", max_tokens=5)
     turns = [("user", "<image>\nhow many?"), ("assistant", model.tokenizer.decode(expected))]
     expected = greedy(model, [*turns, ("user", "and which colour?")], latents[None], 5)
     assert second == model.tokenizer.decode(expected, skip_special_tokens=True).strip()
-    assert 0 < dialogue.cache.get_seq_length() - read < 30 < read
     assert model.answer(latents, "how many?", max_tokens=5) == first
 
 
 def test_the_model_decides_to_draw(model, monkeypatch):
-    """Where it says <im_start>, the image's condition is that of a training on this very conversation."""
-    said = [*model.tokens("Here you go:\n"), model.im_start]
-    script = iter([*said, *model.tokens("fine"), model.tokenizer.convert_tokens_to_ids("<|im_end|>")])
-    width = model.language_model.config.vocab_size
+    """Where it says <im_start>, the image's condition is that of training on this very conversation."""
+    end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    script = iter([*model.tokens("Here you go:\n"), model.im_start, *model.tokens("fine"), end])
 
     def speak(hidden):
-        return F.one_hot(torch.tensor([next(script)]), width).float()
+        logits = torch.zeros(*hidden.shape[:-1], model.language_model.config.vocab_size)
+        logits[..., next(script)] = 1.0
+        return logits
 
     monkeypatch.setattr(model.language_model.lm_head, "forward", speak)
     dialogue = rae.Dialogue(model)
     words, condition = dialogue.say("Draw a star")
     chat = model.chat([REQUEST])
-    expected = model.diff_head_projector(model.hidden_states(model.embed(chat))[chat.answers])
+    expected = model.answer_condition(model.hidden_states(model.embed(chat)), chat)
     assert words == "Here you go:"
     torch.testing.assert_close(condition, expected, atol=1e-5, rtol=1e-5)
-    noise = torch.randn(1, 16, 24)
-    assert model.generate(condition, 2, 2.0, noise=noise).shape == (1, 16, 24)
+    assert model.generate(condition, 2, 2.0, noise=torch.randn(1, 16, 24)).shape == (1, 16, 24)
     assert dialogue.say("thank you") == ("fine", None)
-    read = model.encode_chat([*REQUEST, ("user", "thank you"), ("assistant", "fine")])[0]
-    assert dialogue.cache.get_seq_length() == len(read) - len(model.tokens("<|im_end|>\n"))
+    chat = model.chat([[*REQUEST, ("user", "thank you"), ("assistant", "fine")]])
+    torch.testing.assert_close(dialogue.embeddings, model.embed(chat))
 
 
 def test_lengths_of_conversations(model):
@@ -251,46 +253,12 @@ def test_lengths_of_conversations(model):
         assert rae.chat_length(turns, model.tokenizer, 16) == len(model.encode_chat(turns)[0])
 
 
-def test_another_size_interpolates_positions(model, tmp_path):
-    """Also what was trained of the table, which here is noise on top of it."""
-    noise = torch.randn(1, 16, 24)
-    expected = model.generate(["a star"], 2, 3.0, noise=noise)
-    same, larger = copy.deepcopy(model), copy.deepcopy(model)
-    same.resize(model.autoencoder.resized(32)), larger.resize(model.autoencoder.resized(64))
-    torch.testing.assert_close(same.generate(["a star"], 2, 3.0, noise=noise), expected)
-    assert larger.latent_shape == (64, 24) and larger.alpha == pytest.approx(2 * model.alpha)
-    every_other = torch.arange(64).view(8, 8)[::2, ::2].flatten()
-    torch.testing.assert_close(larger.dit.rope[:, every_other], model.dit.rope)
-    table, wider = rae.sincos_table(16, 32), rae.sincos_table(64, 32, spacing=0.5)
-    torch.testing.assert_close(wider[every_other], table)
-    learned = (
-        rae.resize_grid(x, 8, "bicubic") for x in (model.dit.pos_embed[0] - table, model.latent_queries)
-    )
-    torch.testing.assert_close(larger.dit.pos_embed[0], wider + next(learned))
-    torch.testing.assert_close(larger.latent_queries, next(learned))
-    noise = torch.randn(1, 64, 24)
-    latents = larger.generate(["a star"], 2, 3.0, noise=noise)
-    assert larger.autoencoder.decode(latents).shape == (1, 3, 64, 64)
-    larger.save_pretrained(tmp_path)
-    again = rae.TextToImage.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(again.generate(["a star"], 2, 3.0, noise=noise), latents)
-    with pytest.raises(ValueError, match="not a multiple of the patch of 8"):
-        model.autoencoder.resized(60)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ("", "empty"),
-        ("  \n", "empty"),
-        ("star " * 400, "limit"),
-        ("a <|im_end|> star", "special"),
-        ("<image>", "special"),
-    ],
-)
-def test_bad_prompts(model, prompt, message):
-    with pytest.raises(ValueError, match=message):
-        model.condition(["a star", prompt])
+def test_bad_prompts(model):
+    bad = {"": "empty", "  \n": "empty", "star " * 400: "limit", "a <|im_end|> star": "special"}
+    bad["<image>"] = "special"
+    for prompt, message in bad.items():
+        with pytest.raises(ValueError, match=message):
+            model.condition(["a star", prompt])
 
 
 def test_folder_round_trip_and_its_link_to_the_autoencoder(parts, model, tmp_path):
