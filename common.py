@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 import traceback
-import types
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -110,9 +110,8 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> N
     if isinstance(field.default, tuple):
         parser.add_argument(field.name, type=str, **kwargs)
         return
-    type_ = field.type
-    if isinstance(type_, types.UnionType):  # "int | None"
-        type_ = next(t for t in type_.__args__ if t is not type(None))
+    # "int | None" is an int that may be left out
+    type_ = get_args(field.type)[0] if get_args(field.type) else field.type
     if field.default not in (None, ""):
         kwargs["help"] += f" (default {field.default})"
     # --compile and --no-compile
@@ -228,6 +227,7 @@ def shard_model(module: nn.Module, blocks: Iterable[nn.Module], dist_ctx: DistCo
         return
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # with several replicas hybrid sharding, whose gradients are also summed over the replicas
     mesh = dist_ctx.mesh if dist_ctx.mesh.shape[0] > 1 else dist_ctx.mesh["shard"]
     for part in (*blocks, module):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
@@ -353,6 +353,7 @@ class Optimizers:
         for group in self.groups:
             group["peak_lr"] = group["lr"]
         self.parameters = [p for group in self.groups for p in group["params"]]
+        # counters on the device: counting does not wait for the GPU
         device = local_tensor(self.parameters[0]).device
         self.skipped, self.skipped_in_a_row, self.most_in_a_row = torch.zeros(3, device=device)
         self.init_state()
@@ -402,6 +403,7 @@ class Optimizers:
 
 def cosine(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
     """Factor of the learning rate: linear warm-up from 1 / warmup, then half a cosine down to `floor`."""
+    # not from 0, at which the first step would do nothing
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -420,6 +422,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
     # it grows from 0.1 during the first steps, so that the initial weights are soon forgotten
     decay = min(decay, (1 + step) / (10 + step))
     pairs = [(a, b) for a, b in zip(ema.parameters(), model.parameters(), strict=True) if b.requires_grad]
+    # one kernel for many tensors, on this rank's shards
     torch._foreach_lerp_([local_tensor(a) for a, _ in pairs], [local_tensor(b) for _, b in pairs], 1 - decay)
 
 
@@ -470,6 +473,7 @@ def save_image(path: Path, pixels: Tensor, **text) -> None:
 def image_grid(images: Tensor, columns: int, gap: int = 2, scale: int = 1) -> Tensor:
     """(B, 3, H, W) -> one image (3, H', W') in raster order on white, enlarged by the integer `scale`."""
     images = images.clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    # white to the right of and below each image, and in the empty places of the last row
     missing = -len(images) % columns
     images = nn.functional.pad(images, (0, gap, 0, gap, 0, 0, 0, missing), value=1.0)
     rows = [torch.cat(list(row), dim=2) for row in images.split(columns)]
@@ -554,6 +558,7 @@ def loading(source: str | Path):
     has_config = (folder / "config.json").is_file() or (folder / "vae" / "config.json").is_file()
     if folder.exists() and not is_file and not has_config:
         raise ValueError(f"{source} is no model folder: it has no config.json")
+    # org/name on the hub
     on_hub = str(source).count("/") == 1 and not str(source).startswith((".", "/"))
     released = {**convert.RELEASED, **convert.RELEASED_DITS, **convert.RELEASED_TEXT_TO_IMAGE}
     if not (folder.exists() or on_hub or is_file or str(source) in released):
@@ -569,9 +574,7 @@ def load_autoencoder(source: str | Path, dist_ctx: DistContext) -> rae.RAE | rae
         return rae.open_autoencoder(source).to(dist_ctx.device)
 
 
-def load_model(
-    cls: type[rae.LatentModel], source: str, autoencoder: str, dist_ctx: DistContext
-) -> rae.LatentModel:
+def load_model(cls: type, source: str, autoencoder: str, dist_ctx: DistContext) -> rae.LatentModel:
     """A TextToImage or ClassToImage, with the autoencoder that it names or another of the same latents."""
     with loading(source):
         model = cls.from_pretrained(source).eval().to(dist_ctx.device)
@@ -586,9 +589,10 @@ def load_model(
 
 
 def fingerprint(model: nn.Module | None) -> str:
-    """The norm of all weights, which tells them from others that may come to lie at the same path."""
+    """The squared norm of all weights, which tells them from others that may come to lie at the same path."""
     if model is None:
         return ""
+    # float64 on the CPU: the same number on every device
     return f"{sum(p.detach().cpu().double().square().sum().item() for p in model.parameters()):.9g}"
 
 
@@ -606,6 +610,7 @@ class Run:
         self.checkpoints, self.metrics = self.out / "checkpoints", self.out / "metrics.jsonl"
         self.stop_signal, self.pending, self.wandb = None, None, None
         self.skipped_samples, self.flops_per_step = 0, 0
+        # a group of its own: checkpoints are written in a thread, which must not mix with the loop's sums
         self.group = dist.new_group(backend="gloo") if dist_ctx.world_size > 1 else None
         complete = self.complete_checkpoints()
         if complete and not config.resume:

@@ -98,6 +98,7 @@ def rope_table(tokens: int, head_width: int) -> Tensor:
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotates neighbouring channel pairs (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin), in fp32."""
+    # (..., d) -> two of (..., d / 2)
     x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack([-x1, x0], dim=-1).flatten(-2)
     return (x.float() * rope[0] + rotated * rope[1]).type_as(x)
@@ -461,6 +462,7 @@ class RAE(nn.Module, Hub, library_name="rae"):
         """Latents (B, N, C) -> (B, 3, image_size, image_size), around [0, 1] but not clamped."""
         if latents.shape[1:] != self.latent_shape:
             raise ValueError(f"latents {tuple(latents.shape[1:])}, this autoencoder has {self.latent_shape}")
+        # callers clamp: the training losses need the gradient outside [0, 1]
         pixels = self.decoder(latents * self.latent_std + self.latent_mean)
         return pixels.float() * self.image_std + self.image_mean
 
@@ -622,6 +624,7 @@ class LabelCondition(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def drop(self, labels: Tensor | None, dropped: Tensor) -> Tensor:
+        # None: all are dropped, and the labels do not matter
         labels = torch.zeros_like(dropped, dtype=torch.long) if labels is None else labels
         return torch.where(dropped, self.num_classes, labels)
 
@@ -1234,7 +1237,7 @@ class TextToImage(LatentModel, library_name="rae"):
     def collate(self, encoded: list[tuple[list[int], list[int]]]) -> Chat:
         """A batch from (ids, labels) pairs, padded on the right to the longest."""
         length = max(len(ids) for ids, _ in encoded)
-        # attention is causal: no token sees the padding behind it, so that it needs no mask
+        # any id will do as padding: attention is causal, and no token sees what is behind it
         ids = torch.tensor([row + [0] * (length - len(row)) for row, _ in encoded])
         labels = torch.tensor([row + [IGNORED] * (length - len(row)) for _, row in encoded])
         # flat positions of the batch's P images, (P, N), in raster order
@@ -1271,6 +1274,7 @@ class TextToImage(LatentModel, library_name="rae"):
 
     def hidden_states(self, embeddings: Tensor) -> Tensor:
         """(B, L, width) -> last hidden states, flattened to (B * L, width)."""
+        # attention is causal, so that padding on the right needs no mask
         model, config = self.language_model.model, self.language_model.config
         mask = None
         is_plain = (config.model_type, config._attn_implementation) == ("qwen2", "sdpa")
