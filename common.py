@@ -614,7 +614,7 @@ class Run:
         self.group = dist.new_group(backend="gloo") if dist_ctx.world_size > 1 else None
         complete = self.complete_checkpoints()
         if complete and not config.resume:
-            raise ValueError(f"{self.out} holds a run: continue it with --resume, or choose another --out")
+            raise ValueError(f"{self.out} already holds a run: give --resume, or choose another --out")
         self.source = complete[-1] if complete else None
         if dist_ctx.world_size > 1:
             # a file system may show a new folder to one node earlier than to another
