@@ -1,17 +1,13 @@
 """Benchmarks that compare with other work, run by eval.py: GenEval, DPG-Bench and CLIPScore of generated
 images, and MME, TextVQA, AI2D, SEED, MMMU and MMMU-Pro of answers to questions about images.
 
-Rules and arithmetic are those of the official scorers: a results file of theirs and one of ours sum up to the
-same numbers. The networks are the same too, through `transformers`.
+Rules and arithmetic are those of the official scorers. The networks are the same too, through `transformers`.
 
 geneval: --samples is a folder in GenEval's layout, as sample.py --file evaluation_metadata.jsonl draws it.
 No mmdetection is needed. Published figures that others have scored both ways differ by about 0.01.
-
 dpg: --samples is a folder of 2 x 2 grids ITEM.png, as sample.py --file FOLDER draws them for the official
 prompts. Any visual question answering model works, but only figures of mPLUG compare with published ones.
-
 clipscore: --samples is a folder of PNGs with their prompt in the metadata, as sample.py writes it.
-
 understanding asks --model itself. An image is squeezed into a square; of several images the first is shown.
 
 All but clipscore append one row per image or question to OUT-NAME.jsonl, and never score a row twice.
@@ -23,7 +19,7 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -64,7 +60,7 @@ def score_all(
     config,
     dist_ctx: common.DistContext,
 ) -> list[dict]:
-    """A row for each job, kept in OUT-NAME.jsonl. Each process scores its part of the rows that are missing.
+    """A row for each job, kept in OUT-NAME.jsonl. Each process scores its part of the missing rows.
 
     fields, jobs: names of the values that identify a row, and {values: arguments of the scorer}.
     networks: what the scores depend on; kept in every row.
@@ -74,9 +70,9 @@ def score_all(
     scored = read_scored(path, fields, networks)
     if dist_ctx.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
+        with path.open("ab") as file:
             # a killed run may have left half a line: the next row must not be appended to it
-            if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
+            if path.read_bytes()[-1:] not in (b"", b"\n"):
                 file.write(b"\n")
     common.global_sum(0)  # a barrier: all have read before one writes
     missing = [item for item in jobs.items() if item[0] not in scored]
@@ -86,9 +82,11 @@ def score_all(
         with path.open("a") as file:
             for key, arguments in tqdm(missing, desc=name, disable=not dist_ctx.is_main):
                 row = score(*arguments) | dict(zip(fields, key, strict=True)) | networks
+                # whole lines only, because all processes append to one file
                 file.write(json.dumps(row) + "\n")
-                file.flush()  # whole lines only, because all processes append to one file
+                file.flush()
     common.global_sum(0)
+    # file systems over a network may lose appends of several machines
     scored = read_scored(path, fields, networks)
     if lost := [key for key in jobs if key not in scored]:
         raise ValueError(f"{path} has lost {len(lost)} rows, such as {lost[0]}: run this again")
@@ -113,6 +111,7 @@ def as_results(name: str, figures: dict[str, tuple[float, int]]) -> list[dict]:
 # -----------------------------------------------------------------------------------------------------------
 # GenEval (arXiv 2310.11513): are the objects of the prompt there, in number, colour and position
 
+# the official evaluate_images.py's numbers
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # lowest score of a detection
 MAX_OBJECTS = 16  # per class
 POSITION_MARGIN = 0.1  # distance beyond which one object is beside another, in units of their sizes
@@ -137,8 +136,6 @@ CLASSES = (  # COCO's 80 in their order, spelled as in GenEval's prompts
 
 
 class Detection(NamedTuple):
-    """A detected object."""
-
     score: float
     box: tuple[float, float, float, float]  # left, top, right, bottom in pixels
     mask: np.ndarray | None = None  # (H, W) bool
@@ -147,11 +144,13 @@ class Detection(NamedTuple):
 def relative_position(one: Detection, other: Detection) -> set[str]:
     """Where `one` is as seen from the other: up to two of left of, right of, above and below."""
     (x0, y0, x1, y1), (u0, v0, u1, v1) = one.box, other.box
+    # between the centres, and without the margin within which neither is beside the other
     offset = np.array([x0 + x1 - u0 - u1, y0 + y1 - v0 - v1]) / 2
     sizes = np.abs([x1 - x0 + 0.0, y1 - y0]) + np.abs([u1 - u0 + 0.0, v1 - v0])
     beyond = np.maximum(np.abs(offset) - POSITION_MARGIN * sizes, 0) * np.sign(offset)
     if (np.abs(beyond) < 1e-3).all():
         return set()
+    # the official rule divides by the length of the whole offset, so that a pair at 45 degrees is both
     across, down = beyond / np.linalg.norm(offset)
     holds = {"left of": across < -0.5, "right of": across > 0.5, "above": down < -0.5, "below": down > 0.5}
     return {relation for relation, true in holds.items() if true}
@@ -164,6 +163,7 @@ def check_objects(entry: dict, objects: list[Detection], classify_colors: Callab
         return f"expected {name}>={count}, found {len(objects)}"
     if "color" not in entry:
         return ""
+    # as many of the best detections as the prompt names: further cats may have any colour
     colors = classify_colors(objects, name)
     if colors.count(entry["color"]) >= count:
         return ""
@@ -191,8 +191,7 @@ def judge(
     metadata: its `include` and `exclude`. detections: by class, best first.
     classify_colors(objects, name): the colour of each object.
     """
-    reasons = []
-    groups = []  # objects of each entry of `include`, None if the entry does not hold
+    reasons, groups = [], []  # objects of each entry of `include`, None if the entry does not hold
     for entry in metadata.get("include", []):
         objects = detections.get(entry["class"], [])[: entry["count"]]
         reason = check_objects(entry, objects, classify_colors)
@@ -210,6 +209,7 @@ def judge(
 
 def confident(detections: dict[str, list[Detection]], tag: str) -> dict[str, list[Detection]]:
     """The detections that count for a task, best first."""
+    # counting needs sure detections: a doubtful third cat would fail an image of two
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     kept = {}
     for name, objects in detections.items():
@@ -230,7 +230,8 @@ class Detector:
         self.processor = AutoImageProcessor.from_pretrained(source, size=size)
         self.model = Mask2FormerForUniversalSegmentation.from_pretrained(source).float().eval().to(device)
         labels = [name for _, name in sorted(self.model.config.id2label.items())]
-        self.names = CLASSES if len(labels) == len(CLASSES) else labels  # files spell some names differently
+        # COCO's files spell some names otherwise ("mouse"), prompts and detector must agree
+        self.names = CLASSES if len(labels) == len(CLASSES) else labels
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> dict[str, list[Detection]]:
@@ -238,7 +239,8 @@ class Detector:
         mask, and boxes are those of the masks."""
         inputs = self.processor(image, return_tensors="pt").to(self.model.device)
         out = self.model(inputs["pixel_values"], pixel_mask=inputs["pixel_mask"])
-        height = int(inputs["pixel_mask"][0].any(dim=1).sum())  # without padding
+        # the processor pads on the right and below, which masks must not cover
+        height = int(inputs["pixel_mask"][0].any(dim=1).sum())
         width = int(inputs["pixel_mask"][0].any(dim=0).sum())
 
         # ---- the most probable (query, class) pairs; the last class is "no object" ----
@@ -267,7 +269,7 @@ class Detector:
 
 
 class Clip:
-    """Normalised embeddings of CLIP."""
+    """Normalised embeddings of CLIP, (B, D)."""
 
     def __init__(self, source: str, device: torch.device):
         from transformers import AutoProcessor, CLIPModel
@@ -287,10 +289,6 @@ class Clip:
         inputs = self.processor(text=texts, return_tensors="pt", padding=True, truncation=True)
         out = self.model.get_text_features(**inputs.to(self.model.device))
         return F.normalize(getattr(out, "pooler_output", out), dim=-1)
-
-    def scores(self, images: list[Image.Image], texts: list[str]) -> Tensor:
-        """CLIPScore (arXiv 2104.08718) of image-text pairs, from 0 to 100: (B,)."""
-        return 100 * (self.images(images) * self.texts(texts)).sum(dim=-1).clamp(min=0)
 
     def colors(self, image: Image.Image, objects: list[Detection], name: str) -> list[str]:
         """The colour of each object, classified from its pixels on grey."""
@@ -335,6 +333,7 @@ def geneval_images(folder: Path) -> list[tuple[Path, dict]]:
     if not counts:
         layout = "00000/metadata.jsonl, 00000/samples/0000.png, ..."
         raise ValueError(f"{folder} is not in GenEval's layout: {layout}")
+    # of a run of sample.py that was stopped, the last prompts have fewer images: the mean would lean
     (prompt, most), (other, least) = counts.most_common()[0], counts.most_common()[-1]
     if least == 0 or least < most:
         raise ValueError(f"{prompt} has {most} images, {other} has {least}: resume sample.py, or draw anew")
@@ -371,15 +370,16 @@ class GenEvalScorer:
         }
 
 
-def geneval_summary(rows: Iterable[dict]) -> dict[str, tuple[float, int]]:
+def geneval_summary(rows: list[dict]) -> dict[str, tuple[float, int]]:
     """(value, n) of each figure: the share of correct images of every task, their mean `overall`, and the
     shares of correct `images` and of `prompts` with a correct image."""
     tasks, prompts = defaultdict(list), defaultdict(list)
     for row in rows:
         tasks[row["tag"]].append(row["correct"])
         prompts[row["metadata"]].append(row["correct"])
-    images = [correct for task in tasks.values() for correct in task]
+    images = [row["correct"] for row in rows]
     figures = {tag: (float(np.mean(task)), len(task)) for tag, task in sorted(tasks.items())}
+    # the mean of tasks, not of images: the tasks have different numbers of prompts
     figures["overall"] = float(np.mean([value for value, _ in figures.values()])), len(images)
     figures["images"] = float(np.mean(images)), len(images)
     figures["prompts"] = float(np.mean([any(group) for group in prompts.values()])), len(prompts)
@@ -398,7 +398,7 @@ def geneval(config, dist_ctx: common.DistContext) -> list[dict]:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# CLIPScore
+# CLIPScore (arXiv 2104.08718): cosine of image and prompt, from 0 to 100
 
 
 def clipscore(config, dist_ctx: common.DistContext) -> list[dict]:
@@ -418,7 +418,8 @@ def clipscore(config, dist_ctx: common.DistContext) -> list[dict]:
     for start in tqdm(range(0, len(pairs), config.batch), desc="clipscore", disable=not dist_ctx.is_main):
         batch = pairs[start : start + config.batch]
         images = [data.open_image(str(path)).convert("RGB") for path, _ in batch]
-        total += clip.scores(images, [prompt for _, prompt in batch]).sum().item()
+        cosines = (clip.images(images) * clip.texts([prompt for _, prompt in batch])).sum(dim=-1)
+        total += (100 * cosines.clamp(min=0)).sum().item()
     [total] = common.global_sum(total)
     return [{"metric": f"clipscore/{config.clip}", "value": total / len(paths), "n": len(paths)}]
 
@@ -456,21 +457,21 @@ def read_dpg(path: str) -> dict[str, dict[int, Question]]:
 
 
 def propagate(answers: dict[int, bool], questions: dict[int, Question]) -> dict[int, bool]:
-    """Turns a yes into a no where a parent is, or has become, a no. In the order of the table."""
+    """Turns a yes into a no where a parent is, or has become, a no."""
     kept = dict(answers)
-    for number in answers:
+    for number in answers:  # in the order of the table, where parents come first
         kept[number] = kept[number] and all(kept[parent] for parent in questions[number].parents)
     return kept
 
 
 def dpg_summary(rows: list[dict], items: dict[str, dict[int, Question]]) -> dict[str, tuple[float, int]]:
     """(percentage, n) of each figure. `overall`: mean over items of the mean over images of the mean over
-    questions. Categories: mean over all questions of all images, as answered (the official script, by
-    mistake, takes those of the last image only)."""
+    questions. Categories: mean over all questions of all images, as answered."""
+    # the official script, by mistake, takes the categories of the last image of an item only
     images, categories = defaultdict(list), defaultdict(list)
     for row in rows:
         questions = items[row["item_id"]]
-        answers = {int(number): yes for number, yes in row["answers"].items()}
+        answers = {int(number): yes for number, yes in row["answers"].items()}  # keys of JSON are text
         images[row["item_id"]].append(np.mean(list(propagate(answers, questions).values())))
         for number, yes in answers.items():
             question = questions[number]
@@ -488,45 +489,16 @@ def crop_square(grid: Image.Image, number: int) -> Image.Image:
     return grid.crop((column * width, row * height, (column + 1) * width, (row + 1) * height))
 
 
-class Answerer:
-    """A visual question answering model: BLIP and its like, or one with a chat template."""
-
-    def __init__(self, source: str, device: torch.device):
-        from transformers import (
-            AutoConfig,
-            AutoModelForImageTextToText,
-            AutoModelForVisualQuestionAnswering,
-            AutoProcessor,
-        )
-
-        mapping = AutoModelForVisualQuestionAnswering._model_mapping
-        self.chats = type(AutoConfig.from_pretrained(source)) not in mapping
-        model_class = AutoModelForImageTextToText if self.chats else AutoModelForVisualQuestionAnswering
-        self.model = model_class.from_pretrained(source).float().eval().to(device)
-        self.processor = AutoProcessor.from_pretrained(source)
-
-    @torch.no_grad()
-    def __call__(self, image: Image.Image, question: str) -> str:
-        """A short answer, greedy."""
-        text = question
-        if self.chats:
-            content = [{"type": "image"}, {"type": "text", "text": f"{question} Answer with one word."}]
-            turns = [{"role": "user", "content": content}]
-            text = self.processor.apply_chat_template(turns, add_generation_prompt=True)
-        inputs = self.processor(images=image, text=text, return_tensors="pt").to(self.model.device)
-        out = self.model.generate(**inputs, max_new_tokens=10, do_sample=False)
-        if self.chats:  # its output begins with the prompt
-            out = out[:, inputs["input_ids"].shape[1] :]
-        return self.processor.decode(out[0], skip_special_tokens=True).strip()
-
-
 class DPGScorer:
-    """Asks every question of a prompt about one image of its grid."""
+    """Asks a visual question answering model, BLIP or its like, about one image of a grid."""
 
     def __init__(self, vqa: str, items: dict[str, dict[int, Question]], device: torch.device):
+        from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
+
         self.items = items
         with common.loading(vqa):
-            self.answer = Answerer(vqa, device)
+            self.model = AutoModelForVisualQuestionAnswering.from_pretrained(vqa).float().eval().to(device)
+            self.processor = AutoProcessor.from_pretrained(vqa)
 
     def __call__(self, path: Path, square: int) -> dict:
         image = crop_square(data.open_image(str(path)).convert("RGB"), square)
@@ -534,6 +506,13 @@ class DPGScorer:
         for number, question in self.items[path.stem].items():
             answers[number] = self.answer(image, question.text).lower().startswith("yes")
         return {"item_id": path.stem, "square": square, "answers": answers}
+
+    @torch.no_grad()
+    def answer(self, image: Image.Image, question: str) -> str:
+        """A short answer, greedy."""
+        inputs = self.processor(images=image, text=question, return_tensors="pt").to(self.model.device)
+        out = self.model.generate(**inputs, max_new_tokens=10, do_sample=False)
+        return self.processor.decode(out[0], skip_special_tokens=True).strip()
 
 
 def dpg(config, dist_ctx: common.DistContext) -> list[dict]:
@@ -543,6 +522,7 @@ def dpg(config, dist_ctx: common.DistContext) -> list[dict]:
     if missing := [path for path in paths if not path.is_file()]:
         raise ValueError(f"{len(missing)} of {len(paths)} grids are missing, the first is {missing[0]}")
     images = [(path, square) for path in paths for square in range(GRID * GRID)][: config.limit]
+    # an image's content is part of its key: a grid that was drawn again is asked about again
     digests = {path: digest(path) for path, _ in images}
     jobs = {(path.stem, square, digests[path]): (path, square) for path, square in images}
     fields, scorer = ("item_id", "square", "digest"), partial(DPGScorer, config.vqa, items, dist_ctx.device)
@@ -596,8 +576,8 @@ def read_seed(row: dict) -> Item:
 
 
 def read_mmmu(row: dict) -> Item:
-    """With the first of several images; their places in the text are removed. MMMU's own scorer also looks
-    for the option in longer answers, and guesses where there is none."""
+    """With the first of several images; their places in the text are removed."""
+    # MMMU's own scorer also looks for the option in longer answers, and guesses where there is none
     question = re.sub(r"\s*<image \d+>\s*", " ", row["question"]).strip()
     options = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
     image = row.get("image_1") or row["image"]
@@ -626,6 +606,7 @@ CONTRACTIONS = {
 def normalise_answer(text: str) -> str:
     """As the VQA challenge compares answers: lower case, without articles and most punctuation, numbers as
     digits, apostrophes in their place."""
+    # a mark between letters or digits parts two words, unless the text has a number with a comma
     text = re.sub(r"[\n\t]", " ", text).strip().lower()
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         spaced = f"{mark} " in text or f" {mark}" in text or re.search(r"\d,\d", text)
@@ -639,6 +620,7 @@ def soft_accuracy(answer: str, item: Item) -> float:
     """VQA accuracy: min(1, people with the same answer / 3), averaged over leaving out each of ten people."""
     answer = normalise_answer(answer)
     same = [answer == normalise_answer(truth) for truth in item.truth]
+    # left_out is 1 for a person with the same answer, who is then missing among those who agree
     return float(np.mean([min(1, (sum(same) - left_out) / 3) for left_out in same]))
 
 
@@ -686,7 +668,8 @@ def open_tables(name: str) -> list:
     """The tables of a set, from the hub or its local cache."""
     import datasets
 
-    path, split, configs = QUESTION_SETS[name].path, QUESTION_SETS[name].split, QUESTION_SETS[name].configs
+    question_set = QUESTION_SETS[name]
+    path, split, configs = question_set.path, question_set.split, question_set.configs
     try:
         if configs is None:
             return [datasets.load_dataset(path, split=split)]
@@ -697,7 +680,8 @@ def open_tables(name: str) -> list:
 
 
 def asked_rows(name: str, table) -> list[int]:
-    """Numbers of the rows that are asked. Reads one column, so that no image is decoded."""
+    """Numbers of the rows that are asked."""
+    # one column is read, so that no image is decoded
     if QUESTION_SETS[name].only is None:
         return list(range(len(table)))
     column, values = QUESTION_SETS[name].only
@@ -713,8 +697,8 @@ class QuestionScorer:
     def __call__(self, name: str, table: int, row: int) -> dict:
         question_set = QUESTION_SETS[name]
         item = question_set.read(self.tables[table][row])
-        side = self.model.reader.image_size
         # squeezed rather than cropped: the answer may be at the edge
+        side = self.model.reader.image_size
         image = item.image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
         pixels = data.to_unit(torch.from_numpy(np.array(image)).permute(2, 0, 1), self.dist_ctx.device)
         answer = error = ""
@@ -728,14 +712,14 @@ class QuestionScorer:
 
 
 def understanding_summary(name: str, rows: list[dict]) -> tuple[float, int]:
-    """(percentage, n). For MME the sum over categories of two accuracies, of questions and of images, both of
-    whose questions must be right: 2000 at most."""
+    """(percentage, n). For MME a sum of percentages, at most 2000."""
     if name != "mme":
         return 100 * float(np.mean([row["score"] for row in rows])), len(rows)
     categories = defaultdict(lambda: defaultdict(list))
     for row in rows:
         category, _, image = row["group"].partition("/")
         categories[category][image].append(row["score"])
+    # of each category two accuracies: of questions, and of images, both of whose questions must be right
     total = 0.0
     for images in categories.values():
         questions = [score for scores in images.values() for score in scores]

@@ -2,8 +2,7 @@
 
 rae.py imports this file only when something is opened or exported; what it calls is at the end. Submodules of
 rae.py carry the released names, so a key map is a prefix, a rename and a reshape. Sizes are read from tensor
-shapes; configs only add what shapes cannot tell, such as the number of attention heads. Loading is strict:
-every key and every shape must fit.
+shapes; configs add what shapes cannot tell, such as attention heads. Loading is strict: all keys must fit.
 """
 
 import json
@@ -32,23 +31,19 @@ import rae
 COLLECTION = "nyu-visionx/RAE-collections"
 
 
-def collection(decoder: str, stats: str, encoder: str) -> dict[str, str]:
+def collection(family: str, decoder: str, statistics: str, encoder: str) -> dict[str, str]:
     return {
-        "decoder": f"{COLLECTION}/decoders/{decoder}/model.pt",
-        "stats": f"{COLLECTION}/stats/{stats}/stat.pt",
+        "decoder": f"{COLLECTION}/decoders/{family}/{decoder}/model.pt",
+        "stats": f"{COLLECTION}/stats/{family}/{statistics}/stat.pt",
         "encoder": rae.ENCODERS[encoder],
     }
 
 
 RELEASED = {  # arguments of `RAE.from_pretrained`; the encoder's input size follows from the number of tokens
-    "rae-dinov2-b": collection("dinov2/wReg_base/ViTXL_n08", "dinov2/wReg_base/imagenet1k", "dinov2-b"),
-    "rae-dinov2-b-512": collection(
-        "dinov2/wReg_base/ViTXL_n08_i512", "dinov2/wReg_base/imagenet1k_512", "dinov2-b"
-    ),
-    "rae-mae-b": collection("mae/base_p16/ViTXL_n08", "mae/base_p16/ImageNet1k", "mae-b"),
-    "rae-siglip2-b": collection(
-        "siglip2/base_p16_i256/ViTXL_n08", "siglip2/base_p16_i256/ImageNet1k", "siglip2-b"
-    ),
+    "rae-dinov2-b": collection("dinov2/wReg_base", "ViTXL_n08", "imagenet1k", "dinov2-b"),
+    "rae-dinov2-b-512": collection("dinov2/wReg_base", "ViTXL_n08_i512", "imagenet1k_512", "dinov2-b"),
+    "rae-mae-b": collection("mae/base_p16", "ViTXL_n08", "ImageNet1k", "mae-b"),
+    "rae-siglip2-b": collection("siglip2/base_p16_i256", "ViTXL_n08", "ImageNet1k", "siglip2-b"),
     # Scale-RAE does not normalise its latents: no statistics
     "scale-rae-siglip2-so400m": {
         "decoder": "nyu-visionx/siglip2_decoder",
@@ -79,7 +74,7 @@ RELEASED_TEXT_TO_IMAGE = {  # hub ids; 64ep: finetuned for 64 epochs
 
 
 def from_official(state_dict: dict[str, Tensor], **options) -> nn.Module:
-    """Build the model of a released state dict, in eval mode. Its keys tell which one it is:
+    """Build the model of a released state dict, in eval mode. The keys tell which model it is:
 
     - RAE's decoder -> Decoder
     - a whole RAE -> RAE; needs encoder= (config or model of `transformers`), image_mean= and image_std=;
@@ -88,16 +83,15 @@ def from_official(state_dict: dict[str, Tensor], **options) -> nn.Module:
     - a whole Scale-RAE model -> TextToImage; needs language_model= (config or model of `transformers`); takes
       im_start= and im_end=, ids of the tokens around an image. Set its tokenizer and autoencoder afterwards
 
-    heads= is needed for a decoder whose size is not in `rae.DECODERS`, and for a DiT without its RoPE tables.
-    All other sizes are read from the tensors, and checked against options such as width= and depth=. With the
-    DDT head, heads, width and depth are pairs (backbone, head); a single number stands for both.
-
-    Prefixes of DDP, FSDP and torch_xla are removed from the keys. Raises ValueError for an unknown or damaged
+    heads= is needed for a decoder whose size is not in `rae.DECODERS`, and for a DiT without RoPE tables.
+    Other sizes are read from the tensors; options such as width= are checked. With the DDT head, heads, width
+    and depth are pairs (backbone, head), or one number for both. Raises ValueError for an unknown or damaged
     state dict, naming the first keys that do not fit, and for options that contradict it.
     """
+    # DDP, FSDP and torch_xla add their own prefixes, anywhere in a key
     wrappers = r"(?<![^.])(_orig_module|module|_fsdp_wrapped_module|_fpw_module)\."
     weights = {re.sub(wrappers, "", name): tensor for name, tensor in state_dict.items()}
-    # lists become tuples, which compare equal to the sizes read from the tensors
+    # lists, from JSON, become tuples: these compare equal to the sizes read from the tensors
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     modules = {name.split(".")[0] for name in weights}
     if "diff_head" in modules:
@@ -145,37 +139,34 @@ def load_official(model: nn.Module, weights: dict, rename=str, rope_tables: dict
     """Load released weights strictly; returns the model in eval mode.
 
     rename: function, our key -> the released key. rope_tables: what the RoPE tables must be, by released key.
-    A file may leave all of them out. Raises ValueError with the first keys that do not fit.
+    Raises ValueError with the first keys that do not fit.
     """
-    ours = model.state_dict()
-    released_key = {name: rename(name) for name in ours}
-    shapes = {released_key[name]: [tensor.shape] for name, tensor in ours.items()}
-    for name, shape in swiglu_shapes(model).items():
-        shapes[released_key[name]].append(shape)
+    shapes = {rename(name): shape for name, shape in released_shapes(model).items()}
     rope_tables = rope_tables or {}
-    if weights.keys() & rope_tables.keys():
-        shapes |= {name: [table.shape] for name, table in rope_tables.items()}
+    if weights.keys() & rope_tables.keys():  # a file has all of them or none
+        shapes |= {name: table.shape for name, table in rope_tables.items()}
 
     problems = [f"{name} is missing" for name in shapes if name not in weights]
     for name, tensor in weights.items():
         if name not in shapes:
             problems.append(f"{name} is unknown")
-        elif tensor.shape not in shapes[name]:
-            problems.append(f"{name} is {tuple(tensor.shape)}, not {tuple(shapes[name][-1])}")
+        elif tensor.shape != shapes[name]:
+            problems.append(f"{name} is {tuple(tensor.shape)}, not {tuple(shapes[name])}")
         # the tolerance is bf16's rounding: other heads, or another grid, are off by more
         elif name in rope_tables and not torch.allclose(tensor.float(), rope_tables[name], atol=4e-3):
             problems.append(f"{name} is not the RoPE table of these heads")
     if problems:
         first = "; ".join(problems[:5])
         raise ValueError(f"{type(model).__name__}: {len(problems)} keys do not fit: {first}")
-    model.load_state_dict({name: weights[released_key[name]] for name in released_key})
+    model.load_state_dict({name: weights[rename(name)] for name in model.state_dict()})
     return model.eval()
 
 
-def swiglu_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Released shapes of the SwiGLU layers, which round their hidden width up to a multiple of 8 and pad
-    weights as they load. They would pad a damaged tensor too, so the exact width is checked here."""
-    shapes = {}
+def released_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes that released tensors must have, by our keys."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    # SwiGLU rounds its hidden width up and pads what it loads. It would pad a damaged tensor too, so the
+    # exact width is checked here.
     for name, layer in model.named_modules():
         if isinstance(layer, rae.SwiGLU):
             width, hidden = layer.w3.out_features, layer.hidden
@@ -192,7 +183,8 @@ def decoder_sizes(weights: dict[str, Tensor], options: dict, prefix: str = "") -
     """The arguments of `rae.Decoder`, from the shapes of the keys that start with `prefix`."""
     size = partial(size_of, weights)
     tokens = math.isqrt(size(f"{prefix}decoder_pos_embed", 1) - 1) ** 2  # its first row is the class token's
-    sizes = {  # where a number should be a square and is not, `load_official` reports the shape
+    # square roots are rounded down; where the number is no square, `load_official` reports the shape
+    sizes = {
         "latent_shape": (tokens, size(f"{prefix}decoder_embed.weight", 1)),
         "patch_size": math.isqrt(size(f"{prefix}decoder_pred.bias") // 3),
         "width": size(f"{prefix}decoder_embed.weight"),
@@ -200,6 +192,7 @@ def decoder_sizes(weights: dict[str, Tensor], options: dict, prefix: str = "") -
         "mlp_width": size(f"{prefix}decoder_layers.0.intermediate.dense.bias"),
         "heads": options.get("heads"),
     }
+    # the number of heads leaves no trace in the tensors: the published sizes have known ones
     for preset in rae.DECODERS.values():
         same_size = all(preset[name] == sizes[name] for name in ("width", "depth", "mlp_width"))
         if sizes["heads"] is None and same_size:
@@ -228,18 +221,17 @@ def build_rae(
         raise ValueError("give encoder=, whose latents this decoder takes: a hub id, a folder or a config")
     sizes = decoder_sizes(weights, options, prefix)
     tokens, channels = sizes.pop("latent_shape")
-    if encoder_size is None:
+    if encoder_size is None:  # one token per patch
         read = transformers.AutoConfig
         config = read.for_model(**encoder) if isinstance(encoder, dict) else read.from_pretrained(encoder)
         encoder_size = math.isqrt(tokens) * getattr(config, "vision_config", config).patch_size
-    image_mean, image_std = list(image_mean or []), list(image_std or [])
-    model = rae.RAE(encoder, sizes, encoder_size, image_mean, image_std)
+    model = rae.RAE(encoder, sizes, encoder_size, list(image_mean or []), list(image_std or []))
     if model.latent_shape != (tokens, channels):
         raise ValueError(
             f"the decoder takes latents {(tokens, channels)}, this encoder gives {model.latent_shape} at "
             f"encoder_size {encoder_size}: give the encoder that it was trained with"
         )
-    # the authors' statistics are (C, h, w), ours (N, C)
+    # the authors' statistics are (C, h, w), ours (N, C); 1e-5 as in their normalisation
     expected = (channels, math.isqrt(tokens), math.isqrt(tokens))
     for name, value in (stats or {}).items():
         shape = tuple(getattr(value, "shape", ()))
@@ -255,6 +247,7 @@ def build_rae(
 def load_rae(model: rae.RAE, weights: dict[str, Tensor], prefix: str, rename=str) -> rae.RAE:
     """Load a whole RAE strictly; latent statistics that are not in the file keep their values. prefix: of the
     encoder's keys in the file; rename: our other keys -> the file's."""
+    statistics = {"latent_mean": model.latent_mean, "latent_std": model.latent_std}
 
     def file_key(name: str) -> str:
         return old_encoder_key(re.sub(r"^encoder\.model\.", prefix, rename(name)), prefix)
@@ -263,7 +256,6 @@ def load_rae(model: rae.RAE, weights: dict[str, Tensor], prefix: str, rename=str
     weights = {old_encoder_key(name, prefix): tensor for name, tensor in weights.items()}
     if model.encoder.config.model_type == "siglip_vision_model":  # our encoder has no pooling head
         weights = {name: w for name, w in weights.items() if not name.startswith(f"{prefix}head.")}
-    statistics = {"latent_mean": model.latent_mean, "latent_std": model.latent_std}
     return load_official(model, statistics | weights, file_key)
 
 
@@ -290,8 +282,8 @@ def old_encoder_key(name: str, prefix: str) -> str:
 # -----------------------------------------------------------------------------------------------------------
 # DiT: LightningDiT, DiT-DH (with the DDT head), and Scale-RAE's
 
-# (Scale-RAE?, DDT head?) -> latent embedders and RoPE tables, of the backbone and then of the head. Trap: the
-# two projects name the embedders of the DDT head the other way round.
+# (is Scale-RAE's, has the DDT head) -> latent embedders and RoPE tables, of the backbone, then of the head.
+# Trap: the two projects name the embedders of the DDT head the other way round.
 DIT_NAMES = {
     (False, False): (["x_embedder"], ["feat_rope"]),
     (False, True): (["s_embedder", "x_embedder"], ["enc_feat_rope", "dec_feat_rope"]),
@@ -324,7 +316,7 @@ class ReleasedDiT:
 
     def sizes(self, options: dict) -> dict:
         """The arguments of `rae.DiT`. Raises ValueError for options that contradict the tensors."""
-        # with the DDT head there are two of each: (backbone, head)
+        # ---- with the DDT head there are two of each: (backbone, head) -----------------------------
         options = dict(options)
         for name in ("width", "depth", "heads"):
             if isinstance(options.get(name), int):
@@ -338,8 +330,11 @@ class ReleasedDiT:
             depth = options.get("depth", (blocks - 2, 2))
         heads = options.get("heads", ())
         if f"{self.prefix}{self.ropes[0]}.freqs_cos" in self.weights:
+            # a RoPE table has one column for every channel of an attention head
             head_widths = [self.size(f"{rope}.freqs_cos", 1) for rope in self.ropes]
             heads = tuple(w // h for w, h in zip(width, head_widths, strict=True))
+
+        # ---- latents and condition -----------------------------------------------------------------
         # (width, C, p, p): a patch of p x p latents is one token
         embedder = f"{self.embedders[0]}.proj.weight"
         channels = self.size(embedder, 1) * self.size(embedder, 3) ** 2
@@ -349,6 +344,8 @@ class ReleasedDiT:
         else:  # the last row of the table is the null label
             classes = self.size("y_embedder.embedding_table.weight") - 1
             sizes |= {"num_classes": classes, "condition_width": None}
+
+        # ---- what differs between the three models, and what tells --------------------------------
         check_options(options, sizes | {"width": width, "depth": depth, "heads": heads}, width, heads)
         return sizes | {
             "width": width[0],
@@ -410,12 +407,12 @@ def build_text_to_image(
     model = rae.TextToImage(config, dit, latent_shape, reader_channels=reader_channels)
 
     weights = released.reshaped()
-    if model.language_model.config.tie_word_embeddings:  # files hold one of the two tensors, or both
-        tied = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in weights]
-        if len(tied) == 2 and not torch.equal(weights[tied[0]], weights[tied[1]]):
+    tied = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in weights]
+    if model.language_model.config.tie_word_embeddings and tied:  # files hold one of the two, or both
+        embedding = weights[tied[0]]
+        if not torch.equal(embedding, weights[tied[-1]]):
             raise ValueError(f"language_model= ties {tied[1]} to {tied[0]}, but they differ")
-        if tied:
-            weights["lm_head.weight"] = weights["model.embed_tokens.weight"] = weights[tied[0]]
+        weights |= {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
 
     def released_key(name: str) -> str:
         if name.startswith("dit."):
@@ -426,10 +423,10 @@ def build_text_to_image(
 
     load_official(model, weights, released_key, released.rope_tables(model.dit))
     rows = model.language_model.config.vocab_size
-    for name, token in (("im_start", im_start), ("im_end", im_end)):
+    for token in (im_start, im_end):
         if token is not None and not 0 <= token < rows:
-            raise ValueError(f"{name}={token}, but the state dict has {rows} tokens")
-        setattr(model, name, token)
+            raise ValueError(f"im_start={im_start}, im_end={im_end}, but the state dict has {rows} tokens")
+    model.im_start, model.im_end = im_start, im_end
     return model
 
 
@@ -439,7 +436,6 @@ SCALE_RAE_LANGUAGE_MODEL = (
     "hidden_act max_position_embeddings rms_norm_eps rope_theta tie_word_embeddings attention_dropout "
     "initializer_range"
 ).split()
-SCALE_RAE_DIT = {"width": "hidden_size", "depth": "depth", "heads": "heads"}  # after `diffusion_model_`
 SCALE_RAE_SWITCHES = {  # the only values that rae.py implements
     "mm_projector_type": "mlp2x_gelu",
     "mm_vision_select_layer": -1,
@@ -456,8 +452,10 @@ def read_scale_rae(source: str, folder: str, config: dict, revision: str | None)
     """A whole Scale-RAE model. source: of the weights; folder: of the config and the tokenizer."""
     check_config(folder, config, SCALE_RAE_SWITCHES)
     language_model = {name: config[name] for name in SCALE_RAE_LANGUAGE_MODEL if name in config}
-    options = {option: config.get(f"diffusion_model_{key}") for option, key in SCALE_RAE_DIT.items()}
-    options = {option: value for option, value in options.items() if value is not None}
+    options = {}
+    for option, key in (("width", "hidden_size"), ("depth", "depth"), ("heads", "heads")):
+        if config.get(f"diffusion_model_{key}") is not None:
+            options[option] = config[f"diffusion_model_{key}"]
     model = from_official(read_weights(source, revision), language_model=language_model, **options)
     # with the config, AutoTokenizer does not read config.json, whose model type it does not know
     config_lm = model.language_model.config
@@ -489,21 +487,16 @@ def read_scale_rae(source: str, folder: str, config: dict, revision: str | None)
 
 def official_dino(weights: dict[str, Tensor], heads: int | None, changes: dict) -> tuple[rae.Encoder, int]:
     """A DINO of its own release, for the discriminator, and the side of its input in pixels. heads: of its
-    attention, if they are not 64 channels each; changes: of the config."""
-    try:
-        width, patch = weights["patch_embed.proj.weight"].shape[::3]
-        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-        size = patch * math.isqrt(weights["pos_embed"].shape[1] - 1)
-        hidden = len(weights["blocks.0.mlp.fc1.bias"])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"not a state dict of a DINO: {error} is missing") from error
+    attention, if they are not 64 channels wide; changes: of the config."""
+    width, patch = (size_of(weights, "patch_embed.proj.weight", axis) for axis in (0, 3))
+    side = patch * math.isqrt(size_of(weights, "pos_embed", 1) - 1)  # the first position is the class token's
     config = {
         "model_type": "vit",
         "hidden_size": width,
-        "num_hidden_layers": depth,
-        "intermediate_size": hidden,
+        "num_hidden_layers": count_blocks(weights, "blocks"),
+        "intermediate_size": size_of(weights, "blocks.0.mlp.fc1.bias"),
         "num_attention_heads": heads or width // 64,
-        "image_size": size,
+        "image_size": side,
         "patch_size": patch,
     }
     encoder = rae.Encoder(config, changes)
@@ -520,13 +513,13 @@ def official_dino(weights: dict[str, Tensor], heads: int | None, changes: dict) 
     for name, value in weights.items():
         for theirs, ours in names.items():
             name = name.replace(theirs, ours)
-        if "attn.qkv" in name:
+        if "attn.qkv" in name:  # one matrix for the three projections
             for letter, part in zip("qkv", value.chunk(3), strict=True):
                 renamed[name.replace("attn.qkv", f"attention.{letter}_proj")] = part
         elif not name.startswith("norm."):  # the final norm is not used
             renamed[name] = value
     load_official(encoder.model, renamed)
-    return encoder, size
+    return encoder, side
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -537,9 +530,10 @@ def fetch(path: str, revision: str | None = None) -> str:
     """The local path of a file, which is on disk or on the hub as org/repository/path."""
     if os.path.isfile(path):
         return path
-    org, repository, file = [*path.split("/", 2), "", ""][:3]
-    if not (org and file) or os.path.isdir(os.path.dirname(path)):
+    org_repository_file = path.split("/", 2)
+    if len(org_repository_file) < 3 or not all(org_repository_file) or os.path.isdir(os.path.dirname(path)):
         raise ValueError(f"no file {path}")
+    org, repository, file = org_repository_file
     try:
         return hf_hub_download(f"{org}/{repository}", file, revision=revision)
     except (OSError, ValueError) as error:
@@ -556,8 +550,9 @@ def exists(path: str, revision: str | None) -> bool:
 def read_config(source: str, revision: str | None = None) -> tuple[dict, str]:
     """The config.json of a model, and its subfolder: pipelines such as FLUX's keep their VAE in vae/."""
     in_vae = not exists(f"{source}/config.json", revision) and exists(f"{source}/vae/config.json", revision)
-    path = f"{source}/vae/config.json" if in_vae else f"{source}/config.json"
-    return json.loads(Path(fetch(path, revision)).read_text()), "vae" if in_vae else ""
+    subfolder = "vae" if in_vae else ""
+    path = fetch(os.path.join(source, subfolder, "config.json"), revision)
+    return json.loads(Path(path).read_text()), subfolder
 
 
 def read_tensors(path: str, revision: str | None) -> dict[str, Tensor]:
@@ -577,7 +572,7 @@ def read_tensors(path: str, revision: str | None) -> dict[str, Tensor]:
 
 
 def decompress(path: str) -> BinaryIO:
-    """Decompress to a temporary file, because `torch.load` needs to seek."""
+    """Decompress to a temporary file: `torch.load` needs to seek, and the content may not fit in memory."""
     import zstandard
 
     file = tempfile.TemporaryFile()
@@ -607,6 +602,7 @@ def read_weights(source: str, revision: str | None) -> dict[str, Tensor]:
 
 def check_config(source: str, config: dict, known: dict) -> None:
     """Raise ValueError for a switch with another value than the one that rae.py implements."""
+    # older files lack some switches, which then have this value
     for name, value in known.items():
         if config.get(name) not in (value, None):
             raise ValueError(f"{source}: config.json has {name} {config[name]}, only {value} is known")
@@ -615,7 +611,7 @@ def check_config(source: str, config: dict, known: dict) -> None:
 # -----------------------------------------------------------------------------------------------------------
 # diffusers' AutoencoderRAE
 
-# the configs that it builds, by encoder_type; image_size: of the position table
+# the encoder configs that it builds, by encoder_type; image_size: of the position table
 DIFFUSERS_ENCODERS = {
     "dinov2": {"model_type": "dinov2_with_registers", "image_size": 518},
     "siglip2": {"model_type": "siglip_vision_model", "image_size": 256},
@@ -658,14 +654,12 @@ def diffusers_key(name: str) -> str:
 
 def read_diffusers(source: str, config: dict, revision: str | None) -> rae.RAE:
     """An RAE from a folder of `diffusers.AutoencoderRAE`."""
-    weights = load_file(fetch(f"{source}/diffusion_pytorch_model.safetensors", revision))
+    weights = read_tensors(f"{source}/diffusion_pytorch_model.safetensors", revision)
     try:
         encoder, encoder_size = diffusers_encoder(config), config["encoder_input_size"]
         decoder = {ours: config[theirs] for ours, theirs in DIFFUSERS_DECODER.items()}
-        image_mean = weights.pop("encoder_mean").flatten().tolist()
-        image_std = weights.pop("encoder_std").flatten().tolist()
-        latent_mean = weights.pop("_latents_mean").double()
-        latent_std = weights.pop("_latents_std").double() + 1e-5  # diffusers divides by std + 1e-5
+        image_mean, image_std = (weights.pop(f"encoder_{x}").flatten().tolist() for x in ("mean", "std"))
+        latent_mean, latent_std = (weights.pop(f"_latents_{x}").double() for x in ("mean", "std"))
     except KeyError as error:
         raise ValueError(f"damaged folder {source}: {error} is missing") from error
     model = rae.RAE(encoder, decoder, encoder_size, image_mean, image_std)
@@ -673,6 +667,7 @@ def read_diffusers(source: str, config: dict, revision: str | None) -> rae.RAE:
     # statistics: a scalar or (1, C, h, w) -> (N, C)
     tokens, channels = model.latent_shape
     side = math.isqrt(tokens)
+    latent_std += 1e-5  # diffusers divides by std + 1e-5
     for buffer, value in ((model.latent_mean, latent_mean), (model.latent_std, latent_std)):
         if value.numel() not in (1, tokens * channels):
             raise ValueError(f"{source}: statistics {tuple(value.shape)}, not {(channels, side, side)}")
@@ -693,10 +688,6 @@ def write_diffusers(model: rae.RAE, folder: Path) -> None:
             "diffusers computes the decoder's position table itself, the sin-cos one of 16 x 16 tokens; "
             f"this decoder, of {side} x {side} tokens, has another"
         )
-    statistics = {
-        "mean": weights.pop("latent_mean"),
-        "std": (weights.pop("latent_std").double() - 1e-5).float(),  # diffusers adds it when it divides
-    }
     prefix = "encoder."
     if config["encoder_type"] == "siglip2":
         # diffusers wants the unused pooling head too, and the names of transformers 4
@@ -705,12 +696,15 @@ def write_diffusers(model: rae.RAE, folder: Path) -> None:
             built = transformers.AutoConfig.for_model(**diffusers_encoder(config))
             head = transformers.SiglipVisionModel(built).head.state_dict(prefix="encoder.model.head.")
         weights |= {name: torch.zeros(tensor.shape) for name, tensor in head.items()}
+    latent_mean = weights.pop("latent_mean")
+    latent_std = (weights.pop("latent_std").double() - 1e-5).float()  # diffusers adds it when it divides
     weights = {re.sub(r"^encoder\.model\.", prefix, diffusers_key(name)): w for name, w in weights.items()}
-    for name, value in statistics.items():
-        value = value.mT.unflatten(1, (side, side)).contiguous()  # (N, C) -> (C, h, w)
+    # statistics are in the config too, from which diffusers learns that there are any
+    for name, latents in (("mean", latent_mean), ("std", latent_std)):
+        latents = latents.mT.unflatten(1, (side, side)).contiguous()  # (N, C) -> (C, h, w)
         pixels = getattr(model, f"image_{name}").cpu()
-        weights |= {f"_latents_{name}": value, f"encoder_{name}": pixels[None]}
-        config |= {f"latents_{name}": value.tolist(), f"encoder_norm_{name}": pixels.flatten().tolist()}
+        weights |= {f"_latents_{name}": latents, f"encoder_{name}": pixels[None]}
+        config |= {f"latents_{name}": latents.tolist(), f"encoder_norm_{name}": pixels.flatten().tolist()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(weights, folder / "diffusion_pytorch_model.safetensors")
@@ -733,11 +727,8 @@ def diffusers_config(model: rae.RAE) -> dict:
     }
     # AutoencoderRAE has no arguments for these: a difference would silently give other latents
     built = transformers.AutoConfig.for_model(**diffusers_encoder(config))
-    names = (
-        "image_size num_attention_heads intermediate_size mlp_ratio hidden_act layer_norm_eps qkv_bias "
-        "num_register_tokens use_swiglu_ffn"
-    )
-    for name in names.split():
+    for name in ("image_size", "num_attention_heads", "intermediate_size", "mlp_ratio", "hidden_act",
+                 "layer_norm_eps", "qkv_bias", "num_register_tokens", "use_swiglu_ffn"):  # fmt: skip
         ours, theirs = getattr(encoder, name, None), getattr(built, name, None)
         if ours != theirs:
             raise ValueError(f"diffusers builds encoders with {name} {theirs} only; this one has {ours}")

@@ -2,32 +2,23 @@
 
 --data names a source, or several with weights, separated by commas:
 
-    nano                           the synthetic world of nano/shapes.py: the domains of NANO_MIXTURE below
-    nano:objects                   one domain: objects, scenes, text, questions (about images of the other
-                                   three), classes (single objects with a class label), or one of the tasks
-                                   of objects, such as counting
-    path/to/folder                 images; captions in its metadata.jsonl ({"file_name": ..., "text": ...}),
-                                   or one subfolder per class, as in ImageNet
+    nano                           the synthetic world of nano/shapes.py: the domains of NANO_MIXTURE
+    nano:DOMAIN                    objects, scenes, text, questions, classes, or a task such as counting
+    path/to/folder                 images; captions in its metadata.jsonl, or one subfolder per class
     path/to/shards                 .tar files (jpg, png or webp beside txt, cls or json) or .parquet files
     path/to/latents                the output of encode.py: latents instead of images
-    path/to/file.jsonl             conversations: lines of {"image": a path relative to the file's folder, or
-                                   null, "conversations": [{"from": "human", "value": ...},
-                                   {"from": "gpt", "value": ...}]}
-    path/to/wds_manifest.json      {"dataset_name": ..., "tars": [URLs, or paths relative to its folder]}
+    path/to/file.jsonl             conversations, and paths of their images from the file's folder
+    path/to/wds_manifest.json      a list of tars: URLs, or paths from its folder
     org/name                       a data set on the Hugging Face hub, streamed
     web=0.7,synthetic=0.2,nano=0.1 a mixture
 
-A json file in a tar and a row of a table may have "conversations" instead of a caption. <image> marks the
-place of the image: in a human turn the model looks at it, in a gpt turn the model draws it. A caption becomes
-a conversation that asks for the image.
+docs/data.md has examples of the files. Rows of shards may have conversations too. <image> marks the place of
+the image: in a human turn the model looks at it, in a gpt turn the model draws it. A caption becomes a
+conversation that asks for the image.
 
 Place j of step s is sample number s * batch + j. A sample depends on the seed and its number only, not on the
-number of processes or workers. `nano` and image folders map numbers to samples. Shards are read in order:
-they are dealt to lanes, each lane fills the same places of every batch, and a checkpoint stores the position
-of each lane.
-
-`Loader` yields the batches of a training run, without end. `OnePass` yields every sample once, for an
-evaluation or for statistics. Samples that cannot be used are skipped and reported with the next batch.
+number of processes or workers. `Loader` yields the batches of a training run, without end. `OnePass` yields
+every sample once, for an evaluation or for statistics. Samples that cannot be used are skipped and reported.
 """
 
 import hashlib
@@ -38,6 +29,7 @@ import os
 import re
 import tarfile
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,9 +42,6 @@ from PIL import Image, UnidentifiedImageError
 from PIL.Image import Resampling
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-# -----------------------------------------------------------------------------------------------------------
-# constants
-
 REQUESTS = ("Generate an image of {}", "Can you draw {}?", "Please make a picture of {}", "Show me {}")
 NANO_MIXTURE = {"nano:objects": 0.63, "nano:scenes": 0.135, "nano:text": 0.135, "nano:questions": 0.1}
 
@@ -62,7 +51,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 # Formats that PIL decodes by itself. EPS, for one, would run Ghostscript on an untrusted file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-# Limits on untrusted data
+# Limits on untrusted data: one bad file among millions must not end a run.
 MAX_PIXELS = 2**26  # checked before an image is decoded
 MAX_ASPECT = 50  # resizing the short side of a longer strip could exhaust memory
 MAX_FILE = 2**26  # bytes of a file in a tar
@@ -85,8 +74,13 @@ class SkipSample(ValueError):
 
 
 def hash_seed(*keys: int | str) -> int:
-    """A 63-bit seed from several keys, the same on every machine. Different keys give independent streams."""
+    """A 63-bit seed from several keys, the same on every machine."""
+    # A hash, because sums such as seed + index make streams of different seeds overlap.
     return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def rng(*keys: int | str) -> np.random.Generator:
+    return np.random.default_rng(hash_seed(*keys))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -100,10 +94,10 @@ def request(caption: str, uniform: float) -> list[tuple[str, str]]:
 
 
 def requested_caption(conversation: list[tuple[str, str]]) -> str | None:
-    """The caption of the image that a conversation asks for (the turn before the answer with the image,
-    without the wording of `request`), or None."""
+    """The caption of the image that a conversation asks for, or None."""
     for (_, text), (role, answer) in itertools.pairwise(conversation):
         if role == "assistant" and "<image>" in answer:
+            # The wording of `request` is no part of the caption.
             for template in REQUESTS:
                 head, tail = template.split("{}")
                 if text.startswith(head):
@@ -113,19 +107,21 @@ def requested_caption(conversation: list[tuple[str, str]]) -> str | None:
 
 
 def clean(caption: str) -> str:
-    """The caption cut to MAX_CAPTION, without anything that looks like a special token (or <image>)."""
+    """The caption cut to MAX_CAPTION, without special tokens and <image>."""
+    # Anything in angle brackets goes: the special tokens of the language model are not known here.
     return re.sub(r"<\|?\w+\|?>", " ", encodable(caption[:MAX_CAPTION])).strip()
 
 
 def encodable(text: str) -> str:
-    """The text with lone surrogates replaced by "?". JSON can contain them, tokenizers raise on them."""
+    """The text with lone surrogates replaced by "?"."""
+    # JSON can contain them, tokenizers raise on them.
     return text.encode(errors="replace").decode()
 
 
 def parse_conversation(row: dict) -> list[tuple[str, str]]:
     """The (role, text) turns of a row's "conversations". Raises SkipSample unless human and gpt alternate and
     <image> occurs as often as the row has images (0 or 1)."""
-    name, images = row["name"], int(bool(row.get("image")))
+    name, images = row["name"], 1 if row.get("image") else 0
     try:
         turns = [(turn["from"], encodable(turn["value"])) for turn in row["conversations"]]
     except (TypeError, KeyError, AttributeError):
@@ -133,18 +129,20 @@ def parse_conversation(row: dict) -> list[tuple[str, str]]:
     # A leading system turn is dropped, as in Scale-RAE: the chat template writes the same one everywhere.
     if turns and turns[0][0] != "human":
         turns = turns[1:]
-    if not turns or [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
+    speakers, texts = [speaker for speaker, _ in turns], [text for _, text in turns]
+    if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
         raise SkipSample(f"{name}: turns do not alternate between human and gpt")
-    if not all(text.strip() for _, text in turns):
+    if not all(text.strip() for text in texts):
         raise SkipSample(f"{name}: a turn is empty")
-    whole = "\n".join(text for _, text in turns)
-    length = sum(len(text) for _, text in turns)
+    length = sum(map(len, texts))
     if length > MAX_CONVERSATION:
         raise SkipSample(f"{name}: {length:,} characters in turns, the limit is {MAX_CONVERSATION:,}")
-    if special := re.search(SPECIAL_TOKEN, whole):
+    # Special tokens in a text could end its turn early, or speak as the system.
+    if special := re.search(SPECIAL_TOKEN, "\n".join(texts)):
         raise SkipSample(f"{name}: special token {special[0]} in a turn")
-    if whole.count("<image>") != images:
-        raise SkipSample(f"{name}: {whole.count('<image>')} <image> for {images} images")
+    count = sum(text.count("<image>") for text in texts)
+    if count != images:
+        raise SkipSample(f"{name}: {count} <image> for {images} images")
     return [("user" if speaker == "human" else "assistant", text) for speaker, text in turns]
 
 
@@ -169,7 +167,8 @@ def open_image(source: str | bytes, name: str = "") -> Image.Image:
         raise
     except UnidentifiedImageError:
         raise SkipSample(f"cannot read the image {name}: not one of {', '.join(FORMATS)}") from None
-    except Exception as error:  # decoders raise all sorts of errors on a damaged file
+    # Decoders raise all sorts of errors on a damaged file.
+    except Exception as error:
         raise SkipSample(f"cannot read the image {name}: {type(error).__name__}: {error}") from None
 
 
@@ -183,8 +182,7 @@ def open_metadata(path: str) -> dict[str, str]:
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The evaluation crop of ADM: (size, size, 3) uint8 from an RGB image. Halved while the short side is at
-    least 2 * size, then resized to a short side of size, then cropped."""
+    """The evaluation crop of ADM: (size, size, 3) uint8 from an RGB image."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     image = image.resize(scaled_size(image, size), Resampling.BICUBIC)
@@ -194,7 +192,7 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
 
 def random_crop(image: Image.Image, size: int, across: float, down: float) -> np.ndarray:
     """The training crop of RAE stage 1: (size, size, 3) uint8 from an RGB image resized to a short side of
-    1.5 * size. Two numbers in [0, 1) place it."""
+    1.5 * size. `across` and `down` in [0, 1) place it."""
     width, height = scaled_size(image, size * 3 // 2)
     left, top = int(across * (width - size + 1)), int(down * (height - size + 1))
     # Resize only the box of the crop: five times faster than the whole image, equal up to rounding.
@@ -204,7 +202,6 @@ def random_crop(image: Image.Image, size: int, across: float, down: float) -> np
 
 
 def scaled_size(image: Image.Image, short_side: int) -> tuple[int, int]:
-    """Width and height of the image when its short side is resized to `short_side`."""
     scale = short_side / min(image.size)
     return round(image.width * scale), round(image.height * scale)
 
@@ -215,7 +212,7 @@ def scaled_size(image: Image.Image, short_side: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Transform:
-    """How the rows of a source become samples. The nano world is neither cropped nor flipped."""
+    """How the rows of a source become samples. The nano world ignores all but the size."""
 
     size: int  # side of the images, in pixels
     crop: str = "centre"  # or "random"
@@ -226,19 +223,16 @@ class Transform:
 
     def pixels(self, image: Image.Image, across: float, down: float, mirror: float) -> np.ndarray:
         """(size, size, 3) uint8 of an RGB image; three numbers in [0, 1) decide the crop and the flip."""
-        if self.crop == "random":
-            pixels = random_crop(image, self.size, across, down)
-        else:
-            pixels = centre_crop(image, self.size)
+        random = self.crop == "random"
+        pixels = random_crop(image, self.size, across, down) if random else centre_crop(image, self.size)
         return np.ascontiguousarray(pixels[:, ::-1]) if self.flip and mirror < 0.5 else pixels
 
 
 def make_sample(row: dict, transform: Transform, uniform: np.ndarray) -> dict:
     """{"image", "caption", "label", "conversation"} from a row and DRAWS uniform numbers, or SkipSample.
 
-    A row has a "name" for messages, and "image" (path or bytes), "conversations" or one of CAPTIONS, and one
-    of LABELS, all optional; or an "error", why it cannot be used. Without an image the pixels are black, and
-    `collate` drops them. A sample from conversations has no caption.
+    A row has a "name" for messages, and perhaps "image" (path or bytes) and what `known_fields` keeps; or an
+    "error", why it cannot be used. A sample from conversations has no caption.
     """
     name, caption = row["name"], None
     if "error" in row:
@@ -246,17 +240,25 @@ def make_sample(row: dict, transform: Transform, uniform: np.ndarray) -> dict:
     if "conversations" in row:
         conversation = parse_conversation(row)
     else:
-        caption = clean(next((row[key] for key in CAPTIONS if isinstance(row.get(key), str)), ""))
+        caption = clean(next((row[key] for key in CAPTIONS if key in row), ""))
         conversation = request(caption, uniform[0])
     check_length(name, conversation, transform)
     if row.get("image"):
         image = transform.pixels(open_image(row["image"], name), *uniform[1:])
     elif caption is None and transform.text_only:
+        # Black, so that workers know the shape of an image; `collate` drops it.
         image = np.zeros((transform.size, transform.size, 3), np.uint8)
     else:
         raise SkipSample(f"{name}: no image")
-    label = next((row[key] for key in LABELS if isinstance(row.get(key), int)), None)
+    label = next((row[key] for key in LABELS if key in row), None)
     return {"image": image, "caption": caption, "label": label, "conversation": conversation}
+
+
+def known_fields(row: dict) -> dict:
+    """The captions, label and conversations of a row."""
+    # Any other column goes, because it may be called "name" or "error", and empty captions are often null.
+    types = dict.fromkeys(CAPTIONS, str) | dict.fromkeys(LABELS, int) | {"conversations": object}
+    return {key: value for key, value in row.items() if key in types and isinstance(value, types[key])}
 
 
 def sample_or_reason(row: dict, transform: Transform, uniform: np.ndarray) -> dict:
@@ -269,13 +271,11 @@ def sample_or_reason(row: dict, transform: Transform, uniform: np.ndarray) -> di
 
 def check_length(name: str, conversation: list[tuple[str, str]], transform: Transform) -> None:
     """Raises SkipSample for a conversation of more than max_seq_len tokens, if there is a limit."""
-    if transform.length and transform.length(conversation) > transform.max_seq_len:
-        length = transform.length(conversation)
+    if transform.length is None:
+        return
+    length = transform.length(conversation)
+    if length > transform.max_seq_len:
         raise SkipSample(f"{name}: {length} tokens of conversation, the limit is {transform.max_seq_len}")
-
-
-def rng(*keys: int | str) -> np.random.Generator:
-    return np.random.default_rng(hash_seed(*keys))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -308,8 +308,8 @@ class NanoSource:
         else:
             sample = self.draw(self.domain, self.seed, number, self.size)
             conversation = request(sample.caption, second)
-        fields = {"image": sample.image, "caption": sample.caption, "label": sample.label}
-        return fields | {"conversation": conversation}
+        result = {"image": sample.image, "caption": sample.caption, "label": sample.label}
+        return result | {"conversation": conversation}
 
     def once(self, limit: int | None, rank: int, world_size: int) -> Iterator[dict]:
         if limit is None:
@@ -319,10 +319,10 @@ class NanoSource:
 
 
 class Shuffled:
-    """An endless order of `count` rows: all of them, then all again in another order."""
+    """The endless order of a source with random access: all rows, then all again in another order."""
 
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed, self.epoch, self.order = count, seed, -1, np.empty(0)
+    def __init__(self, name: str, count: int, seed: int):
+        self.name, self.count, self.seed, self.epoch, self.order = name, count, seed, -1, np.empty(0)
 
     def row(self, number: int) -> int:
         epoch, position = divmod(number, self.count)
@@ -331,26 +331,33 @@ class Shuffled:
             self.epoch = epoch
         return int(self.order[position])
 
+    def usable(self, number: int, make: Callable[[int], dict], draws: np.random.Generator) -> dict:
+        """`make(row)` of row `number`, or of a random row instead of one that raises SkipSample."""
+        row, skipped = self.row(number), []
+        while len(skipped) < MAX_SKIPPED:
+            try:
+                return make(row) | {"skipped": skipped}
+            except SkipSample as error:
+                skipped.append(str(error))
+                row = int(draws.integers(self.count))
+        raise ValueError(f"{self.name}: {MAX_SKIPPED} unusable samples in a row; the last: {skipped[-1]}")
+
 
 class ImageSource:
-    """Rows with random access, shuffled anew in every epoch. An unusable row is replaced by a random one."""
+    """Images with random access, shuffled anew in every epoch."""
 
     def __init__(self, name: str, rows: "Folder | JsonLines", transform: Transform, seed: int):
         if not len(rows):
             raise ValueError("it is empty")
-        self.name, self.rows, self.transform, self.seed = name, rows, transform, seed
-        self.classes = rows.classes
-        self.shuffled = Shuffled(len(rows), seed)
+        self.rows, self.classes, self.transform, self.seed = rows, rows.classes, transform, seed
+        self.shuffled = Shuffled(name, len(rows), seed)
 
     def __getitem__(self, number: int) -> dict:
-        row, draws, skipped = self.shuffled.row(number), rng(self.seed, number, 0), []
-        while len(skipped) < MAX_SKIPPED:
-            sample = sample_or_reason(self.rows[row], self.transform, draws.random(DRAWS))
-            skipped += sample.get("skipped", [])
-            if "image" in sample:
-                return sample | {"skipped": skipped}
-            row = int(draws.integers(len(self.rows)))
-        raise ValueError(f"{self.name}: {MAX_SKIPPED} unusable samples in a row; the last: {skipped[-1]}")
+        draws = rng(self.seed, number, 0)
+        return self.shuffled.usable(number, partial(self.sample, draws=draws), draws)
+
+    def sample(self, row: int, draws: np.random.Generator) -> dict:
+        return make_sample(self.rows[row], self.transform, draws.random(DRAWS))
 
     def once(self, limit: int | None, rank: int, world_size: int) -> Iterator[dict]:
         # In random order, because the first files of a folder are of one class.
@@ -361,14 +368,14 @@ class ImageSource:
 
 
 class Folder:
-    """The rows of a folder of images, read by `datasets` as an imagefolder."""
+    """The rows of a folder of images, read by `datasets`."""
 
     def __init__(self, path: str):
         from datasets import Image as ImageColumn
         from datasets import load_dataset
 
         rows = load_dataset("imagefolder", data_dir=path, split="train")
-        # Without captions the subfolders are the classes.
+        # `datasets` makes a class of every subfolder, unless there is a metadata.jsonl.
         self.classes = getattr(rows.features.get("label"), "num_classes", None)
         self.rows = rows.cast_column("image", ImageColumn(decode=False))
 
@@ -378,31 +385,35 @@ class Folder:
     def __getitem__(self, row: int) -> dict:
         fields = self.rows[row]
         path = fields["image"]["path"]
-        return fields | {"image": path, "name": path}
+        return known_fields(fields) | {"image": path, "name": path}
 
 
 class JsonLines:
-    """The rows of a .jsonl of conversations. Only the offsets of its lines are in memory."""
+    """The rows of a .jsonl of conversations."""
 
     classes = None
 
     def __init__(self, path: Path):
-        with path.open("rb") as file:  # blank lines count as negative
-            lengths = np.fromiter((len(line) if line.strip() else -len(line) for line in file), np.int64)
-        self.path, self.starts = path, np.cumsum(abs(lengths)) - abs(lengths)
-        self.lines = np.flatnonzero(lengths > 0)
+        # Where lines start instead of their text, because a file may have gigabytes. Arrays, because every
+        # worker would get a copy of a list.
+        self.path, self.numbers, self.starts, start = path, array("q"), array("q"), 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    self.numbers.append(number)
+                    self.starts.append(start)
+                start += len(line)
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.starts)
 
     def __getitem__(self, row: int) -> dict:
-        line = int(self.lines[row])
-        name = f"{self.path}: line {line + 1}"
+        name = f"{self.path}: line {self.numbers[row]}"
         with self.path.open("rb") as file:
-            file.seek(self.starts[line])
-            text = file.readline()
+            file.seek(self.starts[row])
+            line = file.readline()
         try:
-            fields = json.loads(text)
+            fields = json.loads(line)
             images = fields.get("image")
             images = images if isinstance(images, list) else [images]
             # Scale-RAE's files write a missing image in all of these ways.
@@ -416,11 +427,11 @@ class JsonLines:
 
 
 class LatentFolder:
-    """The output of encode.py, shuffled anew in every epoch: latents.json describes it, NAME.npy (rows, 1 or
-    2, N, C) float16 has the mirrored image second, NAME.jsonl a caption, a label, perhaps a conversation."""
+    """The output of encode.py with random access, shuffled anew in every epoch."""
 
     def __init__(self, folder: Path, seed: int, transform: Transform):
         self.info = json.loads((folder / "latents.json").read_text())
+        # (rows, 1 or 2, N, C) float16; the second view is the mirror image
         self.parts = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))]
         texts = [path.read_text().splitlines() for path in sorted(folder.glob("*.jsonl"))]
         self.rows = [json.loads(line) for lines in texts for line in lines]
@@ -431,18 +442,12 @@ class LatentFolder:
         if self.views > self.parts[0].shape[1]:
             raise ValueError("it has no mirror images: encode with --flip, or train without it")
         self.folder, self.seed, self.transform, self.classes = folder, seed, transform, self.info["classes"]
-        self.shuffled = Shuffled(len(self.rows), seed)
+        self.shuffled = Shuffled(str(folder), len(self.rows), seed)
 
     def __getitem__(self, number: int) -> dict:
-        row, draws, skipped = self.shuffled.row(number), rng(self.seed, number), []
+        draws = rng(self.seed, number)
         uniform = draws.random(2)
-        while len(skipped) < MAX_SKIPPED:
-            try:
-                return self.sample(row, uniform) | {"skipped": skipped}
-            except SkipSample as error:
-                skipped.append(str(error))
-                row = int(draws.integers(len(self.rows)))
-        raise ValueError(f"{self.folder}: {MAX_SKIPPED} unusable samples in a row; the last: {skipped[-1]}")
+        return self.shuffled.usable(number, partial(self.sample, uniform=uniform), draws)
 
     def sample(self, row: int, uniform: np.ndarray) -> dict:
         fields = self.rows[row]
@@ -462,19 +467,18 @@ class LatentFolder:
 
 
 class ShardStream:
-    """Shards read in order. Rows are shuffled within blocks of BLOCK, and the shards anew in every epoch.
+    """Shards read in order: functions that yield rows, see `make_sample`."""
 
-    shards: functions that yield rows, see `make_sample`.
-    """
-
+    # Random access is slow in a tar and hopeless over a network. Instead, the shards are dealt anew to the
+    # lanes in every epoch, and rows are shuffled within blocks of BLOCK.
     classes = None  # labels are numbers; no shard says how many classes there are
 
     def __init__(self, name: str, shards: list[Callable], transform: Transform, seed: int):
         self.name, self.shards, self.transform, self.seed = name, shards, transform, seed
 
     def lane(self, lane: int, lanes: int, epoch=0, turn=0, first=0, taken=0) -> Iterator[dict]:
-        """The samples of one lane, without end, from a position on. Each carries the position after it:
-        the epoch, the turn (which of this lane's shards), the first row of a block, rows taken of it."""
+        """The samples of one lane, without end, from a position on. Every sample carries the position after
+        it: the epoch, which of this lane's shards, the first row of a block, rows taken of the block."""
         skipped, empty_epochs = [], 0
         # Every epoch deals other shards to this lane, so one without a usable sample proves little.
         while empty_epochs <= 20:
@@ -492,22 +496,24 @@ class ShardStream:
         raise ValueError(f"{self.name}: no usable sample: {reason}")
 
     def samples(self, epoch: int, shard: int, first: int, taken: int) -> Iterator[dict]:
-        """`sample_or_reason` of the rows of one shard, block by block, with (first, taken) as position."""
+        """The samples of one shard, or why they are skipped, with (first, taken) as position."""
         rows = itertools.islice(self.read(shard), first, None)
         while block := list(itertools.islice(rows, BLOCK)):
             draws = rng(self.seed, epoch, shard, first)
             order, uniform = draws.permutation(len(block)).tolist(), draws.random((len(block), DRAWS))
-            for done, row in enumerate(order[taken:], start=taken + 1):
-                yield sample_or_reason(block[row], self.transform, uniform[row]) | {"position": (first, done)}
+            for row in order[taken:]:
+                taken += 1
+                sample = sample_or_reason(block[row], self.transform, uniform[row])
+                yield sample | {"position": (first, taken)}
             first, taken = first + len(block), 0
 
     def read(self, shard: int) -> Iterator[dict]:
-        """The rows of a shard in order. A shard that fails midway ends with a row that carries the error."""
+        """The rows of a shard in order. A shard that fails midway ends with a row that has the error."""
         try:
             yield from self.shards[shard]()
         except Exception as error:  # from tarfile, pyarrow, the file system or the hub
-            name = f"{self.name}: the rest of shard {shard}"
-            yield {"name": name, "error": f"{type(error).__name__} {error}"}
+            reason = f"{type(error).__name__} {error}"
+            yield {"name": f"{self.name}: the rest of shard {shard}", "error": reason}
 
     def once(self, limit: int | None, rank: int, world_size: int) -> Iterator[dict]:
         shards = rng(self.seed).permutation(len(self.shards)).tolist()
@@ -524,7 +530,7 @@ class ShardStream:
 
 
 class TailReader:
-    """A file that remembers the last 512 bytes read from it."""
+    """A file that remembers the last 512 bytes, a block of a tar, read from it."""
 
     def __init__(self, file):
         self.file, self.tail = file, b""
@@ -536,8 +542,7 @@ class TailReader:
 
 
 def tar_rows(url: str) -> Iterator[dict]:
-    """The rows of a webdataset tar: consecutive files with the same name up to its first dot are one row.
-    Nothing is written to disk."""
+    """The rows of a webdataset tar: consecutive files with the same name up to its first dot are one row."""
     import fsspec
 
     row: dict = {}
@@ -573,20 +578,17 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: PurePosixPa
     if extension in CAPTIONS:
         return {"text": content.decode("utf-8", errors="replace")}
     try:
-        if extension == "cls":
-            return {"label": int(content)}
-        types = dict.fromkeys(CAPTIONS, str) | dict.fromkeys(LABELS, int) | {"conversations": object}
-        return {k: v for k, v in json.loads(content).items() if k in types and isinstance(v, types[k])}
+        return {"label": int(content)} if extension == "cls" else known_fields(json.loads(content))
     except (ValueError, AttributeError, RecursionError) as error:
         return {"error": f"damaged {extension}: {error}"}
 
 
-def open_table(name: str, **kwargs) -> list[Callable]:
-    """The shards of a streamed table, see `ShardStream`; kwargs are those of `datasets.load_dataset`."""
+def open_table(name: str, path: str, files: list[str] | None = None) -> list[Callable]:
+    """The shards of a streamed table, see `ShardStream`; path and files as in `datasets.load_dataset`."""
     from datasets import Image as ImageColumn
     from datasets import load_dataset
 
-    table = load_dataset(split="train", streaming=True, **kwargs)
+    table = load_dataset(path, data_files=files, split="train", streaming=True)
     features = table.features or {}
     columns = [key for key, feature in features.items() if isinstance(feature, ImageColumn)]
     # Tables that `datasets` did not write have bytes, or {bytes, path}, in a column with a usual name.
@@ -603,12 +605,13 @@ def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
 
     number = 0
     # .iter, because plain iteration would divide the rows among the DataLoader's workers.
-    for block in table.shard(table.num_shards, shard).iter(BLOCK):
+    for block in table.shard(table.num_shards, shard).iter(BLOCK):  # a list for every column
         for values in zip(*block.values(), strict=True):
             row = dict(zip(block, values, strict=True))
             image = row[column] or {}
             content = image.get("bytes") or (image.get("path") and xopen(image["path"], "rb").read())
-            yield row | {"name": f"{name}: shard {shard}, row {number}", "image": content}
+            row_name = f"{name}: shard {shard}, row {number}"
+            yield known_fields(row) | {"name": row_name, "image": content}
             number += 1
 
 
@@ -617,14 +620,14 @@ def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
 
 
 class Mixture:
-    """Several sources with weights. Every thousand samples hold the exact share of each source, in an order
-    that depends on the seed.
+    """Several sources with weights: every thousand samples have the exact shares, in a random order.
 
     classes: number of classes, None if no source knows it
-    latents: the latents.json of each source of latents; [] for images
+    latents: the latents.json of every source of latents; [] for images
     """
 
     def __init__(self, sources: list, weights: list[float], seed: int):
+        # Rounded edges instead of rounded counts: these sum to 1000.
         edges = np.round(1000 * np.cumsum([0.0, *weights]) / sum(weights)).astype(int)
         self.sources, self.counts = sources, np.diff(edges)
         if not self.counts.all():
@@ -632,8 +635,9 @@ class Mixture:
         owners = np.repeat(np.arange(len(sources)), self.counts)
         self.owners = rng(seed).permutation(owners)
         # How many of the samples before this one, in the same thousand, have the same owner.
-        running = np.cumsum(self.owners[:, None] == np.arange(len(sources)), axis=0)  # (1000, sources)
-        self.earlier = running[np.arange(1000), self.owners] - 1
+        self.earlier = np.empty(1000, int)
+        for owner, count in enumerate(self.counts):
+            self.earlier[self.owners == owner] = np.arange(count)
         classes = {source.classes for source in sources if source.classes}
         self.latents = [source.info for source in sources if isinstance(source, LatentFolder)]
         if len(classes) > 1 or len(self.latents) not in (0, len(sources)):
@@ -661,17 +665,9 @@ class Mixture:
 
 
 def open_source(
-    names: str,
-    size: int,
-    seed: int,
-    crop: str = "centre",
-    flip: bool = False,
-    text_only: bool = False,
-    length: Callable[[list], int] | None = None,
-    max_seq_len: int = 0,
+    names: str, size: int, seed: int, crop="centre", flip=False, text_only=False, length=None, max_seq_len=0
 ) -> Mixture:
-    """The sources of a --data flag, see the top of this file; for the other arguments see `Transform`.
-    Raises ValueError for an unknown name."""
+    """The sources of a --data flag, see the top of this file; for the other arguments see `Transform`."""
     transform = Transform(size, crop, flip, text_only, length, max_seq_len)
     sources, weights = [], []
     for part in names.split(","):
@@ -679,7 +675,7 @@ def open_source(
         try:
             weight = float(text or 1)
         except ValueError:
-            weight = -1.0
+            weight = 0.0
         if not 0 < weight < float("inf"):
             raise ValueError(f"--data {part}: the weight after = must be a number above zero")
         shares = NANO_MIXTURE if name == "nano" else {name: 1.0}
@@ -716,7 +712,7 @@ def find_shards(name: str, path: Path) -> list[Callable]:
         tars = [file for file in files if re.search(r"\.tar(\.\w?z2?)?$", file)]
         tables = sorted(str(file) for file in path.rglob("*.parquet"))
         if tables and not tars:
-            return open_table(name, path="parquet", data_files=tables)
+            return open_table(name, "parquet", tables)
         return [partial(tar_rows, tar) for tar in tars]
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise ValueError("no data source of that name, see the top of data.py for what there is")
@@ -725,7 +721,7 @@ def find_shards(name: str, path: Path) -> list[Callable]:
     # Of tars on the hub only the train split, if file names tell which that is.
     tars = HfFileSystem().glob(f"datasets/{name}/**/*.tar")
     tars = [tar for tar in tars if "train" in tar.removeprefix(f"datasets/{name}")] or tars
-    return [partial(tar_rows, f"hf://{tar}") for tar in tars] or open_table(name, path=name)
+    return [partial(tar_rows, f"hf://{tar}") for tar in tars] or open_table(name, name)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -735,10 +731,10 @@ def find_shards(name: str, path: Path) -> list[Callable]:
 def collate(samples: list[dict]) -> dict:
     """A batch of B samples, P of which have an image:
 
-    caption, label, conversation, index: lists of B; index has the samples' numbers
-    image_index: list of P, the numbers of the samples with an image
+    caption, label, conversation, index: lists of B
+    image_index: list of P, the index of every sample with an image
     image or latents: (P, 3, H, W) uint8 or (P, N, C) float32
-    positions, skipped: those of the lanes, for a checkpoint; reasons for skipped samples
+    positions, skipped: for a checkpoint; reasons for skipped samples
     """
     batch = {key: [sample[key] for sample in samples] for key in PER_SAMPLE}
     # Every source ensures one <image> in the conversation for an image, and none for none.
@@ -755,12 +751,11 @@ def collate(samples: list[dict]) -> dict:
     return batch
 
 
-class Loader:
+class Loader(Iterator):
     """The batches of a training run (see `collate`), one per step, without end.
 
     workers: processes that prepare batches ahead; 0 prepares them in this process
-    start: the first step
-    positions: how far each lane was read for the batches yielded so far; a checkpoint stores it
+    positions: how far the lanes were read for the batches yielded so far; a checkpoint stores it
     skipped, waited: reasons for skipped samples, and seconds spent waiting; the caller resets them
     """
 
@@ -770,16 +765,15 @@ class Loader:
         self.parts = min(workers, len(lanes.local)) or 1
         self.loader = iter(make_loader(lanes.batches, self.parts if workers else 0))
 
-    def __iter__(self) -> "Loader":
-        return self
-
     def __next__(self) -> dict:
         started = time.perf_counter()
+        # DataLoader takes turns between its workers, and every worker makes one part of every batch.
         with worker_errors():
             parts = [next(self.loader) for _ in range(self.parts)]
         batch = {key: [x for part in parts for x in part[key]] for key in (*PER_SAMPLE, "image_index")}
         key = "latents" if "latents" in parts[0] else "image"
         batch[key] = torch.cat([part[key] for part in parts])
+        # Only pinned memory is copied to a GPU while it computes.
         if torch.cuda.is_available():
             batch[key] = batch[key].pin_memory()
         for part in parts:
@@ -790,11 +784,11 @@ class Loader:
 
 
 class Lanes:
-    """This process's part of every global batch.
+    """This process's part of every global batch."""
 
-    A batch consists of lanes of equal width: as many as there are shards, or fewer so that they divide the
-    batch. Each process has a range of the lanes, and each of its workers a part of that range.
-    """
+    # A batch consists of lanes of equal width: as many as there are shards, or fewer so that they divide the
+    # batch. Every process has a range of the lanes, and each of its workers a part of that range. A lane
+    # keeps its shards and its places in the batch, whoever reads it: so the world size may change on resume.
 
     def __init__(self, source: Mixture, batch: int, start: int, rank: int, world_size: int, positions: dict):
         if batch % world_size:
@@ -804,31 +798,31 @@ class Lanes:
         count = max(n for n in range(1, shards + 1) if batch % n == 0)
         if count % world_size:
             lanes = f"{shards} shards in {count} lanes, which cannot be split over {world_size} processes"
-            raise ValueError(
-                f"a batch of {batch} reads {lanes}: choose another --batch, or write more shards"
-            )
+            raise ValueError(f"batch {batch} reads {lanes}: choose another --batch, or write more shards")
         self.source, self.batch, self.start, self.count = source, batch, start, count
         self.local = range(rank * count // world_size, (rank + 1) * count // world_size)
         self.positions, names = {}, {stream.name for stream in streams}
         for key, position in positions.items():
-            name, lane, count_then = key.rsplit("|", 2)
-            if name in names and int(count_then) != count:
-                raise ValueError(f"the checkpoint has {name} in {count_then} lanes: resume with its --batch")
-            if name in names and int(lane) in self.local:
+            name, lane, saved_count = key.rsplit("|", 2)
+            # A run may go on with other data.
+            if name not in names:
+                continue
+            if int(saved_count) != count:
+                raise ValueError(f"the checkpoint has {name} in {saved_count} lanes: resume with its --batch")
+            if int(lane) in self.local:
                 self.positions[key] = position
 
     def batches(self, worker: int, workers: int) -> Iterator[dict]:
         """What one worker process makes of every batch."""
-        width = self.batch // self.count
-        first, last = (len(self.local) * n // workers for n in (worker, worker + 1))
-        lanes = self.local[first:last]
+        width, size = self.batch // self.count, len(self.local)
+        lanes = self.local[size * worker // workers : size * (worker + 1) // workers]
         streams: dict[str, Iterator[dict]] = {}
-        for step in itertools.count(self.start):
-            numbers = range(step * self.batch + lanes.start * width, step * self.batch + lanes.stop * width)
+        for first in itertools.count(self.start * self.batch, self.batch):
+            numbers = range(first + lanes.start * width, first + lanes.stop * width)
             yield collate([self.sample(number, number % self.batch // width, streams) for number in numbers])
 
     def sample(self, number: int, lane: int, streams: dict[str, Iterator[dict]]) -> dict:
-        """Sample `number`: from a map, or the next one of a stream, which is opened at its first sample."""
+        """Sample `number`, of a source with random access, or the next one of the lane's stream."""
         owner, _ = self.source.place(number)
         source = self.source.sources[owner]
         if not isinstance(source, ShardStream):
@@ -842,16 +836,15 @@ class Lanes:
 
 class OnePass:
     """This process's part of one pass over the source: batches of at most `batch` samples, see `collate`.
-    Sorting by `index` restores the order of the whole pass.
 
     limit: number of samples over all processes (None: all); a source without end needs one
+    index: tuples; sorting by them restores the order of the whole pass
     skipped: reasons for the samples skipped so far
     """
 
     def __init__(self, source: Mixture, batch: int, limit=None, workers=1, rank=0, world_size=1):
         self.source, self.batch, self.limit, self.workers = source, batch, limit, workers
-        self.rank, self.world_size = rank, world_size
-        self.skipped: list[str] = []
+        self.rank, self.world_size, self.skipped = rank, world_size, []
 
     def batches(self, worker: int, workers: int) -> Iterator[dict]:
         """What one worker process makes; only "skipped" if no sample of a batch can be used."""
@@ -870,7 +863,7 @@ class OnePass:
 
 
 class PerWorker(IterableDataset):
-    """`make(worker, workers)`, called by each worker process, or with (0, 1) by the main process."""
+    """The batches of `make(worker, workers)` in a worker process, or of `make(0, 1)` in the main one."""
 
     def __init__(self, make: Callable[[int, int], Iterator[dict]]):
         self.make = make
@@ -885,14 +878,16 @@ class PerWorker(IterableDataset):
 
 
 def make_loader(make: Callable[[int, int], Iterator[dict]], workers: int) -> DataLoader:
-    """Batches made ahead by worker processes; without any, in this process when they are asked for."""
+    """Batches of `workers` processes, made ahead, or of this one (0)."""
+    # Four batches ahead even out slow reads; PyTorch refuses both options without workers.
     ahead = {"prefetch_factor": 4, "timeout": TIMEOUT} if workers else {}
     return DataLoader(PerWorker(make), batch_size=None, num_workers=workers, **ahead)
 
 
 @contextmanager
 def worker_errors():
-    """Turns the RuntimeError of a worker that stalls or was killed (out of memory) into an OSError."""
+    """Turns the RuntimeError of a stalled or killed worker into an OSError."""
+    # The main function prints an OSError in one line. Workers are mostly killed for memory.
     try:
         yield
     except RuntimeError as error:
@@ -905,12 +900,12 @@ def worker_errors():
 
 
 def micro_batches(batch: dict, count: int) -> list[dict]:
-    """The batch split into `count` micro-batches of nearly equal numbers of samples, at least one in each.
-    Conversations of similar length share a micro-batch, so that little is padded."""
+    """The batch split into `count` micro-batches of nearly equal numbers of samples, at least one in each."""
     if count == 1:
         return [batch]
+    # Conversations of similar length share a micro-batch, so that little is padded.
     lengths = [sum(len(text) for _, text in turns) for turns in batch["conversation"]]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    order = np.argsort(lengths, kind="stable")
     image_rows = {index: row for row, index in enumerate(batch["image_index"])}
     result = []
     for part in np.array_split(order, min(count, len(order))):
@@ -935,13 +930,11 @@ def flow_draws(
     latent_shape: tuple[int, int], seed: int, indices: list[int], device: torch.device, draws: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random numbers for flow matching: noise (B, N, C) on the device, and on the CPU two tensors (B,) in
-    [0, 1), for the timestep and for condition dropout. A row depends on (seed, sample index) only, not on the
-    batch or the process. With several `draws` there are draws * B rows, the first of every sample first."""
-    seeds = [seed, *(hash_seed(seed, "draw", k) for k in range(1, draws))]
-    noise, generator = (
-        torch.empty(draws * len(indices), *latent_shape, device=device),
-        torch.Generator(device),
-    )
+    [0, 1), for the timestep and for condition dropout. They depend on (seed, sample index) only. With several
+    `draws` there are draws * B rows, the first of every sample first."""
+    seeds = [seed] + [hash_seed(seed, "draw", k) for k in range(1, draws)]
+    noise = torch.empty(draws * len(indices), *latent_shape, device=device)
+    generator = torch.Generator(device)
     for row, (draw_seed, index) in enumerate(itertools.product(seeds, indices)):
         noise[row].normal_(generator=generator.manual_seed(hash_seed(draw_seed, index)))
     uniform = torch.cat([uniform_draws(2, draw_seed, indices, 1) for draw_seed in seeds], dim=1)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import common
 import data
 import rae
-from common import flag
+from common import DistContext, flag
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Config:
 
 @torch.no_grad()
 def encode(
-    autoencoder: rae.RAE | rae.VAE, images: torch.Tensor, flip: bool, dist_ctx: common.DistContext
+    autoencoder: rae.RAE | rae.VAE, images: torch.Tensor, flip: bool, dist_ctx: DistContext
 ) -> np.ndarray:
     """(B, 3, H, W) uint8 -> (B, 1 or 2, N, C) float16; the second view is the mirror image."""
     views = [images, images.flip(3)] if flip else [images]
@@ -57,13 +57,15 @@ def encode(
 
 
 def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
-    """The header of a float16 .npy. numpy pads it, so that its length is the same for any number of rows."""
+    """The header of a float16 .npy."""
+    # numpy pads it, so that its length is the same for any number of rows.
     header = {"descr": "<f2", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 
 
 def text_row(caption: str | None, label: int | None, conversation: list) -> dict:
-    """A line of RANK.jsonl. A mere request for the caption is left out: the reader varies its wording."""
+    """A line of RANK.jsonl."""
+    # A mere request for the caption is left out: the reader varies its wording.
     row = {"caption": caption, "label": label}
     if caption is None or data.requested_caption(conversation) is None:
         row["conversation"] = conversation
@@ -71,11 +73,7 @@ def text_row(caption: str | None, label: int | None, conversation: list) -> dict
 
 
 def write_part(
-    folder: Path,
-    config: Config,
-    source: data.Mixture,
-    autoencoder: rae.RAE | rae.VAE,
-    dist_ctx: common.DistContext,
+    folder: Path, config: Config, source: data.Mixture, autoencoder: rae.RAE | rae.VAE, dist_ctx: DistContext
 ) -> int:
     """Encodes this process's part of the images and returns their number."""
     rank, count = dist_ctx.rank, 0
@@ -109,7 +107,8 @@ def main() -> None:
 
     if dist_ctx.is_main:
         with common.writing(out):
-            shutil.rmtree(temporary, ignore_errors=True)  # a killed run left it
+            # A killed run may have left one.
+            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
     common.global_sum(0)  # a barrier: the folder exists
     count = write_part(temporary, config, source, autoencoder, dist_ctx)

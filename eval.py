@@ -16,14 +16,13 @@
 Prints a table and writes OUT: command, seed, versions, date and a list of results {metric, value, n}. `recon`
 also writes a strip of originals above reconstructions beside it. For the nano world see `nano.evaluate`.
 
-recon: rFID compares reconstructions with their own originals, which are centre crops (ImageNet: the 50,000
-images of the validation set, not ADM's file of the training set), unless --reference names something else.
-Only rfid-inception is the papers' metric; rfid-encoder needs no download.
+recon: rFID compares reconstructions with their originals, which are centre crops, unless --reference names
+something else. For ImageNet these are the 50,000 validation images, not ADM's file of the training set. Only
+rfid-inception is the papers' metric; rfid-encoder needs no download.
 
 fid: as in ADM's evaluator (Dhariwal and Nichol, 2021, guided-diffusion/evaluations). Samples and reference
-are each a .npz (images arr_0, statistics mu, sigma, mu_s, sigma_s, or both, like ADM's file of the training
-set) or a source of data.py. Samples are compared as they are; the images of a reference source are cropped
-to the same size.
+are a .npz (images arr_0, statistics mu, sigma, mu_s, sigma_s, or both) or a source of data.py. Samples are
+compared as they are; the images of a reference source are cropped to the same size.
 """
 
 import sys
@@ -64,17 +63,13 @@ class Config:
     autoencoder: str = flag(str(common.WEIGHTS / "rae"), "recon: RAE or VAE folder or hub id")
     data: str = flag(
         "objects=nano:objects,scenes=nano:scenes,text=nano:text",
-        "recon: data sets, NAME=SOURCE,...; one column of the table each; for sources see data.py",
+        "recon: data sets, NAME=SOURCE,...; one column of the table each; sources of data.py or .npz files",
     )
     samples: str = flag("", "fid: a .npz like ADM's or a source of images; benchmarks: a folder of images")
     reference: str = flag("", "fid, and recon in place of the originals: a .npz like ADM's or a source")
-    limit: int | None = flag(
-        None, "images per data set (recon, fid; default all, nano 256) or in all (benchmarks)", at_least=2
-    )
+    limit: int | None = flag(None, "images per data set or benchmark (default all; nano 256)", at_least=2)
     # metrics
-    features: str = flag(
-        "encoder", "network for FID: inception or nano encoder", choices=["inception", "encoder"]
-    )
+    features: str = flag("encoder", "network for FID (encoder: nano's)", choices=["inception", "encoder"])
     inception: str = flag("", "file with Inception's weights (default: torch-fidelity downloads them)")
     lpips: str = flag("none", "LPIPS network; torchvision downloads it", choices=["vgg", "alex", "none"])
     detector: str = flag("facebook/mask2former-swin-small-coco-instance", "geneval: Mask2Former")
@@ -118,8 +113,8 @@ def ssim(one: Tensor, other: Tensor) -> Tensor:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     _, per_pixel = structural_similarity_index_measure(one, other, data_range=1.0, return_full_image=True)
-    # Gaussian window of 11 pixels, sigma 1.5. Windows that cross the border are left out, as Wang et al. and
-    # scikit-image do; torchmetrics' own mean includes them.
+    # The Gaussian window has 11 pixels (sigma 1.5). Windows that cross the border do not count, as in Wang et
+    # al. and scikit-image; torchmetrics' mean includes them.
     return per_pixel[:, :, 5:-5, 5:-5].mean(dim=(1, 2, 3))
 
 
@@ -148,9 +143,10 @@ class Features(NamedTuple):
 
 def load_features(name: str, weights: str, dist_ctx: common.DistContext) -> Features:
     """inception: see `load_inception`. encoder: mean token of the nano encoder, and the first channels of all
-    tokens. It is always the shipped encoder, so that numbers of different autoencoders can be compared."""
+    tokens."""
     if name == "inception":
         return load_inception(weights, dist_ctx)
+    # always the shipped encoder, never that of --autoencoder: numbers of two autoencoders stay comparable
     folder = str(common.WEIGHTS / "encoder")
     with common.loading(folder):
         model = rae.RAE(folder, rae.DECODERS["nano"]).to(dist_ctx.device)
@@ -171,12 +167,12 @@ def load_inception(weights: str, dist_ctx: common.DistContext) -> Features:
 
     with explain("load the weights of Inception"):
         if weights:
-            # The library would unpickle the file and run any code in it. This raises first.
+            # the library would unpickle the file and run any code in it: this raises first
             torch.load(weights, weights_only=True)
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights or None)
     network.to(dist_ctx.device)
-    # In TensorFlow's graph a scope of convolution, batch norm and ReLU (mixed_6/conv/Conv2D, .../batchnorm)
-    # gives its own name, mixed_6/conv, to its last operation, the ReLU: the output of the whole BasicConv2d.
+    # TensorFlow names the last operation of a scope after the scope: mixed_6/conv is the output of the whole
+    # BasicConv2d (convolution, batch norm, ReLU), not of its convolution.
     kept = {}
     network.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, x: kept.update(x=x[:, :SPATIAL]))
 
@@ -224,11 +220,9 @@ class FeatureSums:
 
 
 def frechet_distance(one: Gaussian, other: Gaussian) -> float:
-    """|m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1^1/2 S2 S1^1/2)^1/2.
-
-    Both roots are of symmetric matrices and come from eigenvalues in float64: scipy's root of a general
-    matrix is far slower, and some of its versions were wrong.
-    """
+    """|m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1^1/2 S2 S1^1/2)^1/2."""
+    # Both roots are of symmetric matrices, so eigenvalues give them. scipy's root of a general matrix is far
+    # slower, and some of its versions were wrong. Rounding makes tiny eigenvalues negative: clip.
     values, vectors = np.linalg.eigh(one.covariance)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ other.covariance @ root).clip(min=0)).sum()
@@ -237,6 +231,7 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
 
 
 def warn_if_few(name: str, gaussian: Gaussian, features: Features) -> None:
+    # a covariance of fewer images than features is singular, and the distance depends on their number
     if gaussian.count is not None and gaussian.count < features.width:
         few = f"{gaussian.count} images are few for a FID of {features.width} features"
         print(f"{name}: {few}: compare it only with a FID of as many images", file=sys.stderr)
@@ -260,7 +255,7 @@ def inception_score(logits: Tensor) -> float:
 def precision_recall(samples: Tensor, reference: Tensor, device: torch.device) -> tuple[float, float]:
     """Share of the samples (n, D) on the manifold of the reference (m, D), and of the reference on the
     manifold of the samples (Kynkaanniemi et al., 2019, arXiv 1904.06991)."""
-    # float64, because ADM's distances, partly in float16, depend on rounding. MPS has no float64.
+    # ADM's distances, partly in float16, depend on rounding: ours are float64, which MPS does not have
     device = torch.device("cpu") if device.type == "mps" else device
     samples, reference = samples.to(device).double(), reference.to(device).double()
     return on_manifold(samples, reference), on_manifold(reference, samples)
@@ -269,13 +264,14 @@ def precision_recall(samples: Tensor, reference: Tensor, device: torch.device) -
 def on_manifold(points: Tensor, others: Tensor) -> float:
     """Share of the points (n, D) inside the union of balls around the others (m, D), whose radii are the
     distances to their third nearest neighbour."""
+    # in blocks of rows: 50,000 x 10,000 distances at once would be 4 GB
     radii, inside = [], []
-    for part in others.split(ROWS):
+    for block in others.split(ROWS):
         # every point is its own first neighbour
-        radii.append(torch.cdist(part, others).kthvalue(NEIGHBOURS + 1, dim=1).values)
+        radii.append(torch.cdist(block, others).kthvalue(NEIGHBOURS + 1, dim=1).values)
     radii = torch.cat(radii)
-    for part in points.split(ROWS):
-        inside.append((torch.cdist(part, others) <= radii).any(dim=1))
+    for block in points.split(ROWS):
+        inside.append((torch.cdist(block, others) <= radii).any(dim=1))
     return torch.cat(inside).double().mean().item()
 
 
@@ -295,6 +291,7 @@ class ImageSet(NamedTuple):
 class Uncropped:
     """Takes the place of data.Transform in a source: whole images, which must be squares of one size."""
 
+    # cropping or resizing the samples would change the FID; their reference is cropped to their size instead
     size, text_only, length = None, False, None
 
     def pixels(self, image: Image.Image, *uniform: float) -> np.ndarray:
@@ -305,11 +302,6 @@ class Uncropped:
         return np.array(image)
 
 
-def default_limit(source: str, config: Config) -> int | None:
-    """--limit; without it the endless nano sources get one."""
-    return config.limit or (256 if source.startswith("nano") else None)
-
-
 def open_images(source: str, size: int | None, config: Config, dist_ctx: common.DistContext) -> ImageSet:
     """A .npz, or a source of images: centre crops of `size`, or whole images (None)."""
     if source.endswith(".npz"):
@@ -317,7 +309,8 @@ def open_images(source: str, size: int | None, config: Config, dist_ctx: common.
         if shape is None:
             return ImageSet(source, statistics)
         return ImageSet(source, statistics, shape[1], npz_batches(source, shape, config, dist_ctx))
-    opened, limit = data.open_source(source, size or 48, config.seed), default_limit(source, config)
+    opened = data.open_source(source, size or 48, config.seed)
+    limit = config.limit or (256 if source.startswith("nano") else None)  # nano sources are endless
     if size is None:
         whole = Uncropped()
         for part in opened.sources:
@@ -333,12 +326,8 @@ def open_images(source: str, size: int | None, config: Config, dist_ctx: common.
 def source_batches(source: str, once: data.OnePass) -> Iterator[tuple[list, Tensor]]:
     for batch in once:
         yield batch["index"], batch["image"]
-    warn_of_skipped(source, once)
-
-
-def warn_of_skipped(name: str, once: data.OnePass) -> None:
     if once.skipped:
-        print(f"{name}: skipped {len(once.skipped)} images: {once.skipped[0]}", file=sys.stderr)
+        print(f"{source}: skipped {len(once.skipped)} images: {once.skipped[0]}", file=sys.stderr)
 
 
 def npz_batches(
@@ -376,10 +365,8 @@ def read_npz(path: str) -> tuple[dict[str, np.ndarray], tuple[int, ...] | None]:
 
 def read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, Fortran order and dtype of an open .npy, which is left at its first value."""
-    formats = np.lib.format
-    if formats.read_magic(file) == (1, 0):
-        return formats.read_array_header_1_0(file)
-    return formats.read_array_header_2_0(file)
+    np.lib.format.read_magic(file)
+    return np.lib.format.read_array_header_1_0(file)
 
 
 def gaussian_from_file(images: ImageSet, features: Features, spatial: bool = False) -> Gaussian:
@@ -413,22 +400,15 @@ def gather_sorted(items: list[tuple], dist_ctx: common.DistContext) -> list[tupl
 
 def parse_data_sets(names: str) -> dict[str, str]:
     """NAME=SOURCE,... as {name: source}; a source without a name is called by the last part of its path."""
-    pairs = [part.partition("=") for part in names.split(",")]
-    sets = {(name if equals else Path(name).name): source or name for name, equals, source in pairs}
-    if len(sets) < len(pairs) or not all(sets) or any("/" in name for name in sets):
-        raise ValueError(f"--data {names}: give every data set a plain name of its own, NAME=SOURCE")
+    sets = {}
+    for part in names.split(","):
+        name, equals, source = part.partition("=")
+        if not equals:
+            name, source = Path(part).name, part
+        if not name or "/" in name or name in sets:
+            raise ValueError(f"--data {names}: give every data set a plain name of its own, NAME=SOURCE")
+        sets[name] = source
     return sets
-
-
-def load_reference(size: int, features: Features, config: Config, dist_ctx: common.DistContext) -> Gaussian:
-    """--reference of rFID: the statistics in a .npz, or those of all its images or of a source of images."""
-    images = open_images(config.reference, size, replace(config, limit=None), dist_ctx)
-    if "mu" in images.statistics:
-        return gaussian_from_file(images, features)
-    sums = FeatureSums(features.width)
-    for _, batch in images.batches:
-        sums.add(features.extract(batch)[0])
-    return sums.gaussian()
 
 
 def recon(config: Config, dist_ctx: common.DistContext) -> list[dict]:
@@ -441,13 +421,17 @@ def recon(config: Config, dist_ctx: common.DistContext) -> list[dict]:
     metrics = {"psnr": psnr, "ssim": ssim}
     if config.lpips != "none":
         metrics[f"lpips-{config.lpips}"] = load_lpips(config.lpips, dist_ctx)
-    reference = load_reference(model.image_size, features, config, dist_ctx) if config.reference else None
+    reference = None  # the originals of each data set
+    if config.reference:
+        images = open_images(config.reference, model.image_size, replace(config, limit=None), dist_ctx)
+        reference = compute_statistics(images, features, 0, dist_ctx).pooled
 
     results, strips = [], []
     for name, source in data_sets.items():
-        opened, limit = data.open_source(source, model.image_size, config.seed), default_limit(source, config)
-        once = data.OnePass(opened, config.batch, limit, config.workers, dist_ctx.rank, dist_ctx.world_size)
-        values, count, strip = reconstruct(name, once, model, metrics, features, reference, dist_ctx)
+        images = open_images(source, model.image_size, config, dist_ctx)
+        if images.size != model.image_size:  # of a .npz; the images of other sources are cropped
+            raise ValueError(f"{source} has images of {images.size} pixels, not {model.image_size}")
+        values, count, strip = reconstruct(name, images, model, metrics, features, reference, dist_ctx)
         results += [{"metric": f"{key}/{name}", "value": v, "n": count} for key, v in values.items()]
         strips.append(strip)
 
@@ -462,7 +446,7 @@ def recon(config: Config, dist_ctx: common.DistContext) -> list[dict]:
 @torch.no_grad()
 def reconstruct(
     name: str,
-    once: data.OnePass,
+    images: ImageSet,
     model: rae.RAE | rae.VAE,
     metrics: dict[str, Callable[[Tensor, Tensor], Tensor]],
     features: Features,
@@ -473,21 +457,23 @@ def reconstruct(
     reconstructions (2, n, 3, H, W) uint8. On the main process; rFID and images are missing elsewhere."""
     sums, first = dict.fromkeys(metrics, 0.0), []
     original_sums, decoded_sums = FeatureSums(features.width), FeatureSums(features.width)
-    for batch in tqdm(once, desc=f"recon {name}", leave=False, disable=not dist_ctx.is_main):
-        original = data.to_unit(batch["image"], dist_ctx.device)
+    progress = tqdm(images.batches, desc=f"recon {name}", leave=False, disable=not dist_ctx.is_main)
+    for indices, batch in progress:
+        original = data.to_unit(batch, dist_ctx.device)
         with dist_ctx.autocast():
             rounded = to_uint8(model.decode(model.encode(original)))
+        # metrics are those of saved 8-bit images, not of the decoder's fp32 output
         decoded = data.to_unit(rounded, dist_ctx.device)
         for key, metric in metrics.items():
             sums[key] += sum(metric(decoded, original).tolist())
         decoded_sums.add(features.extract(rounded)[0])
         if reference is None:
-            original_sums.add(features.extract(batch["image"])[0])
-        first += zip(batch["index"], batch["image"].numpy(), rounded.numpy(), strict=True)
+            original_sums.add(features.extract(batch)[0])
+        # the first images by index, whichever process holds them
+        first += zip(indices, np.stack([batch, rounded], axis=1), strict=True)
         first = sorted(first, key=lambda item: item[0])[:STRIP]
-    warn_of_skipped(name, once)
 
-    # every process takes part in the sums, the main process goes on alone
+    # ---- over all processes: each takes part in the sums, then the main process goes on alone ------
     gaussian = decoded_sums.gaussian()
     reference = reference or original_sums.gaussian()
     totals = common.global_sum(*sums.values())
@@ -497,7 +483,7 @@ def reconstruct(
         return values, gaussian.count, torch.empty(0)
     values[f"rfid-{features.name}"] = frechet_distance(gaussian, reference)
     warn_if_few(name, gaussian, features)
-    return values, gaussian.count, torch.from_numpy(np.stack([pair for _, *pair in first], axis=1))
+    return values, gaussian.count, torch.from_numpy(np.stack([pair for _, pair in first], axis=1))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -517,15 +503,15 @@ class Statistics(NamedTuple):
 def compute_statistics(
     images: ImageSet, features: Features, most: int | None, dist_ctx: common.DistContext
 ) -> Statistics:
-    """Statistics in a file take precedence over those of its images, as in ADM. With `most`, that many rows
-    are kept, chosen by the hash of their index so that the number of processes does not matter."""
+    """most: number of rows to keep, None for all. Statistics in a file take precedence over those of its
+    images, as in ADM."""
     pooled = spatial = None
     if "mu" in images.statistics:
         pooled = gaussian_from_file(images, features)
-    if "mu" in images.statistics and "mu_s" in images.statistics:
-        spatial = gaussian_from_file(images, features, spatial=True)
-    if pooled and images.size is None:
-        return Statistics(images.source, pooled, spatial, None)
+        if "mu_s" in images.statistics:
+            spatial = gaussian_from_file(images, features, spatial=True)
+        if images.size is None or most == 0:
+            return Statistics(images.source, pooled, spatial, None)
 
     sums, spatial_sums, rows = FeatureSums(features.width), FeatureSums(features.spatial), []
     progress = tqdm(images.batches, desc=f"fid {images.source}", leave=False, disable=not dist_ctx.is_main)
@@ -533,9 +519,11 @@ def compute_statistics(
         x, y = features.extract(batch)
         sums.add(x)
         spatial_sums.add(y)
-        keys = [data.hash_seed(index) for index in indices] if most else indices
-        rows += zip(keys, map(np.copy, x.cpu().numpy()), strict=True)
-        if most and len(rows) > 2 * most:
+        # A subset is chosen by the hash of the index: the number of processes does not matter then. A row is
+        # copied, because a view would keep the whole batch in memory.
+        keys = indices if most is None else [data.hash_seed(index) for index in indices]
+        rows += zip(keys, [row.copy() for row in x.cpu().numpy()], strict=True)
+        if most is not None and len(rows) > 2 * most:
             rows = sorted(rows, key=lambda row: row[0])[:most]
     if not pooled:
         pooled, spatial = sums.gaussian(), spatial_sums.gaussian()
@@ -549,10 +537,10 @@ def fid(config: Config, dist_ctx: common.DistContext) -> list[dict]:
     samples = open_images(config.samples, None, config, dist_ctx)
     reference = open_images(config.reference, samples.size, config, dist_ctx)
     if samples.size and reference.size and samples.size != reference.size:
-        sizes = (
-            f"{config.samples} has images of {samples.size} pixels, {config.reference} of {reference.size}"
+        raise ValueError(
+            f"{config.samples} has images of {samples.size} pixels, {config.reference} of {reference.size}: "
+            "compare images of one size"
         )
-        raise ValueError(f"{sizes}: compare images of one size")
     features = load_features(config.features, config.inception, dist_ctx)
     reference = compute_statistics(reference, features, MANIFOLD, dist_ctx)
     samples = compute_statistics(samples, features, None, dist_ctx)

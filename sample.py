@@ -16,8 +16,8 @@
 
 Writes a PNG per image, with prompt, seed and settings in its metadata, and for up to 256 images a grid with
 one row per prompt. --latents also saves latents, which --ask and --reconstruct accept instead of an image.
-Image k of a prompt is drawn from seed + k, and image i of a run with class labels from seed + i. Images do
-not depend on the batch size or the number of processes.
+Image k of a prompt, or of all class labels, is drawn from seed + k, whatever the batch size and the number of
+processes.
 """
 
 import json
@@ -50,6 +50,12 @@ PRESETS = {
     "scale-rae": {"guidance": 1.0, "grid": "scale-rae"},  # Scale-RAE: no guidance, 50 points
     "rae-256": IMAGENET | {"model": "rae-dit-dh-xl-256", "guide": "rae-dit-dh-s-256", "guidance": 1.42},
     "rae-512": IMAGENET | {"model": "rae-dit-dh-xl-512", "guide": "rae-dit-dh-s-512", "guidance": 1.5},
+}
+CONFLICTS = {
+    "classes": ("prompts", "reconstruct", "ask", "chat", "best_of"),
+    "reconstruct": ("ask", "chat", "best_of", "latents"),
+    "ask": ("best_of", "latents", "guide", "n"),
+    "chat": ("best_of", "latents", "guide", "n"),
 }
 MAX_GRID = 256  # a run of more images makes no grid
 
@@ -112,10 +118,6 @@ def read_lines(path: str) -> list[str]:
     return [line for line in Path(path).read_text().splitlines() if line.strip()]
 
 
-def dpg_files(config: Config) -> list[Path]:
-    return sorted(Path(config.file).glob("*.txt"))
-
-
 def read_prompts(config: Config) -> list[str]:
     """The prompts of the command line and of --file."""
     layout = benchmark(config)
@@ -124,9 +126,10 @@ def read_prompts(config: Config) -> list[str]:
     if config.prompts:
         raise ValueError(f"{config.file} is a whole set of prompts: leave out {config.prompts[0]!r}")
     if layout == "dpg":
-        if not dpg_files(config) or config.best_of or config.n not in (None, 4):
+        files = sorted(Path(config.file).glob("*.txt"))
+        if not files or config.best_of or config.n not in (None, 4):
             raise ValueError(f"{config.file}: DPG-Bench is a folder of .txt, with --n 4, without --best-of")
-        return [file.read_text().strip() for file in dpg_files(config)]
+        return [file.read_text().strip() for file in files]
     try:
         return [json.loads(line)["prompt"] for line in read_lines(config.file)]
     except (ValueError, KeyError, TypeError):
@@ -141,23 +144,22 @@ def prompt_jobs(config: Config, count: int) -> list[list[Job]]:
     """`count` jobs for each prompt, in the layout of the benchmark or as PROMPT-SEED.png."""
     layout = benchmark(config)
     stems = [file_name(prompt) for prompt in config.prompts]
-    if len(set(stems)) < len(stems):
-        stems = [f"{i:03d}-{stem}" for i, stem in enumerate(stems)]
     if layout == "dpg":
-        stems = [file.stem for file in dpg_files(config)]
+        stems = [file.stem for file in sorted(Path(config.file).glob("*.txt"))]
+    elif len(set(stems)) < len(stems):
+        stems = [f"{i:03d}-{stem}" for i, stem in enumerate(stems)]
     groups = []
-    for i, prompt in enumerate(config.prompts):
-        names = [f"{stems[i]}-{config.seed + k}" for k in range(count)]
-        if layout == "geneval":
-            names = [f"{i:05d}/samples/{k:05d}" for k in range(count)]
-        elif layout == "dpg":
-            names = [f"{stems[i]}/{k}" for k in range(count)]
-        groups.append([Job(prompt, config.seed + k, name) for k, name in enumerate(names)])
+    for i, (prompt, stem) in enumerate(zip(config.prompts, stems, strict=True)):
+        group = []
+        for k in range(count):
+            names = {"geneval": f"{i:05d}/samples/{k:05d}", "dpg": f"{stem}/{k}"}
+            group.append(Job(prompt, config.seed + k, names.get(layout, f"{stem}-{config.seed + k}")))
+        groups.append(group)
     return groups
 
 
 def class_jobs(config: Config, num_classes: int | None) -> list[Job]:
-    """--n jobs in total; image i is of class i modulo their number, so that all come equally often."""
+    """--n jobs in total, of the classes in turn."""
     if (config.classes == "none") != (num_classes is None):
         raise ValueError(f"--classes {config.classes}: {config.model} has {num_classes or 'no'} classes")
     labels = list(range(num_classes or 1))
@@ -167,6 +169,7 @@ def class_jobs(config: Config, num_classes: int | None) -> list[Job]:
         except ValueError:
             raise ValueError(f"--classes {config.classes}: give labels like 3,17, or all") from None
     n = config.n or 4 * len(labels)
+    # The FID of images whose classes are not balanced would be another quantity.
     if len(set(labels)) < len(labels) or n % len(labels):
         raise ValueError(f"--classes {config.classes} --n {n}: name a class once, draw all equally often")
     return [Job(labels[i % len(labels)], config.seed + i, f"{i:06d}") for i in range(n)]
@@ -181,7 +184,7 @@ def sampler_settings(config: Config, guide: LatentModel | None = None) -> dict:
     try:
         low, high = map(float, config.interval.split(","))
     except ValueError:
-        low, high = 1.0, 0.0
+        low, high = 1.0, 0.0  # refused below
     if not 0 <= low <= high <= 1:
         raise ValueError(f"--interval {config.interval}: give two numbers from 0 to 1, like 0.1,0.9")
     names = ("steps", "guidance", "skip", "solver", "grid")
@@ -189,7 +192,7 @@ def sampler_settings(config: Config, guide: LatentModel | None = None) -> dict:
 
 
 def draw_noise(seed: int, latent_shape: tuple[int, int]) -> Tensor:
-    # on the CPU, so that a seed means the same image on every device
+    # On the CPU, so that a seed means the same image on every device.
     return torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -224,14 +227,14 @@ def draw(config: Config, dist_ctx: DistContext) -> None:
     # ---- speed --------------------------------------------------------------------------------------------
     dits = [model.dit, guide.dit] if guide else [model.dit]
     blocks = [block for dit in dits for block in dit.blocks]
-    blocks += getattr(getattr(model.autoencoder, "decoder", None), "decoder_layers", [])  # a VAE has none
+    if isinstance(model.autoencoder, rae.RAE):
+        blocks += model.autoencoder.decoder.decoder_layers
     common.cast_linear(blocks, dist_ctx)
-    if dist_ctx.device.type != "cuda":
-        common.compile_blocks(blocks, config.compile, dist_ctx)
-    elif config.compile:
-        # CUDA graphs, because small batches wait for kernel launches. They reuse memory from step to step:
-        # a step is one evaluation of a DiT, not one block, whose output the next block still reads.
-        common.compile_blocks(blocks, True, dist_ctx, mode="reduce-overhead")
+    # CUDA graphs, because small batches wait for kernel launches. They reuse memory from step to step: a step
+    # is one evaluation of a DiT, not one block, whose output the next block still reads.
+    mode = "reduce-overhead" if dist_ctx.device.type == "cuda" else None
+    common.compile_blocks(blocks, config.compile, dist_ctx, mode)
+    if config.compile and mode:
         for dit in dits:
             dit.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
 
@@ -244,13 +247,12 @@ def draw(config: Config, dist_ctx: DistContext) -> None:
         groups = prompt_jobs(config, config.best_of or config.n)
 
     # ---- chunks for this process: batches of jobs, or with --best-of all candidates of a prompt -----------
-    rank, world_size = dist_ctx.rank, dist_ctx.world_size
     if config.best_of:
-        chunks = groups[rank::world_size]
+        chunks = groups[dist_ctx.rank :: dist_ctx.world_size]
         if config.resume:
             chunks = [group for group in chunks if not kept_jobs(group, settings, config)]
     else:
-        jobs = [job for group in groups for job in group][rank::world_size]
+        jobs = [job for group in groups for job in group][dist_ctx.rank :: dist_ctx.world_size]
         if config.resume:
             jobs = [job for job in jobs if not is_drawn(job, settings, config)]
         chunks = [jobs[start : start + config.batch] for start in range(0, len(jobs), config.batch)]
@@ -259,20 +261,22 @@ def draw(config: Config, dist_ctx: DistContext) -> None:
     writes = []
     with torch.no_grad(), dist_ctx.autocast(), ThreadPoolExecutor() as pool:
         for jobs in tqdm(chunks, "draw", disable=not dist_ctx.is_main):
-            latents = draw_latents(jobs, model, sampler, config.batch)
+            latents = draw_latents(jobs, model, sampler, config.batch)  # (B, N, C)
             scores = [{}] * len(jobs)
             if config.best_of:
                 jobs, latents, scores = keep_best(jobs, latents, model, settings, config)
             images = model.autoencoder.decode(latents).float()  # (B, 3, H, W)
             (images, latents), wait = common.to_host(images, latents)
-            for write in writes:  # of the chunk before, so that at most two are in memory
-                write.result()  # raises what went wrong in the thread
+            # Wait for the chunk before, so that at most two are in memory; raise what went wrong in a thread.
+            for write in writes:
+                write.result()
             writes = []
             for job, image, tokens, extra in zip(jobs, images, latents, scores, strict=True):
                 writes.append(pool.submit(save, job, image, tokens, settings | extra, config, wait))
         for write in writes:
             write.result()
-    common.global_sum(0)  # wait for all processes
+    # A barrier: the main process needs the images of all.
+    common.global_sum(0)
 
     # ---- grids and archives -------------------------------------------------------------------------------
     if dist_ctx.is_main:
@@ -289,21 +293,22 @@ def keep_best(group: list[Job], latents: Tensor, model: LatentModel, settings: d
     """The best --n candidates of a prompt, best first: jobs, latents, scores. Writes the scores of all."""
     verdicts = []
     for batch in latents.split(config.batch):
-        if model.reader_path:  # it cannot read the latents that it draws, so it looks at the images
+        # A model with a reader cannot read the latents that it draws, so it looks at the images.
+        if model.reader_path:
             batch = model.autoencoder.decode(batch).float().clamp(0, 1)
-        with torch.autocast(batch.device.type, enabled=False):  # in bf16 many candidates have equal logits
+        # In bf16 many candidates have equal logits.
+        with torch.autocast(batch.device.type, enabled=False):
             if model.reader_path:
                 batch = model.reader.encode(batch)
             verdicts += rae.verify(model, group[0].input, batch)
     best = rae.best(verdicts, config.verifier, config.n)
-    rows = []
-    for i, (job, verdict) in enumerate(zip(group, verdicts, strict=True)):
-        rank = best.index(i) if i in best else None
-        rows.append({"seed": job.seed, "rank": rank, **verdict._asdict()})
+    scores = [verdict._asdict() for verdict in verdicts]
+    ranks = {i: rank for rank, i in enumerate(best)}
+    rows = [{"seed": job.seed, "rank": ranks.get(i), **scores[i]} for i, job in enumerate(group)]
     with common.replacing(Path(config.out) / f"{group[0].name}-scores.json") as temporary:
-        scores = {"settings": describe(group[0], settings), "candidates": rows}
-        temporary.write_text(json.dumps(scores, indent=1) + "\n")
-    return [group[i] for i in best], latents[best], [verdicts[i]._asdict() for i in best]
+        content = {"settings": describe(group[0], settings), "candidates": rows}
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    return [group[i] for i in best], latents[best], [scores[i] for i in best]
 
 
 def kept_jobs(group: list[Job], settings: dict, config: Config) -> list[Job]:
@@ -325,10 +330,9 @@ def kept_jobs(group: list[Job], settings: dict, config: Config) -> list[Job]:
 def describe_settings(config: Config, model: LatentModel, guide: LatentModel | None, dist_ctx: DistContext):
     """All that determines how an image looks, besides its input and seed."""
     names = ["model", "autoencoder", "steps", "guidance", "guide", "interval", "skip", "solver", "grid"]
-    if config.best_of:
-        names += ["best_of", "n", "verifier"]
+    names += ["best_of", "n", "verifier"] if config.best_of else []
     settings = {name: getattr(config, name) for name in names} | {"dtype": dist_ctx.dtype}
-    # a run may have written other weights to the same path since
+    # A training run may have written other weights to the same path since.
     return settings | {"weights": common.fingerprint(model), "guide_weights": common.fingerprint(guide)}
 
 
@@ -348,7 +352,8 @@ def check_same(path: Path, old: dict[str, str], new: dict[str, str]) -> None:
 
 def is_drawn(job: Job, settings: dict, config: Config) -> bool:
     path = Path(config.out) / f"{job.name}.png"
-    metadata = data.open_metadata(str(path))  # empty if the file is missing or damaged
+    # Empty if the file is missing or damaged.
+    metadata = data.open_metadata(str(path))
     if not metadata or (config.latents and not path.with_suffix(".safetensors").exists()):
         return False
     check_same(path, metadata, describe(job, settings))
@@ -356,8 +361,8 @@ def is_drawn(job: Job, settings: dict, config: Config) -> bool:
 
 
 def save(job: Job, image: Tensor, latents: Tensor, settings: dict, config: Config, wait: Callable) -> None:
-    """Writes a PNG and, with --latents, the latents; `wait` returns once both have arrived from the GPU."""
-    wait()
+    """Writes a PNG and, with --latents, the latents."""
+    wait()  # until both have arrived from the GPU
     path = Path(config.out) / f"{job.name}.png"
     common.save_image(path, image, **describe(job, settings))
     if config.latents:
@@ -365,30 +370,35 @@ def save(job: Job, image: Tensor, latents: Tensor, settings: dict, config: Confi
             save_file({"latents": latents.contiguous()}, temporary)
 
 
-def read_images(paths: list[Path]) -> np.ndarray:
-    return np.stack([np.asarray(data.open_image(str(path))) for path in paths])  # (B, H, W, 3) uint8
+def read_images(paths: list[Path]) -> Tensor:
+    """(B, 3, H, W) in [0, 1]."""
+    images = np.stack([np.asarray(data.open_image(str(path))) for path in paths])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
 def finish(groups: list[list[Job]], config: Config) -> None:
     """On the main process, once all images are there: grids, a benchmark's files, the .npz."""
     out = Path(config.out)
-    for path in out.rglob(".*.tmp"):  # left by a killed run
-        path.unlink()
+    # A killed run leaves half-written files.
+    for leftover in out.rglob(".*.tmp"):
+        leftover.unlink()
     if benchmark(config) == "geneval":
         for i, line in enumerate(read_lines(config.file)):
             with common.replacing(out / f"{i:05d}/metadata.jsonl") as temporary:
                 temporary.write_text(line + "\n")
-    elif benchmark(config) == "dpg":  # ITEM.png: 2 x 2 images without gaps
-        for group, file in zip(groups, dpg_files(config), strict=True):
+    elif benchmark(config) == "dpg":
+        # ITEM.png has the four images of ITEM/ without gaps: the benchmark cuts it at the middle.
+        for group in groups:
             images = read_images([out / f"{job.name}.png" for job in group])
-            grid = torch.from_numpy(rearrange(images, "(r c) h w ch -> ch (r h) (c w)", r=2)).float() / 255
-            common.save_image(out / f"{file.stem}.png", grid, prompt=group[0].input)
+            grid = rearrange(images, "(r c) ch h w -> ch (r h) (c w)", r=2)
+            item = Path(group[0].name).parent
+            common.save_image(out / f"{item}.png", grid, prompt=group[0].input)
 
     paths = [out / f"{job.name}.png" for group in groups for job in group]
     if len(paths) <= MAX_GRID:
-        images = torch.from_numpy(read_images(paths)).permute(0, 3, 1, 2).float() / 255
+        images = read_images(paths)
         columns = 8 if config.classes else len(groups[0])
-        grid = common.image_grid(images, columns, scale=max(1, 128 // images.shape[-1]))
+        grid = common.image_grid(images, columns, scale=max(1, 128 // images.shape[3]))
         inputs = dict.fromkeys(str(job.input) for group in groups for job in group)
         common.save_image(out / "grid.png", grid, prompt="\n".join(inputs), seed=config.seed)
         print(*paths, out / "grid.png", sep="\n")
@@ -400,14 +410,15 @@ def finish(groups: list[list[Job]], config: Config) -> None:
 
 
 def pack(npz: Path, paths: list[Path]) -> None:
-    """Streams images into one .npz: 50,000 of 256 px are 10 GB, too much to hold in memory."""
-    shape = (len(paths), *read_images(paths[:1]).shape[1:])
+    """Packs images into one .npz."""
+    # Streamed instead of np.savez: 50,000 images of 256 px are 10 GB.
+    shape = (len(paths), *np.asarray(data.open_image(str(paths[0]))).shape)
     with common.replacing(npz) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(entry, header)
             for path in tqdm(paths, str(npz), leave=False):
-                entry.write(read_images([path]).tobytes())
+                entry.write(data.open_image(str(path)).tobytes())
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -464,13 +475,15 @@ def converse(config: Config, dist_ctx: DistContext) -> None:
         for turn, text in enumerate(config.prompts):
             words, condition = dialogue.say(text, image if turn == 0 else None)
             print(words)
-            if condition is not None:
-                job = Job(text, config.seed, f"{turn}-{file_name(text)}-{config.seed}")
-                noise = draw_noise(job.seed, model.latent_shape)[None]
-                latents = model.generate(condition, noise=noise, **sampler)
-                path = Path(config.out) / f"{job.name}.png"
-                common.save_image(path, model.autoencoder.decode(latents)[0], **describe(job, settings))
-                print(path)
+            # The model answers in words alone.
+            if condition is None:
+                continue
+            job = Job(text, config.seed, f"{turn}-{file_name(text)}-{config.seed}")
+            noise = draw_noise(job.seed, model.latent_shape)[None]
+            latents = model.generate(condition, noise=noise, **sampler)
+            path = Path(config.out) / f"{job.name}.png"
+            common.save_image(path, model.autoencoder.decode(latents)[0], **describe(job, settings))
+            print(path)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -480,18 +493,11 @@ def converse(config: Config, dist_ctx: DistContext) -> None:
 def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
     config.prompts = read_prompts(config)
-    conflicts = {
-        "classes": ("prompts", "reconstruct", "ask", "chat", "best_of"),
-        "reconstruct": ("ask", "chat", "best_of", "latents"),
-        "ask": ("best_of", "latents", "guide", "n"),
-        "chat": ("best_of", "latents", "guide", "n"),
-    }
-    for name, others in conflicts.items():
+    for name, others in CONFLICTS.items():
         for other in others:
             if getattr(config, name) and getattr(config, other):
-                raise ValueError(
-                    f"--{name} does not go with {other.replace('_', '-')}: leave one of them out"
-                )
+                shown = other.replace("_", "-")
+                raise ValueError(f"--{name} does not go with {shown}: leave one of them out")
     if config.classes and not config.model:
         raise ValueError("--classes needs --model, such as one trained by train_t2i.py --preset nano-class")
     if not (config.prompts or config.classes or config.reconstruct):

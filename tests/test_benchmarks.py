@@ -81,7 +81,8 @@ def test_relative_positions(one, other, relations):
 
 
 CAT, TWO = {"class": "cat", "count": 1}, {"class": "cat", "count": 2}
-LEFT = [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}]
+EXACTLY_TWO = {"include": [TWO], "exclude": [{"class": "cat", "count": 3}]}
+LEFT = {"include": [{"class": "dog", "count": 1}, CAT | {"position": ["left of", 0]}]}
 
 
 @pytest.mark.parametrize(
@@ -90,18 +91,15 @@ LEFT = [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": [
         ({"include": [CAT]}, {"cat": [at(0, 0)]}, []),
         ({"include": [CAT]}, {"cat": [at(0, 0), at(9, 9)]}, []),
         ({"include": [CAT]}, {"dog": [at(0, 0)]}, ["expected cat>=1, found 0"]),
-        ({"include": [TWO], "exclude": [{"class": "cat", "count": 3}]}, {"cat": [at(0, 0)] * 2}, []),
-        ({"include": [TWO], "exclude": [{"class": "cat", "count": 3}]}, {"cat": [at(0, 0)] * 3},
-         ["expected cat<3, found 3"]),
-        ({"include": [TWO], "exclude": [{"class": "cat", "count": 3}]}, {"cat": [at(0, 0)]},
-         ["expected cat>=2, found 1"]),
-        ({"include": LEFT}, {"cat": [at(0, 50)], "dog": [at(50, 50)]}, []),
-        ({"include": LEFT}, {"cat": [at(50, 50)], "dog": [at(0, 50)]}, ["expected cat left of target"]),
-        ({"include": LEFT}, {"cat": [at(0, 50)]},
-         ["expected dog>=1, found 0", "no target for cat to be left of"]),
-        ({"include": LEFT}, {"dog": [at(0, 50)]}, ["expected cat>=1, found 0"]),
+        (EXACTLY_TWO, {"cat": [at(0, 0)] * 2}, []),
+        (EXACTLY_TWO, {"cat": [at(0, 0)] * 3}, ["expected cat<3, found 3"]),
+        (EXACTLY_TWO, {"cat": [at(0, 0)]}, ["expected cat>=2, found 1"]),
+        (LEFT, {"cat": [at(0, 50)], "dog": [at(50, 50)]}, []),
+        (LEFT, {"cat": [at(50, 50)], "dog": [at(0, 50)]}, ["expected cat left of target"]),
+        (LEFT, {"cat": [at(0, 50)]}, ["expected dog>=1, found 0", "no target for cat to be left of"]),
+        (LEFT, {"dog": [at(0, 50)]}, ["expected cat>=1, found 0"]),
     ],
-)  # fmt: skip
+)
 def test_judge_counts_and_positions(metadata, detections, reasons):
     assert judge(metadata, detections, no_colors) == (not reasons, reasons)
 
@@ -109,16 +107,16 @@ def test_judge_counts_and_positions(metadata, detections, reasons):
 def test_judge_colors():
     metadata = {"include": [CAT | {"color": "red"}, {"class": "dog", "count": 1, "color": "blue"}]}
     detections = {"cat": [at(0, 0), at(9, 9)], "dog": [at(30, 30)]}
-    colors, calls = {"cat": ["red"], "dog": ["blue"]}, []
+    calls = []
 
     def classify_colors(objects, name):
         calls.append((name, len(objects)))
-        return colors[name]
+        return {"cat": ["red"], "dog": ["blue"]}[name]
 
     assert judge(metadata, detections, classify_colors) == (True, [])
     assert calls == [("cat", 1), ("dog", 1)]  # of the best detections, as many as the prompt names
-    colors["dog"] = ["green"]
-    expected = ["expected blue dog>=1, found 1 green"]
+    metadata["include"][1]["color"] = "green"
+    expected = ["expected green dog>=1, found 1 blue"]
     assert judge(metadata, detections, classify_colors) == (False, expected)
 
 
@@ -133,8 +131,9 @@ def test_thresholds():
 
 def test_geneval_arithmetic():
     """Tasks are means of images, overall is the mean of the tasks."""
-    rows = [("a", "x", [1, 1, 0, 0]), ("a", "y", [0, 0, 0, 0]), ("b", "z", [1, 1, 1, 0])]
-    rows = [{"tag": t, "metadata": m, "correct": bool(c)} for t, m, each in rows for c in each]
+    rows = []
+    for tag, metadata, images in (("a", "x", [1, 1, 0, 0]), ("a", "y", [0] * 4), ("b", "z", [1, 1, 1, 0])):
+        rows += [{"tag": tag, "metadata": metadata, "correct": bool(correct)} for correct in images]
     assert benchmarks.geneval_summary(rows) == {
         "a": (0.25, 8), "b": (0.75, 4), "overall": (0.5, 12), "images": (5 / 12, 12), "prompts": (2 / 3, 3),
     }  # fmt: skip
@@ -142,6 +141,9 @@ def test_geneval_arithmetic():
 
 # -----------------------------------------------------------------------------------------------------------
 # GenEval: networks, and the benchmark as a user runs it
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -162,26 +164,20 @@ def networks(tmp_path_factory):
     detector = transformers.Mask2FormerForUniversalSegmentation(config)
     detector.class_predictor.weight.data.mul_(20)  # sure of something
     detector.save_pretrained(folder / "detector")
-    transformers.Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(
-        folder / "detector"
-    )
-    vocabulary = {
-        token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *map(chr, range(97, 123))])
-    }
-    vocabulary |= {f"{token}</w>": i + len(vocabulary) for i, token in enumerate(map(chr, range(97, 123)))}
+    processor = transformers.Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+    processor.save_pretrained(folder / "detector")
+    letters = [chr(i) for i in range(97, 123)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = transformers.CLIPTextConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **small)
-    vision = transformers.CLIPVisionConfig(image_size=32, patch_size=8, **small)
-    clip = transformers.CLIPModel(
-        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
-    )
-    clip.save_pretrained(folder / "clip")
-    processor = transformers.CLIPImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-    )
+    text = transformers.CLIPTextConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **SMALL)
+    vision = transformers.CLIPVisionConfig(image_size=32, patch_size=8, **SMALL)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    transformers.CLIPModel(config).save_pretrained(folder / "clip")
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    processor = transformers.CLIPImageProcessor(**size)
     transformers.CLIPProcessor(processor, tokenizer).save_pretrained(folder / "clip")
     return folder
 
@@ -238,13 +234,10 @@ def read_results(path: Path) -> dict[str, dict]:
 
 def write_geneval(folder: Path) -> None:
     """Two images for each of two prompts, in the official layout."""
-    prompts = [
-        {"tag": "single_object", "include": [CAT], "prompt": "a photo of a cat"},
-        {"tag": "colors", "include": [CAT | {"color": "red"}], "prompt": "a photo of a red cat"},
-    ]
-    for i, prompt in enumerate(prompts):
+    for i, (tag, entry) in enumerate((("single_object", CAT), ("colors", CAT | {"color": "red"}))):
         (folder / f"{i:05d}/samples").mkdir(parents=True)
-        (folder / f"{i:05d}/metadata.jsonl").write_text(json.dumps(prompt) + "\n")
+        metadata = {"tag": tag, "include": [entry], "prompt": "a photo of a cat"}
+        (folder / f"{i:05d}/metadata.jsonl").write_text(json.dumps(metadata) + "\n")
         for k in range(2):
             noise(32, 32, seed=2 * i + k).save(folder / f"{i:05d}/samples/{k:05d}.png")
 
@@ -352,11 +345,10 @@ def test_dpg_arithmetic(tmp_path):
 
 
 def test_squares_of_a_grid():
-    grid = Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3))
-    squares = [np.asarray(benchmarks.crop_square(grid, i)) for i in range(4)]
-    assert np.array_equal(
-        np.block([[[squares[0]], [squares[1]]], [[squares[2]], [squares[3]]]]), np.asarray(grid)
-    )
+    grid = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    squares = [np.asarray(benchmarks.crop_square(Image.fromarray(grid), i)) for i in range(4)]
+    rows = [np.concatenate(squares[:2], axis=1), np.concatenate(squares[2:], axis=1)]
+    assert np.array_equal(np.concatenate(rows), grid)
 
 
 @pytest.fixture(scope="module")
@@ -365,17 +357,14 @@ def blip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("blip")
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] [ENC] is the cat yes no ?".split()
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     ids = {"bos_token_id": 5, "sep_token_id": 3, "pad_token_id": 0, "eos_token_id": 3}
-    text = transformers.BlipTextConfig(vocab_size=len(words), encoder_hidden_size=16, **small, **ids)
-    vision = transformers.BlipVisionConfig(image_size=32, patch_size=16, **small)
+    text = transformers.BlipTextConfig(vocab_size=len(words), encoder_hidden_size=16, **SMALL, **ids)
+    vision = transformers.BlipVisionConfig(image_size=32, patch_size=16, **SMALL)
     config = transformers.BlipConfig(text_config=text, vision_config=vision, projection_dim=8)
     transformers.BlipForQuestionAnswering(config).save_pretrained(folder)
-    processor = transformers.BlipProcessor(
-        transformers.BlipImageProcessor(size={"height": 32, "width": 32}),
-        transformers.BertTokenizer(str(folder / "vocab.txt")),
-    )
-    processor.save_pretrained(folder)
+    image_processor = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
+    tokenizer = transformers.BertTokenizer(str(folder / "vocab.txt"))
+    transformers.BlipProcessor(image_processor, tokenizer).save_pretrained(folder)
     return folder
 
 

@@ -251,7 +251,7 @@ def test_presets_name_what_is_released(name, scale):
     [
         ("", "give a prompt"),
         ("a star| ", "empty prompt"),
-        ("--ask|nothing.png|what?", "no image at"),
+        ("--ask|nothing.png|what?", "cannot read the image nothing.png"),
         ("a star|--steps|1|--out|README.md", "README.md"),  # raised by a writing thread
         ("a star|--skip|9", "no block 9"),
         ("a star|--interval|0.5", "give two numbers"),
