@@ -1,5 +1,4 @@
-"""What the scripts share around their loops: flags, distributed set-up, optimizer step, files, checkpoints,
-log."""
+"""What the scripts share: flags, distributed set-up, optimizer step, files, checkpoints, log."""
 
 import argparse
 import dataclasses
@@ -13,7 +12,6 @@ import signal
 import sys
 import time
 import traceback
-import types
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -47,9 +46,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every data load
 
 
 def flag(default, help: str, **kwargs):
-    """A field of a config dataclass with its line of help. `at_least` bounds a number; the rest goes to
-    argparse."""
+    """A field of a config dataclass. `at_least` bounds a number; the other options are argparse's."""
     return dataclasses.field(default=default, metadata={"help": help, **kwargs})
+
+
+DTYPES = ("auto", "bf16", "fp32")
+SHARDING = ("none", "full", "hybrid")
 
 
 @dataclass
@@ -61,14 +63,8 @@ class TrainConfig:
     seed: int = flag(0, "seed of weights, data order, noise and every other random draw")
     batch: int = flag(64, "samples per step, over all ranks", at_least=1)
     grad_accum: int = flag(1, "gradient accumulation: micro-batches per step and rank", at_least=1)
-    dtype: str = flag(
-        "auto", "compute dtype; auto: bf16 on CUDA, else fp32", choices=["auto", "bf16", "fp32"]
-    )
-    shard: str = flag(
-        "none",
-        "FSDP2 sharding: none (replicate), full (across all ranks) or hybrid (within a node)",
-        choices=["none", "full", "hybrid"],
-    )
+    dtype: str = flag("auto", "compute dtype; auto: bf16 on CUDA, else fp32", choices=DTYPES)
+    shard: str = flag("none", "FSDP2 sharding: across all ranks (full) or within a node", choices=SHARDING)
     activation_checkpointing: bool = flag(False, "recompute the blocks in backward, to save memory")
     compile: bool | None = flag(None, "torch.compile the transformer blocks (default: on CUDA)")
     workers: int = flag(1, "data loading processes per rank", at_least=0)
@@ -79,8 +75,8 @@ class TrainConfig:
 
 
 def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
-    """A config from the command line: the dataclass's defaults, then the values of --preset (with --resume
-    those of OUT/config.json), then the flags given. A tuple field is positional. `manual` heads `-h`."""
+    """A config from the command line; `manual` is shown by --help. A tuple field is positional."""
+    # ---- flags: with SUPPRESS as their default, only those on the command line are returned
     parser = argparse.ArgumentParser(
         description=manual, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -89,14 +85,16 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
     for field in dataclasses.fields(config):
         add_argument(parser, field)
     flags = vars(parser.parse_args())
+    # ---- values: the dataclass's defaults, then --preset's (with --resume OUT/config.json's), then the flags
     base = (presets or {}).get(flags.pop("preset", ""), {})
     saved = Path(flags.get("out", getattr(config, "out", ""))) / "config.json"
     if flags.get("resume") and saved.is_file():
         base = json.loads(saved.read_text())
         if unknown := set(base) - {field.name for field in dataclasses.fields(config)}:
             raise ValueError(f"{saved} has values that this script does not know: {', '.join(unknown)}")
-    values = config(**{**base, **flags})
-    for field in dataclasses.fields(config):  # those of a config.json have not been through argparse
+    values = config(**(base | flags))
+    # ---- checks: argparse has not seen the values of a config.json
+    for field in dataclasses.fields(config):
         name, value = "--" + field.name.replace("_", "-"), getattr(values, field.name)
         choices, least = field.metadata.get("choices"), field.metadata.get("at_least")
         if choices is not None and value not in choices:
@@ -108,14 +106,15 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
 
 def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
     kwargs = {key: value for key, value in field.metadata.items() if key != "at_least"}
+    # a field with a tuple as its default takes all positional arguments
     if isinstance(field.default, tuple):
         parser.add_argument(field.name, type=str, **kwargs)
         return
-    type_ = field.type
-    if isinstance(type_, types.UnionType):  # "int | None"
-        type_ = next(t for t in type_.__args__ if t is not type(None))
+    # "int | None" is an int that may be left out
+    type_ = get_args(field.type)[0] if get_args(field.type) else field.type
     if field.default not in (None, ""):
         kwargs["help"] += f" (default {field.default})"
+    # --compile and --no-compile
     if type_ is bool:
         kwargs["action"] = argparse.BooleanOptionalAction
     else:
@@ -124,8 +123,7 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> N
 
 
 def main(run: Callable[[], None]) -> None:
-    """Runs a script. A user's mistake (ValueError, OSError) ends in one line instead of a traceback, unless
-    the environment variable TRACEBACK is set."""
+    """Runs a script. A user's mistake (ValueError, OSError) ends in one line; TRACEBACK=1 shows all of it."""
     try:
         run()
         if dist.is_initialized():
@@ -140,15 +138,18 @@ def main(run: Callable[[], None]) -> None:
             print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
-        if dist.is_initialized():  # leave at once: tidying up would wait for the other processes
+        if dist.is_initialized():
+            # leave at once: tidying up would wait for the other processes
             os._exit(1)
         sys.exit(1)
 
 
 def one_line(error: BaseException) -> str:
-    """The line that says most: the last of a data loading process's traceback, else the first."""
-    for failure, _ in getattr(error, "failures", {}).values():  # of a checkpoint, by rank
+    """The line of an error that says most."""
+    # torch.distributed.checkpoint collects the errors of all ranks: the first stands for them
+    for failure, _ in getattr(error, "failures", {}).values():
         return one_line(failure)
+    # a data loading process's message is its traceback, which ends with the error
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if "Original Traceback" in str(error) else 0]
 
@@ -194,8 +195,8 @@ class DistContext:
 
 
 def init_distributed(dtype: str = "auto", shard: str = "none") -> DistContext:
-    """Picks the device (CUDA, MPS, CPU) and the compute dtype, joins the process group of torchrun, and lays
-    out FSDP2 sharding: none (replicate), full (across all ranks) or hybrid (within a node)."""
+    """Picks device and compute dtype, joins torchrun's process group and lays out FSDP2 sharding: none
+    (replicate), full (across all ranks) or hybrid (within a node)."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -207,8 +208,11 @@ def init_distributed(dtype: str = "auto", shard: str = "none") -> DistContext:
         device = torch.device("cpu")
     mesh = None
     if world_size > 1:
+        # gloo beside NCCL: counts and signals are summed on the CPU, so that no GPU has to be waited for
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        shards = {"none": 1, "full": world_size, "hybrid": int(os.environ["LOCAL_WORLD_SIZE"])}[shard]
+        # launchers other than torchrun do not set LOCAL_WORLD_SIZE
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() or world_size))
+        shards = {"none": 1, "full": world_size, "hybrid": per_node}[shard]
         names = ("replicate", "shard")
         mesh = dist.init_device_mesh(device.type, (world_size // shards, shards), mesh_dim_names=names)
     name = ("bf16" if device.type == "cuda" else "fp32") if dtype == "auto" else dtype
@@ -216,20 +220,18 @@ def init_distributed(dtype: str = "auto", shard: str = "none") -> DistContext:
 
 
 def shard_model(module: nn.Module, blocks: Iterable[nn.Module], dist_ctx: DistContext, *methods: str) -> None:
-    """Moves a module to the device; with several processes by FSDP2, one block at a time. Gradients are
-    summed over ranks, not averaged: losses are divided by global counts. `methods` are entry points beside
-    `forward`.
-
-    Every rank has to run every block, in the same order.
-    """
+    """Moves a module to the device; with several processes by FSDP2, one block at a time. Every rank has to
+    run every block, in the same order. `methods` are entry points beside `forward`."""
     if dist_ctx.mesh is None:
         module.to(dist_ctx.device)
         return
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # with several replicas hybrid sharding, whose gradients are also summed over the replicas
     mesh = dist_ctx.mesh if dist_ctx.mesh.shape[0] > 1 else dist_ctx.mesh["shard"]
     for part in (*blocks, module):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        # Gradients are summed over ranks, not averaged: losses are divided by global counts.
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
     for method in methods:
@@ -239,15 +241,16 @@ def shard_model(module: nn.Module, blocks: Iterable[nn.Module], dist_ctx: DistCo
 def compile_blocks(
     blocks: Iterable[nn.Module], enabled: bool | None, dist_ctx: DistContext, mode: str | None = None
 ) -> None:
-    """Compiles the forward pass of each block, not FSDP's gathering around it; by default on CUDA only."""
+    """Compiles the forward pass of each block; by default on CUDA only."""
+    # `forward` alone: FSDP's hooks around it, which gather the weights, stay eager
     if dist_ctx.device.type == "cuda" if enabled is None else enabled:
         for block in blocks:
             block.forward = torch.compile(block.forward, mode=mode)
 
 
 def cast_linear(blocks: Iterable[nn.Module], dist_ctx: DistContext) -> None:
-    """Casts linear layers that will not be trained to the compute dtype, once instead of at every call of
-    autocast: the same results in half of the memory."""
+    """Casts the linear layers to the compute dtype, for inference."""
+    # once instead of at every call of autocast: the same results in half of the memory
     for block in blocks:
         for layer in block.modules():
             if isinstance(layer, nn.Linear):
@@ -255,7 +258,7 @@ def cast_linear(blocks: Iterable[nn.Module], dist_ctx: DistContext) -> None:
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Activation checkpointing: keeps only the inputs of each block and recomputes the rest in backward."""
+    """Activation checkpointing: keeps the inputs of each block and recomputes the rest in backward."""
     from torch.utils.checkpoint import checkpoint
 
     for block in blocks:
@@ -263,24 +266,25 @@ def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
 
 
 def to_host(*tensors: Tensor) -> tuple[list[Tensor], Callable[[], None]]:
-    """Starts copying tensors to the CPU. The copies are valid once the returned function has been called: it
-    waits for them alone, not for work that was queued on the GPU since."""
+    """Starts copying tensors to the CPU. The copies are valid once the returned function has been called."""
     device = tensors[0].device
     copies = [tensor.to("cpu", non_blocking=device.type == "cuda") for tensor in tensors]
     if device.type != "cuda":
         return copies, lambda: None
-    done = torch.cuda.Event(blocking=True)  # sleeps instead of spinning
+    # waits for the copies alone, not for work queued since; blocking: sleeps instead of spinning
+    done = torch.cuda.Event(blocking=True)
     done.record()
 
     def wait() -> None:
-        with torch.cuda.device(device):  # a new thread starts on the first device
+        # a new thread starts on the first device
+        with torch.cuda.device(device):
             done.synchronize()
 
     return copies, wait
 
 
 def global_sum(*values: float) -> list[float]:
-    """Sums of numbers over all processes, on the CPU, so that no GPU has to be waited for."""
+    """Sums of numbers over all processes."""
     if not dist.is_initialized():
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
@@ -301,6 +305,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def sum_gradients(parameters: list[nn.Parameter]) -> None:
     """Over all processes, for a replicated module outside of FSDP."""
     if dist.is_initialized():
+        # one message instead of one for each parameter
         flat = torch.cat([p.grad.flatten() for p in parameters])
         dist.all_reduce(flat)
         for p, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -308,12 +313,12 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def count_flops(module: nn.Module, *inputs: Tensor, **kwargs: Tensor) -> int:
-    """FLOPs of a forward pass, counted by torch on the meta device: nothing is computed, and a multiplication
-    and an addition are two. The inputs are meta tensors."""
+    """FLOPs of a forward pass on meta tensors; a multiplication and an addition are two."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    # on the meta device nothing is computed; SDPA's math kernel is plain matmuls, which the counter knows
     on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors}
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         torch.func.functional_call(module, on_meta, inputs, kwargs)
@@ -325,11 +330,11 @@ def count_flops(module: nn.Module, *inputs: Tensor, **kwargs: Tensor) -> int:
 
 
 class Muon(torch.optim.Muon):
-    """Muon that can skip a step on the device, as fused AdamW does: where `found_inf` is 1, weights and
-    momentum stay as they are."""
+    """Muon that can skip a step on the device, as fused AdamW does: `found_inf` of 1 leaves all as it is."""
 
     @torch.no_grad()
     def step(self) -> None:
+        # weights and momentum, to be put back where the step is skipped
         changing = [p for group in self.param_groups for p in group["params"]]
         changing += [buffer for state in self.state.values() for buffer in state.values()]
         before = [local_tensor(tensor).clone() for tensor in changing]
@@ -348,22 +353,20 @@ class Optimizers:
         for group in self.groups:
             group["peak_lr"] = group["lr"]
         self.parameters = [p for group in self.groups for p in group["params"]]
+        # counters on the device: counting does not wait for the GPU
         device = local_tensor(self.parameters[0]).device
         self.skipped, self.skipped_in_a_row, self.most_in_a_row = torch.zeros(3, device=device)
         self.init_state()
 
     def step(self) -> Tensor:
-        """Clips the gradients, applies them, and returns their norm before clipping.
-
-        A non-finite norm is the same on all ranks, so that all skip the step together. The decision stays on
-        the device: reading the norm would make every step wait for the GPU.
-        """
+        """Clips the gradients, applies them, and returns their norm before clipping."""
         grad_norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        # A non-finite norm is the same on all ranks, so that all skip the step together. The decision stays
+        # on the device: reading the norm would make every step wait for the GPU.
         skip = (~grad_norm.isfinite()).float()
         for optimizer in self.optimizers:
-            optimizer.found_inf = (
-                skip  # made for GradScaler: the kernel leaves weights and state alone if it is 1
-            )
+            # made for GradScaler: the kernel leaves weights and state alone if it is 1
+            optimizer.found_inf = skip
             optimizer.step()
             optimizer.zero_grad()
         self.skipped += skip
@@ -383,8 +386,8 @@ class Optimizers:
         return self.skipped.item()
 
     def init_state(self) -> None:
-        """Creates the optimizers' state, all zeros: a checkpoint holds the same tensors from the first step
-        on."""
+        """Creates the optimizers' state, all zeros, into which a checkpoint can be loaded."""
+        # a step of zero gradients at a learning rate of zero, which counts as none
         self.set_lr(0.0)
         for p in self.parameters:
             p.grad = torch.zeros_like(p)
@@ -400,6 +403,7 @@ class Optimizers:
 
 def cosine(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
     """Factor of the learning rate: linear warm-up from 1 / warmup, then half a cosine down to `floor`."""
+    # not from 0, at which the first step would do nothing
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -414,10 +418,11 @@ def linear(step: int, start: int, steps: int, floor: float) -> float:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """ema <- decay ema + (1 - decay) model, for the trainable parameters. The decay grows from 0.1 to its
-    value during the first steps, so that the initial weights are soon forgotten."""
+    """ema <- decay ema + (1 - decay) model, for the trainable parameters."""
+    # it grows from 0.1 during the first steps, so that the initial weights are soon forgotten
     decay = min(decay, (1 + step) / (10 + step))
     pairs = [(a, b) for a, b in zip(ema.parameters(), model.parameters(), strict=True) if b.requires_grad]
+    # one kernel for many tensors, on this rank's shards
     torch._foreach_lerp_([local_tensor(a) for a, _ in pairs], [local_tensor(b) for _, b in pairs], 1 - decay)
 
 
@@ -443,10 +448,12 @@ def replacing(path: Path):
     try:
         with writing(path):
             yield temporary
-            if path.is_dir():  # a folder cannot be renamed onto another
+            # a folder cannot be renamed onto another
+            if path.is_dir():
                 path.rename(old)
             temporary.rename(path)
     finally:
+        # if the second renaming failed, the old folder comes back
         if old.exists() and not path.exists():
             old.rename(path)
         for leftover in (temporary, old):
@@ -464,9 +471,9 @@ def save_image(path: Path, pixels: Tensor, **text) -> None:
 
 
 def image_grid(images: Tensor, columns: int, gap: int = 2, scale: int = 1) -> Tensor:
-    """(B, 3, H, W) -> one image (3, H', W') in raster order on white, each enlarged by the integer
-    `scale`."""
+    """(B, 3, H, W) -> one image (3, H', W') in raster order on white, enlarged by the integer `scale`."""
     images = images.clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    # white to the right of and below each image, and in the empty places of the last row
     missing = -len(images) % columns
     images = nn.functional.pad(images, (0, gap, 0, gap, 0, 0, 0, missing), value=1.0)
     rows = [torch.cat(list(row), dim=2) for row in images.split(columns)]
@@ -475,8 +482,7 @@ def image_grid(images: Tensor, columns: int, gap: int = 2, scale: int = 1) -> Te
 
 @contextmanager
 def plotting(path: Path, *grid: int, **options):
-    """Yields the axes of a figure, rows and columns of them, with options as matplotlib's `subplots`; writes
-    it to `path` as PNG."""
+    """Yields the axes of matplotlib's `subplots(*grid, **options)`; writes the figure to `path` as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")  # needs no screen
@@ -523,10 +529,12 @@ def plot_losses(metrics: Path, path: Path) -> None:
         return
     with plotting(path, 2, 1, figsize=(8, 8), sharex=True, dpi=100) as (losses, speed):
         for name in names:
+            # not every row has every loss: validation has rows of its own
             steps = [row["step"] for row in rows if name in row]
             values = [row[name] for row in rows if name in row]
             losses.plot(steps, values, label=name, marker="." if len(steps) < 30 else "")
-            if min(values) <= 0:  # the adversarial loss has both signs
+            # the adversarial loss has both signs
+            if min(values) <= 0:
                 losses.set_yscale("symlog", linthresh=0.01)
         if losses.get_yscale() == "linear":
             losses.set_yscale("log")
@@ -546,8 +554,11 @@ def plot_losses(metrics: Path, path: Path) -> None:
 def loading(source: str | Path):
     """Turns whatever reading a model raises into one ValueError that names the source."""
     folder, is_file = Path(source), str(source).endswith((".pt", ".zstd"))
-    if folder.exists() and not is_file and not (folder / "config.json").is_file():
+    # a pipeline of diffusers keeps its VAE in the folder vae
+    has_config = (folder / "config.json").is_file() or (folder / "vae" / "config.json").is_file()
+    if folder.exists() and not is_file and not has_config:
         raise ValueError(f"{source} is no model folder: it has no config.json")
+    # org/name on the hub
     on_hub = str(source).count("/") == 1 and not str(source).startswith((".", "/"))
     released = {**convert.RELEASED, **convert.RELEASED_DITS, **convert.RELEASED_TEXT_TO_IMAGE}
     if not (folder.exists() or on_hub or is_file or str(source) in released):
@@ -563,11 +574,8 @@ def load_autoencoder(source: str | Path, dist_ctx: DistContext) -> rae.RAE | rae
         return rae.open_autoencoder(source).to(dist_ctx.device)
 
 
-def load_model(
-    cls: type[rae.LatentModel], source: str, autoencoder: str, dist_ctx: DistContext
-) -> rae.LatentModel:
-    """A TextToImage or ClassToImage with its autoencoder: the one that it names, or another of the same
-    latents."""
+def load_model(cls: type, source: str, autoencoder: str, dist_ctx: DistContext) -> rae.LatentModel:
+    """A TextToImage or ClassToImage, with the autoencoder that it names or another of the same latents."""
     with loading(source):
         model = cls.from_pretrained(source).eval().to(dist_ctx.device)
     model.autoencoder_path = autoencoder or model.autoencoder_path
@@ -581,9 +589,10 @@ def load_model(
 
 
 def fingerprint(model: nn.Module | None) -> str:
-    """The norm of all weights, which tells them from others that may come to lie at the same path."""
+    """The squared norm of all weights, which tells them from others that may come to lie at the same path."""
     if model is None:
         return ""
+    # float64 on the CPU: the same number on every device
     return f"{sum(p.detach().cpu().double().square().sum().item() for p in model.parameters()):.9g}"
 
 
@@ -592,11 +601,7 @@ def fingerprint(model: nn.Module | None) -> str:
 
 
 class Run:
-    """The folder of a training run: its log, its checkpoints, and the request to stop.
-
-    A checkpoint is a folder named by its step: safetensors files with every rank's shards, and state.json.
-    Any number of processes can read it. It is written under a temporary name and renamed when it is complete.
-    """
+    """The folder of a training run: its log, its checkpoints, and the request to stop."""
 
     def __init__(self, config, dist_ctx: DistContext):
         if not config.out:
@@ -605,14 +610,14 @@ class Run:
         self.checkpoints, self.metrics = self.out / "checkpoints", self.out / "metrics.jsonl"
         self.stop_signal, self.pending, self.wandb = None, None, None
         self.skipped_samples, self.flops_per_step = 0, 0
+        # a group of its own: checkpoints are written in a thread, which must not mix with the loop's sums
         self.group = dist.new_group(backend="gloo") if dist_ctx.world_size > 1 else None
         complete = self.complete_checkpoints()
         if complete and not config.resume:
-            raise ValueError(
-                f"{self.out} already holds a run: continue it with --resume, or choose another --out"
-            )
+            raise ValueError(f"{self.out} already holds a run: give --resume, or choose another --out")
         self.source = complete[-1] if complete else None
-        if dist_ctx.world_size > 1:  # a file system may show a new folder to one node earlier than to another
+        if dist_ctx.world_size > 1:
+            # a file system may show a new folder to one node earlier than to another
             shared = [self.source]
             dist.broadcast_object_list(shared)
             self.source = shared[0]
@@ -629,12 +634,9 @@ class Run:
     def load(
         self, modules: dict[str, nn.Module], optimizers: list[Optimizers], export: nn.Module | None
     ) -> dict:
-        """Registers what checkpoints hold, and restores it in place from the newest checkpoint, if there is
-        one. Returns its state: the step, and the positions of the data.
-
-        `save` writes the weights of modules["ema"] as a model folder by way of `export`, the main process's
-        unsharded copy.
-        """
+        """Registers what checkpoints hold, and restores it in place from the newest one, if there is any.
+        Returns the step and the positions of the data. export: the main process's unsharded copy of
+        modules["ema"], by way of which `save` writes the model folder."""
         self.modules, self.optimizers, self.export = modules, optimizers, export
         if self.source is None:
             return {"step": 0, "positions": {}}
@@ -648,7 +650,8 @@ class Run:
             tensors = training_state(modules, optimizers)
             reader = dcp.HuggingFaceStorageReader(self.source)
             metadata = reader.read_metadata().state_dict_metadata
-            # The second number is the elements in all chunks: it tells that no rank's file is missing.
+            # ---- compare names and shapes with the model's, for one clear error
+            # The second number is the elements in all chunks: it tells whether any rank's file is missing.
             saved = {k: (v.size, sum(c.sizes.numel() for c in v.chunks)) for k, v in metadata.items()}
             expected = {k: (v.size(), v.numel()) for k, v in tensors.items()}
             wrong = [k for k in expected.keys() | saved.keys() if expected.get(k) != saved.get(k)]
@@ -660,10 +663,12 @@ class Run:
         return state
 
     def save(self, step: int, loader) -> None:
-        """Writes a checkpoint in the background, the EMA weights as a model folder for the other scripts, and
-        the plot of the losses."""
+        """Writes a checkpoint, the EMA weights as a model folder for the other scripts, and the losses' plot.
+        A checkpoint is a folder named by its step: state.json, and safetensors files with every rank's
+        shards, which any number of processes can read."""
         import torch.distributed.checkpoint as dcp
 
+        # ---- the previous checkpoint first; counts and positions of all ranks
         self.publish(wait=True)
         path, temporary = self.checkpoints / f"{step:07d}", self.checkpoints / f".{step:07d}.tmp"
         self.count_skipped(loader)
@@ -671,11 +676,13 @@ class Run:
         if self.group:
             positions = [None] * self.dist_ctx.world_size
             dist.all_gather_object(positions, loader.positions, group=self.group)
+        # ---- EMA weights, gathered one at a time into the main process's copy
         exported = self.export.state_dict() if self.dist_ctx.is_main else {}
-        for name, tensor in self.modules["ema"].state_dict().items():  # gathered one at a time
+        for name, tensor in self.modules["ema"].state_dict().items():
             gathered = full_tensor(tensor)
             if self.dist_ctx.is_main:
                 exported[name].copy_(gathered)
+        # ---- main process: state.json, the model folder, the plot
         if self.dist_ctx.is_main:
             state = {
                 "step": step,
@@ -694,9 +701,11 @@ class Run:
                 self.export.save_pretrained(folder)
             if self.metrics.exists():
                 plot_losses(self.metrics, self.out / "losses.png")
+        # ---- every rank's shards: `async_save` returns when they are copied, and writes in the background
         if self.group:
-            dist.barrier(self.group)  # the folder exists before other ranks write into it
-        future = dcp.async_save(  # returns when the tensors are copied
+            # the folder exists before other ranks write into it
+            dist.barrier(self.group)
+        future = dcp.async_save(
             training_state(self.modules, self.optimizers),
             storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True),
             process_group=self.group,
@@ -705,8 +714,7 @@ class Run:
         self.pending = temporary, path, future
 
     def publish(self, wait: bool) -> None:
-        """Once every rank has written its shards, renames the checkpoint and removes all but the newest
-        --keep."""
+        """Renames the checkpoint once all ranks have written their shards; keeps the newest --keep."""
         if self.pending is None or not (wait or self.pending[2].done()):
             return
         temporary, path, future = self.pending
@@ -714,6 +722,7 @@ class Run:
         if error := future.exception():
             raise OSError(f"cannot write {path}: {one_line(error)}") from error
         if self.dist_ctx.is_main:
+            # of the same step, if a resumed run stopped before its next one
             shutil.rmtree(path, ignore_errors=True)
             temporary.rename(path)
             for old in self.complete_checkpoints()[: -self.config.keep]:
@@ -722,8 +731,7 @@ class Run:
     # -- the loop
 
     def begin(self, step: int) -> None:
-        """Before the loop: prints and saves the config, tidies up, and lets Ctrl-C wait for the end of a
-        step."""
+        """Before the loop: prints and saves the config, and lets Ctrl-C wait for the end of a step."""
         if self.dist_ctx.is_main:
             text = json.dumps(dataclasses.asdict(self.config), indent=2)
             print(f"{text}\n{self.dist_ctx}", flush=True)
@@ -744,6 +752,7 @@ class Run:
             if not path.name.isdigit() or int(path.name) > step:
                 shutil.rmtree(path)
         for path in self.out.glob(".model.*"):
+            # killed between the two renamings of `replacing`: the old folder is the only complete one
             if path.suffix == ".old" and not (self.out / "model").exists():
                 path.rename(self.out / "model")
             else:
@@ -754,18 +763,16 @@ class Run:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def request_stop(self, number: int, frame) -> None:
-        self.stop_signal = (
-            number  # a second one changes nothing: torchrun repeats a Ctrl-C that arrived already
-        )
+        # a second one changes nothing: torchrun repeats a Ctrl-C that arrived already
+        self.stop_signal = number
 
     def is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.steps
 
     def stopping(self, step: int) -> bool:
-        """After every step. Whether any process was asked to stop: all of them leave the loop after the same
-        step. Raises ValueError after ten skipped steps in a row, OSError if a checkpoint could not be
-        written."""
+        """After every step: whether any process was asked to stop, so that all leave the loop together."""
         self.publish(wait=False)
+        # reading the counter waits for the GPU, so not at every step
         if step % 10 == 0:
             for optimizer in self.optimizers:
                 optimizer.check_skipped()
@@ -790,7 +797,8 @@ class Run:
         if self.dist_ctx.device.type == "cuda":
             row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         row["eta_hours"] = (self.config.steps - step) * seconds / 3600
-        row["data_wait"] = loader.waited / (now - began)  # share of the time, on the main process
+        # share of the time, on the main process: near 0 unless --workers are too few
+        row["data_wait"] = loader.waited / (now - began)
         loader.waited = 0.0
         self.count_skipped(loader, write)
         row["skipped_samples"] = self.skipped_samples
@@ -809,6 +817,7 @@ class Run:
                 shown.append(f"ETA {timedelta(seconds=round(3600 * value))}")
             elif name not in ("step", "time") and not (name.startswith("skipped") and value == 0):
                 shown.append(f"{name.replace('_per_', '/').replace('/second', '/s')} {value:.4g}")
+        # tqdm's own write, which does not break the progress bar
         write("  ".join(shown))
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -842,18 +851,20 @@ def start_wandb(config, out: Path):
         import wandb
     except ImportError as error:
         raise ValueError(f"--wandb {config.wandb} needs `pip install wandb`") from error
+    # the id is made of the folder's path, so that --resume continues the same curves
     settings = {"dir": out, "name": out.name, "id": str(out).strip("/.").replace("/", "-"), "resume": "allow"}
     return wandb.init(project=config.wandb, config=dataclasses.asdict(config), **settings)
 
 
 def training_state(modules: dict[str, nn.Module], optimizers: list[Optimizers]) -> dict:
-    """Every tensor that training changes, by name, as references: parameters and buffers of the modules, and
-    the optimizers' state under the name of its parameter. What is frozen is not saved."""
+    """Every tensor that training changes, by name, as references: what is frozen is not saved."""
+    # ---- parameters and buffers of the modules
     state, names = {}, {}
     for prefix, module in modules.items():
         frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
         state |= {f"{prefix}.{name}": x for name, x in module.state_dict().items() if name not in frozen}
         names |= {p: f"{prefix}.{name}" for name, p in module.named_parameters()}
+    # ---- the optimizers' state, under the name of its parameter
     for optimizer in optimizers:
         for parameter, values in optimizer.state():
             for key, value in values.items():

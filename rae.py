@@ -2,17 +2,15 @@
 
 A frozen vision encoder turns an image into tokens and a trained decoder turns the tokens back into pixels
 (RAE, arXiv 2510.11690). A diffusion transformer learns to generate such tokens, conditioned on class labels
-(RAE) or on the hidden states of a language model (Scale-RAE, arXiv 2601.16208). Read this file from top to
-bottom:
+(RAE) or on the hidden states of a language model (Scale-RAE, arXiv 2601.16208).
 
     1. layers          RMSNorm, rotary and sin-cos positions, attention, SwiGLU, timestep embedding
     2. encoders        one wrapper around the vision models of `transformers`
     3. autoencoders    the ViT decoder; RAE = encoder + decoder + latent statistics; VAE, for comparison
     4. DiT             the diffusion transformer, with or without the DDT head
     5. flow matching   timestep shift, loss, sampler, guidance
-    6. ClassToImage    labels -> DiT
-       TextToImage     language model -> latent queries -> connector -> DiT
-    7. test-time scaling and dialogue
+    6. models          ClassToImage: labels -> DiT; TextToImage: language model -> queries -> DiT
+    7. dialogue        and test-time scaling
     8. sizes           the papers' names
 
 Conventions: latents are tokens (B, N, C) in raster order; t = 0 is data and t = 1 is noise; images are (B, 3,
@@ -47,6 +45,7 @@ class Hub(PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, config: dict | None = None, **kwargs):
+        # the mixin ignores arguments that `__init__` does not have, and loads weights that do not fit
         if unknown := set(config or ()) - set(cls._hub_mixin_init_parameters):
             raise ValueError(f"config.json has keys that {cls.__name__} does not know: {', '.join(unknown)}")
         with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):  # the mixin prints a line
@@ -54,7 +53,7 @@ class Hub(PyTorchModelHubMixin):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis; the statistics are fp32 whatever the input is."""
+    """x / rms(x) * weight over the last axis."""
 
     def __init__(self, width: int, eps: float = 1e-6):
         super().__init__()
@@ -62,6 +61,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        # fp32 statistics whatever the input is
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
 
 
@@ -70,15 +70,14 @@ def grid_positions(tokens: int) -> tuple[Tensor, Tensor]:
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise ValueError(f"{tokens} tokens do not form a square grid")
+    # float64, so that the tables are rounded once, to fp32
     index = torch.arange(tokens, dtype=torch.float64)
     return index.div(side, rounding_mode="floor"), index % side
 
 
 def sincos_table(tokens: int, width: int, spacing: float = 1.0) -> Tensor:
     """The fixed 2-D position table of MAE, (N, width): [sin, cos] of the column, then [sin, cos] of the row.
-
-    spacing: distance of neighbouring positions; only diffusers' decoders have another one than 1.
-    """
+    spacing: distance of neighbouring positions, 1 except in diffusers' decoders."""
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row, column = grid_positions(tokens)
     row, column = row[:, None] * spacing * frequency, column[:, None] * spacing * frequency
@@ -86,22 +85,20 @@ def sincos_table(tokens: int, width: int, spacing: float = 1.0) -> Tensor:
 
 
 def rope_table(tokens: int, head_width: int) -> Tensor:
-    """cos and sin of the 2-D axial rotary embedding, (2, N, head_width).
-
-    The first half of the channels rotates with the row, the second with the column (the opposite of
-    `sincos_table`); each angle serves two neighbouring channels.
-    """
+    """cos and sin of the 2-D axial rotary embedding, (2, N, head_width)."""
     half = head_width // 2
     frequency = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
     row, column = grid_positions(tokens)
-    angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=1).repeat_interleave(
-        2, dim=1
-    )
+    # Trap: the first half of the channels follows the row, the second the column, unlike in `sincos_table`.
+    angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=1)
+    # each angle serves two neighbouring channels
+    angle = angle.repeat_interleave(2, dim=1)
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotates neighbouring channel pairs (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin), in fp32."""
+    # (..., d) -> two of (..., d / 2)
     x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack([-x1, x0], dim=-1).flatten(-2)
     return (x.float() * rope[0] + rotated * rope[1]).type_as(x)
@@ -131,17 +128,13 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(a) * b), where a and b are the two halves of w12(x).
-
-    The hidden width, 2/3 of 4 x width, is often odd, and tensor cores want rows of a multiple of 8. It is
-    rounded up to one. The additional rows and columns are zero, so their gradients are exactly zero and they
-    stay zero: the layer computes what the released one of the exact width does. Weights of the exact width
-    load.
-    """
+    """w3(silu(a) * b), where a and b are the two halves of w12(x). Weights of the published width load."""
 
     def __init__(self, width: int):
         super().__init__()
         self.hidden = int(2 / 3 * int(4 * width))  # the published rounding
+        # It is often odd, and tensor cores want rows of a multiple of 8, so it is rounded up. The padding is
+        # zero and so are its gradients: it stays zero, and the output is that of the published width.
         padded = self.hidden + -self.hidden % 8
         self.w12 = nn.Linear(width, 2 * padded)
         self.w3 = nn.Linear(padded, width)
@@ -149,7 +142,7 @@ class SwiGLU(nn.Module):
 
     @torch.no_grad()
     def zero_padding(self) -> None:
-        """To be called after every initialisation."""
+        """Call this after every initialisation."""
         self.w12.weight.unflatten(0, (2, -1))[:, self.hidden :] = 0
         self.w12.bias.unflatten(0, (2, -1))[:, self.hidden :] = 0
         self.w3.weight[:, self.hidden :] = 0
@@ -159,26 +152,20 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(a) * b)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        for name in ("w12.weight", "w12.bias", "w3.weight"):
-            if prefix + name in state_dict:
-                state_dict[prefix + name] = pad_swiglu(name, state_dict[prefix + name])
+        for name in (prefix + "w12.weight", prefix + "w12.bias"):
+            if name in state_dict:
+                # (2 hidden, ...) -> (2, hidden, ...): each half is padded
+                halves = state_dict[name].unflatten(0, (2, -1))
+                padding = (0, 0) * (halves.ndim - 2) + (0, -halves.shape[1] % 8)
+                state_dict[name] = F.pad(halves, padding).flatten(0, 1)
+        name = prefix + "w3.weight"
+        if name in state_dict:
+            state_dict[name] = F.pad(state_dict[name], (0, -state_dict[name].shape[1] % 8))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def pad_swiglu(name: str, tensor: Tensor) -> Tensor:
-    """A weight of `SwiGLU`, by the end of its name, with its hidden width padded with zeros to a multiple of
-    8; other tensors are returned as they are."""
-    if name.endswith(("w12.weight", "w12.bias")):
-        halves = tensor.unflatten(0, (2, -1))
-        padding = (0, 0) * (tensor.ndim - 1) + (0, -halves.shape[1] % 8)
-        return F.pad(halves, padding).flatten(0, 1)
-    if name.endswith("w3.weight"):
-        return F.pad(tensor, (0, -tensor.shape[1] % 8))
-    return tensor
-
-
 class MLP(nn.Module):
-    """Two linear layers around a tanh GELU: an option of RAE's code that its released weights do not use."""
+    """Two linear layers around a tanh GELU: an option of RAE's code that no released weights use."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -190,21 +177,19 @@ class MLP(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Gaussian Fourier features of t in [0, 1] (not scaled by 1000), then a two-layer MLP: (B,) -> (B,
-    width).
-
-    The frequencies `W` are part of the weights: RAE trained them, Scale-RAE drew them with this seed and left
-    them out of its files. Here they are saved and never trained.
-    """
+    """Gaussian Fourier features of t in [0, 1], then a two-layer MLP: (B,) -> (B, width)."""
 
     def __init__(self, width: int, frequencies: int = 256):
         super().__init__()
+        # RAE trained the frequencies; Scale-RAE drew them with this seed and left them out of its files. Here
+        # they are saved and never trained.
         generator = torch.Generator().manual_seed(114514)
         frequency = torch.randn(frequencies, generator=generator, device="cpu")
         self.W = nn.Parameter(frequency, requires_grad=False)
         self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
+        # t is not scaled by 1000, as it is in other DiTs
         angle = 2 * math.pi * t[:, None].float() * self.W
         return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))
 
@@ -214,14 +199,15 @@ class TimeEmbedding(nn.Module):
 
 
 class Family(NamedTuple):
-    """How to use one family of vision models of `transformers`. Add a line to FAMILIES to support another."""
+    """How to use one family of vision models of `transformers`."""
 
     model: str  # class name
     norm: str | None  # the final LayerNorm, whose affine part is removed; None: kept as it is
     class_tokens: int  # tokens in front of the patches, beside the registers
 
 
-FAMILIES = {  # by config.model_type
+# By config.model_type. Add a line to support another.
+FAMILIES = {
     "siglip_vision_model": Family("SiglipVisionModel", "post_layernorm", 0),
     "dinov2_with_registers": Family("Dinov2WithRegistersModel", "layernorm", 1),
     "dinov2": Family("Dinov2Model", None, 1),  # WebSSL-DINO: Scale-RAE keeps its affine norm
@@ -234,11 +220,8 @@ FAMILIES = {  # by config.model_type
 class Encoder(nn.Module):
     """A frozen vision transformer: normalised pixels (B, 3, S, S) -> patch tokens (B, N, C).
 
-    `source` is a hub id or local `transformers` folder (pretrained weights), or the config of one as a dict
-    (weights are loaded later, from a state dict). `changes` override values of its config. Tokens are the
-    last hidden state. The affine part of the final LayerNorm is removed, so that each token has mean 0 and
-    variance 1 over its channels (RAE section 3; Scale-RAE appendix). Raises ValueError for a model type not
-    in FAMILIES.
+    source: hub id or local `transformers` folder (pretrained weights), or the config of one as a dict
+        (weights are loaded later, from a state dict). `changes` override values of its config.
     """
 
     def __init__(self, source: str | dict, changes: dict | None = None):
@@ -248,7 +231,8 @@ class Encoder(nn.Module):
             config = transformers.AutoConfig.for_model(**(source | changes))
         else:
             config = transformers.AutoConfig.from_pretrained(source)
-        config = getattr(config, "vision_config", config)  # of SigLIP only the vision tower is used
+        # of SigLIP only the vision tower is used
+        config = getattr(config, "vision_config", config)
         if config.model_type not in FAMILIES:
             raise ValueError(f"encoder {source!r} is a {config.model_type}; supported: {', '.join(FAMILIES)}")
         family = FAMILIES[config.model_type]
@@ -260,6 +244,8 @@ class Encoder(nn.Module):
             model, report = model_class.from_pretrained(source, output_loading_info=True, **changes)
             check_encoder(source, model, report, unused=("pooler", "head", family.norm))
         if family.norm:
+            # Without the affine part of the final LayerNorm each token has mean 0 and variance 1 over its
+            # channels (RAE section 3; Scale-RAE appendix).
             norm = getattr(model, family.norm)
             norm.weight = norm.bias = None
         # pooling heads would be computed for nothing
@@ -267,7 +253,7 @@ class Encoder(nn.Module):
             model.use_head, model.head = False, None
         if getattr(model, "pooler", None):
             model.pooler = None
-        # files are often bf16: the encoder runs in fp32, or under autocast
+        # files are often bf16; the encoder runs in fp32, or under autocast
         self.model = model.float().requires_grad_(False).eval()
         self.prefix = family.class_tokens + getattr(config, "num_register_tokens", 0)
         self.is_mae = config.model_type == "vit_mae"
@@ -286,13 +272,10 @@ class Encoder(nn.Module):
         """Patch tokens (B, N, C) after each of these blocks, counted from 0, before any final norm."""
         outputs = {}
 
-        def keep(layer: int, output) -> None:
+        def keep(layer: int, block: nn.Module, inputs: tuple, output) -> None:
             outputs[layer] = (output[0] if isinstance(output, tuple) else output)[:, self.prefix :]
 
-        hooks = []
-        for layer in set(layers):
-            hook = self.blocks[layer].register_forward_hook(lambda _, __, output, i=layer: keep(i, output))
-            hooks.append(hook)
+        hooks = [self.blocks[layer].register_forward_hook(partial(keep, layer)) for layer in set(layers)]
         try:
             self(pixels)
         finally:
@@ -312,8 +295,8 @@ class Encoder(nn.Module):
 
 
 def check_encoder(source: str, model: nn.Module, report: dict, unused: tuple) -> None:
-    """Raises ValueError if weights that are used are missing, unknown or of another shape. Other parts of the
-    file, such as a text tower, do not matter."""
+    """Raises ValueError if weights that are used are missing, unknown or of another shape."""
+    # other parts of the file, such as a text tower, do not matter
     parts = {name for name, _ in model.named_children()}
     wrong = [key for key in report["missing_keys"] if key.split(".")[0] not in unused]
     wrong += [str(key) for key in report["mismatched_keys"]]
@@ -324,6 +307,7 @@ def check_encoder(source: str, model: nn.Module, report: dict, unused: tuple) ->
 
 def input_of(source: str, encoder: Encoder) -> tuple[int, list[float], list[float]]:
     """Side in pixels, mean and std of an encoder's input, from its folder's image processor."""
+    # DINO's processors resize to `size` and crop to `crop_size`; SigLIP's only resize
     processor = transformers.AutoImageProcessor.from_pretrained(source)
     sizes = [getattr(processor, name, None) or {} for name in ("crop_size", "size")]
     side = next((size["height"] for size in sizes if size.get("height")), encoder.config.image_size)
@@ -336,12 +320,12 @@ def input_of(source: str, encoder: Encoder) -> tuple[int, list[float], list[floa
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm transformer block with exact GELU and LayerNorm eps 1e-12. The submodules carry the names of
-    the released checkpoints, which are ViT-MAE's."""
+    """Pre-norm transformer block with exact GELU and LayerNorm eps 1e-12."""
 
     def __init__(self, width: int, heads: int, mlp_width: int):
         super().__init__()
         self.heads = heads
+        # the names of the released checkpoints, which are ViT-MAE's
         qkv = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
         output = nn.ModuleDict({"dense": nn.Linear(width, width)})
         self.attention = nn.ModuleDict({"attention": qkv, "output": output})
@@ -352,10 +336,9 @@ class DecoderLayer(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         qkv = self.attention["attention"]
-        heads = [
-            rearrange(qkv[n](x), "b n (h d) -> b h n d", h=self.heads) for n in ("query", "key", "value")
-        ]
-        out = F.scaled_dot_product_attention(*heads)
+        # (B, N, width) -> three of (B, heads, N, width / heads)
+        q, k, v = [rearrange(layer(x), "b n (h d) -> b h n d", h=self.heads) for layer in qkv.values()]
+        out = F.scaled_dot_product_attention(q, k, v)
         return self.attention["output"]["dense"](rearrange(out, "b h n d -> b n (h d)"))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -364,8 +347,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """ViT decoder (RAE section 3.1): tokens (B, N, C) -> (B, 3, p sqrt(N), p sqrt(N)) for patches of p
-    pixels, before pixel de-normalisation."""
+    """ViT decoder (RAE section 3.1): tokens (B, N, C) -> normalised pixels (B, 3, p sqrt(N), p sqrt(N))."""
 
     def __init__(
         self,
@@ -381,6 +363,7 @@ class Decoder(nn.Module):
         self.patch_size, self.side = patch_size, math.isqrt(tokens)
         self.decoder_embed = nn.Linear(channels, width)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        # its first row is the class token's
         table = torch.cat([torch.zeros(1, width), sincos_table(tokens, width)])
         self.decoder_pos_embed = nn.Parameter(table[None], requires_grad=False)
         self.decoder_layers = nn.ModuleList(DecoderLayer(width, heads, mlp_width) for _ in range(depth))
@@ -391,9 +374,10 @@ class Decoder(nn.Module):
         x = self.decoder_embed(latents)
         if x.shape[1] != self.side**2:
             # another square grid is resized to the trained one, as in the authors' code
-            if math.isqrt(x.shape[1]) ** 2 != x.shape[1]:
+            side = math.isqrt(x.shape[1])
+            if side**2 != x.shape[1]:
                 raise ValueError(f"{x.shape[1]} latent tokens are no square grid; give {self.side**2}")
-            x = rearrange(x, "b (h w) d -> b d h w", h=math.isqrt(x.shape[1]))
+            x = rearrange(x, "b (h w) d -> b d h w", h=side)
             x = F.interpolate(x, (self.side, self.side), mode="bilinear").flatten(2).mT
         # a class token in front, which the pixels do not come from
         x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1).type_as(x), x], dim=1)
@@ -412,8 +396,6 @@ class RAE(nn.Module, Hub, library_name="rae"):
     decoder_config: width, depth, heads, mlp_width and patch_size (of the output; default: the encoder's).
     encoder_size: side of the encoder's input in pixels; images of another size are resized.
     image_mean, image_std: the encoder's pixel statistics. All three are read from the hub id or folder.
-
-    `latent_mean` and `latent_std`, (N, C) buffers, normalise the latents; they start as 0 and 1 (identity).
     """
 
     def __init__(
@@ -433,11 +415,9 @@ class RAE(nn.Module, Hub, library_name="rae"):
             raise ValueError("an encoder config needs encoder_size, image_mean and image_std beside it")
         patch = self.encoder.config.patch_size
         if encoder_size % patch:
-            raise ValueError(
-                f"encoder_size {encoder_size} is not a multiple of the encoder's patch size {patch}"
-            )
+            raise ValueError(f"encoder_size {encoder_size} is not a multiple of the encoder's patch, {patch}")
         decoder_config = {"patch_size": patch, **decoder_config}
-        # What config.json holds: all that is needed to rebuild this module without the encoder's folder.
+        # config.json holds all that is needed to rebuild this module without the encoder's folder
         self._hub_mixin_config.update(
             decoder_config=decoder_config,
             encoder=self.encoder.config.to_diff_dict() | {"model_type": self.encoder.config.model_type},
@@ -450,6 +430,7 @@ class RAE(nn.Module, Hub, library_name="rae"):
         self.latent_shape = (side * side, self.encoder.config.hidden_size)
         self.image_size = side * decoder_config["patch_size"]
         self.decoder = Decoder(self.latent_shape, **decoder_config)
+        # the latents' normalisation: the identity, until statistics are loaded or measured
         self.register_buffer("latent_mean", torch.zeros(self.latent_shape))
         self.register_buffer("latent_std", torch.ones(self.latent_shape))
         self.register_buffer("image_mean", torch.tensor(image_mean).view(3, 1, 1), persistent=False)
@@ -462,25 +443,26 @@ class RAE(nn.Module, Hub, library_name="rae"):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> latents (B, N, C), fp32. Images of another size are resized, not cropped
-        (bicubic without antialias, as RAE's code does for every encoder)."""
-        tokens = []
+        """(B, 3, H, W) in [0, 1] -> latents (B, N, C), fp32. Other sizes are resized, not cropped."""
+        tokens, size = [], (self.encoder_size, self.encoder_size)
         # in parts, so that a larger batch takes no more memory for activations
         for part in images.split(128):
-            if part.shape[-2:] != (self.encoder_size, self.encoder_size):
-                part = F.interpolate(part, (self.encoder_size, self.encoder_size), mode="bicubic")
+            if part.shape[-2:] != size:
+                # without antialias, as RAE's code does for every encoder
+                part = F.interpolate(part, size, mode="bicubic")
             tokens.append(self.encoder((part - self.image_mean) / self.image_std).float())
         return (torch.cat(tokens) - self.latent_mean) / self.latent_std
 
     def add_noise(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """Latents of tokens + sigma (B,) * noise (B, N, C), for noise-augmented decoding (RAE section 4.2).
-        The noise has the scale of the tokens before their normalisation."""
+        """Latents of tokens + sigma (B,) * noise (B, N, C): noise-augmented decoding (RAE section 4.2)."""
+        # the noise has the scale of the tokens before their normalisation
         return latents + sigma[:, None, None] * noise / self.latent_std
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, N, C) -> (B, 3, image_size, image_size), around [0, 1] but not clamped."""
         if latents.shape[1:] != self.latent_shape:
             raise ValueError(f"latents {tuple(latents.shape[1:])}, this autoencoder has {self.latent_shape}")
+        # callers clamp: the training losses need the gradient outside [0, 1]
         pixels = self.decoder(latents * self.latent_std + self.latent_mean)
         return pixels.float() * self.image_std + self.image_mean
 
@@ -496,14 +478,11 @@ class RAE(nn.Module, Hub, library_name="rae"):
     ) -> "RAE":
         """An autoencoder in eval mode. `source` is one of
 
-        - a folder of `save_pretrained` or `save_diffusers`, or of diffusers' `AutoencoderRAE`; or a hub id;
+        - a folder of `save_pretrained`, `save_diffusers` or diffusers' `AutoencoderRAE`, or a hub id;
         - a name in `convert.RELEASED`, such as "rae-dinov2-b": what the authors published;
         - a decoder of RAE (`model.pt`) or a decoder repository of Scale-RAE, together with `encoder`, a hub
-          id or folder that has its weights, and optionally `stats`, the file of latent statistics.
-
-        Single files are given by their path, on the hub as org/repository/path. encoder_size and heads (of
-        the decoder) are known for what is published. Raises ValueError for a file that is missing, unknown or
-        does not fit, naming the first keys, and for arguments that contradict `source`.
+          id or folder that has its weights, and optionally `stats`, the file of latent statistics. A file on
+          the hub is org/repository/path. encoder_size and heads are known for what is published.
         """
         import convert
 
@@ -513,21 +492,16 @@ class RAE(nn.Module, Hub, library_name="rae"):
         return model or super().from_pretrained(source, revision=revision)
 
     def save_diffusers(self, folder: str | Path) -> None:
-        """Writes a folder that `diffusers.AutoencoderRAE.from_pretrained` opens, with the same latents and
-        images (SigLIP needs a `transformers` with the names of 4.x, the only ones that diffusers 0.42 knows).
-
-        Raises ValueError for what that class cannot represent: other encoders than those it builds, and
-        another position table of the decoder than the one it computes.
-        """
+        """Writes a folder that `diffusers.AutoencoderRAE.from_pretrained` opens. Raises ValueError for what
+        that class cannot represent: other encoders, and another position table of the decoder."""
         import convert
 
         convert.write_diffusers(self, Path(folder))
 
 
 class VAE(nn.Module):
-    """An `AutoencoderKL` of diffusers (FLUX's, for example) with the interface of RAE: the other latent space
-    in Scale-RAE's comparisons. 2 x 2 neighbouring latents are one token, in the order (channel, row, column):
-    (256, 64) for FLUX at 256 px.
+    """An `AutoencoderKL` of diffusers with the interface of RAE: the baseline in Scale-RAE's comparisons.
+    2 x 2 neighbouring latents are one token, in the order (channel, row, column).
 
     name_or_path: folder or hub id of an AutoencoderKL, or of a pipeline that has one in its folder vae.
     image_size: side of the images in pixels; by default 256, or the file's sample_size if that is smaller.
@@ -556,14 +530,14 @@ class VAE(nn.Module):
         side, rest = divmod(self.image_size, 2 ** len(config.block_out_channels))
         if rest:
             raise ValueError(f"image_size {self.image_size} is not a multiple of {self.image_size // side}")
+        # (256, 64) for FLUX at 256 px
         self.latent_shape = (side * side, 4 * config.latent_channels)
         self.shift, self.scale = config.shift_factor or 0.0, config.scaling_factor
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> latents (B, N, C), fp32: the mean of the posterior, or with standard
-        normal `noise` (B, N, C) a sample of it, on which Scale-RAE trains. Images of another size are
-        resized."""
+        normal `noise` (B, N, C) a sample of it, on which Scale-RAE trains."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", antialias=True)
         means, stds = [], []
@@ -588,7 +562,6 @@ class VAE(nn.Module):
         return cls(source)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the folder as diffusers does."""
         self.vae.save_pretrained(folder)
 
 
@@ -596,13 +569,11 @@ def open_autoencoder(source: str | Path) -> RAE | VAE:
     """The autoencoder of a folder, a hub id or a name in `convert.RELEASED`, in eval mode, RAE or VAE."""
     import convert
 
-    source = str(source)
-    if (
-        source not in convert.RELEASED
-        and convert.read_config(source)[0].get("_class_name") == "AutoencoderKL"
-    ):
-        return VAE(source)
-    return RAE.from_pretrained(source)
+    if str(source) in convert.RELEASED:
+        return RAE.from_pretrained(source)
+    config, _ = convert.read_config(str(source))
+    is_vae = config.get("_class_name") == "AutoencoderKL"
+    return VAE(source) if is_vae else RAE.from_pretrained(source)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -638,6 +609,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        # two of (B, 1 or N, width)
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
         # fp32, because the loss and the sampler's state are
         return self.linear(modulate(self.norm_final(x), shift, scale)).float()
@@ -652,6 +624,7 @@ class LabelCondition(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def drop(self, labels: Tensor | None, dropped: Tensor) -> Tensor:
+        # None: all are dropped, and the labels do not matter
         labels = torch.zeros_like(dropped, dtype=torch.long) if labels is None else labels
         return torch.where(dropped, self.num_classes, labels)
 
@@ -660,11 +633,11 @@ class LabelCondition(nn.Module):
 
 
 class TokenCondition(nn.Module):
-    """One condition vector per token, (B, N, width), used as it is; the null condition is a trained
-    vector."""
+    """One condition vector per token, (B, N, width), used as it is; the null condition is trained."""
 
     def __init__(self, width: int):
         super().__init__()
+        # the null condition; the name is Scale-RAE's
         self.dropout_embedding = nn.Parameter(torch.zeros(width))
 
     def drop(self, vectors: Tensor | None, dropped: Tensor) -> Tensor:
@@ -682,14 +655,12 @@ class DiT(nn.Module, Hub, library_name="rae"):
 
     latent_shape: (N, C), a square grid of tokens.
     head: (width, depth, heads) of the DDT head, wide and shallow (RAE section 5), or None.
-    num_classes or condition_width: class labels, or one vector of that width per token; neither:
-    unconditional.
-    silu_condition: SiLU on timestep + condition, before adaLN's own SiLU (Scale-RAE and RAE's DiT-DH; not
-        RAE's DiT).
+    num_classes: of class labels. condition_width: of one vector per token. Neither: unconditional.
+    silu_condition: SiLU on timestep + condition, before adaLN's own SiLU (all but RAE's DiT).
     readd_time: the timestep embedding is added again in front of the DDT head (RAE; not Scale-RAE).
-    xavier: xavier-uniform linear layers (RAE's DiT, Scale-RAE); RAE's DiT-DH has PyTorch's default.
-    qk_norm, swiglu: RMSNorm on queries and keys, a common cure for divergence in bf16; SwiGLU or a plain MLP.
-        All released weights have neither the first nor the last.
+    xavier: xavier-uniform linear layers (all but RAE's DiT-DH, which has PyTorch's default).
+    qk_norm: RMSNorm on queries and keys, a common cure for divergence in bf16. No released weights use it.
+    swiglu: SwiGLU, as in all released weights, or a plain MLP.
     """
 
     def __init__(
@@ -709,16 +680,12 @@ class DiT(nn.Module, Hub, library_name="rae"):
     ):
         super().__init__()
         if num_classes and condition_width:
-            raise ValueError(
-                "a DiT is conditioned on labels (num_classes) or vectors (condition_width), not both"
-            )
-        if readd_time and condition_width not in (None, width):
-            raise ValueError(
-                f"readd_time adds the timestep ({condition_width} wide) to tokens ({width} wide)"
-            )
+            raise ValueError("a DiT takes labels (num_classes) or vectors (condition_width), not both")
+        assert not readd_time or condition_width in (None, width), "readd_time adds the timestep to tokens"
         tokens, channels = latent_shape
         self.depth, self.head = depth, head
         self.silu_condition, self.readd_time = silu_condition, readd_time
+        # ---- embedders of timestep, condition and position
         z = condition_width or width
         self.t_embedder = TimeEmbedding(z)
         self.y_embedder = None
@@ -728,6 +695,7 @@ class DiT(nn.Module, Hub, library_name="rae"):
             self.y_embedder = TokenCondition(z)
         self.pos_embed = nn.Parameter(sincos_table(tokens, width)[None], requires_grad=False)
         self.register_buffer("rope", rope_table(tokens, width // heads), persistent=False)
+        # ---- backbone, and DDT head
         blocks = [Block(width, heads, z, qk_norm, swiglu) for _ in range(depth)]
         out_width, out_condition = width, z
         if head:
@@ -743,10 +711,14 @@ class DiT(nn.Module, Hub, library_name="rae"):
         self.initialise(xavier)
 
     def initialise(self, xavier: bool) -> None:
-        embedders = [self.x_embedder] + ([self.s_embedder] if self.head else [])
-        for layer in [m for m in self.modules() if isinstance(m, nn.Linear)] if xavier else embedders:
+        # the embedders of the latents in any case: the authors' are patch convolutions, initialised apart
+        layers = [self.x_embedder] + ([self.s_embedder] if self.head else [])
+        if xavier:
+            layers = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        for layer in layers:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+        # as in DiT
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         if isinstance(self.y_embedder, LabelCondition):
@@ -772,10 +744,9 @@ class DiT(nn.Module, Hub, library_name="rae"):
         """Velocity (B, N, C) at x (B, N, C), t (B,) in [0, 1].
 
         condition: labels (B,) or vectors (B, N, condition_width); None, or the label `num_classes`, is the
-        null condition. skip: the number of a backbone block to leave out, counted from 0. Raises IndexError
-        for labels beyond the table, ValueError for a condition if the model has none.
+        null condition. skip: the number of a backbone block to leave out, counted from 0.
         """
-        # condition: timestep + label (B, 1, Z), or timestep + vector per token (B, N, Z)
+        # ---- condition: timestep + label (B, 1, Z), or timestep + vector per token (B, N, Z)
         time = self.t_embedder(t)[:, None]
         c = time
         if self.y_embedder is not None:
@@ -787,12 +758,12 @@ class DiT(nn.Module, Hub, library_name="rae"):
         if self.silu_condition:
             c = F.silu(c)
 
-        # backbone: (B, N, C) -> (B, N, width)
+        # ---- backbone: (B, N, C) -> (B, N, width)
         s = (self.s_embedder if self.head else self.x_embedder)(x) + self.pos_embed
         for number, block in enumerate(self.blocks[: self.depth]):
             if number != skip:
                 s = block(s, c, self.rope)
-        # DDT head: it sees x_t anew, and the output of the backbone is its condition
+        # ---- DDT head: it sees x anew, without positions, and the backbone's output is its condition
         if self.head:
             c = self.s_projector(F.silu(time + s if self.readd_time else s))
             s = self.x_embedder(x)
@@ -805,13 +776,17 @@ class DiT(nn.Module, Hub, library_name="rae"):
 # 5. flow matching: x_t = (1 - t) data + t noise, velocity = noise - data
 
 
+Velocity = Callable[[Tensor, Tensor], Tensor]  # x (B, N, C), t (B,) -> (B, N, C)
+
+
 def default_alpha(latent_shape: tuple[int, int]) -> float:
     """The factor of the timestep shift, sqrt(N C / 4096) (RAE section 4.3)."""
     return math.sqrt(latent_shape[0] * latent_shape[1] / 4096)
 
 
 def shift_time(t: Tensor | float, alpha: float) -> Tensor | float:
-    """alpha t / (1 + (alpha - 1) t): higher noise levels for latents of more dimensions (RAE section 4.3)."""
+    """alpha t / (1 + (alpha - 1) t) (RAE section 4.3)."""
+    # alpha > 1 moves t towards noise: latents of more dimensions need more of it to be hidden
     return alpha * t / (1 + (alpha - 1) * t)
 
 
@@ -833,8 +808,8 @@ def flow_loss(
     noise: Tensor | None = None,
     t: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared velocity error of each sample, (B,): the objective of `train_t2i.py` in one function. If
-    `t` (B,) is given, it is already shifted."""
+    """Mean squared velocity error of each sample, (B,): the objective of `train_t2i.py` in one function.
+    `t` (B,) is already shifted."""
     noise = torch.randn_like(latents) if noise is None else noise
     t = sample_time(torch.rand(len(latents), device=latents.device), alpha) if t is None else t
     x_t = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
@@ -842,12 +817,8 @@ def flow_loss(
 
 
 def time_grid(steps: int, alpha: float, grid: str = "full", start: float = 1.0) -> list[tuple[float, float]]:
-    """(t, dt) of every Euler step; where the grid begins below 1, `start` says.
-
-    "full" goes from 1 to 0 in `steps` evaluations. The other two are what the authors' code does, with one
-    evaluation less: "rae" has `steps` points from 1 to shift(0.001); "scale-rae" starts below 1 and ends with
-    a small step back up to 1.
-    """
+    """(t, dt) of every Euler step from t = `start`. "full" goes down to 0 in `steps` evaluations; "rae" and
+    "scale-rae" are the grids of the authors' code, with one evaluation less."""
     if start < 1 and grid != "full":
         raise ValueError(f"only grid 'full' can start at {start}, not {grid!r}")
     if steps < 1 + (grid != "full"):
@@ -855,8 +826,10 @@ def time_grid(steps: int, alpha: float, grid: str = "full", start: float = 1.0) 
     if grid == "full":
         base = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     elif grid == "rae":
+        # from 1 to shift(0.001), without a step to 0
         base = 1 - torch.linspace(0, 0.999, steps, dtype=torch.float64)
     elif grid == "scale-rae":
+        # starts below 1, and ends with a small step from there back up to 1
         index = [round(k * 999 / (steps - 1)) + 1 for k in range(steps)]
         base = torch.tensor(index, dtype=torch.float64) / 1000
         # downwards from the last but one; the last is only used by the step back up
@@ -866,6 +839,7 @@ def time_grid(steps: int, alpha: float, grid: str = "full", start: float = 1.0) 
     points = shift_time(base, alpha).tolist()
     if start < 1:
         points = [start, *(t for t in points if t < start)]
+    # steps from each point to the next; the last point is not evaluated
     pairs = [(t, after - t) for t, after in zip(points, points[1:], strict=False)]
     if grid == "scale-rae":
         pairs[-1] = (points[0], 1 - points[0])
@@ -874,7 +848,7 @@ def time_grid(steps: int, alpha: float, grid: str = "full", start: float = 1.0) 
 
 @torch.no_grad()
 def sample(
-    velocity: Callable[[Tensor, Tensor], Tensor],
+    velocity: Velocity,
     noise: Tensor,
     steps: int = 50,
     alpha: float | None = None,
@@ -882,16 +856,16 @@ def sample(
     grid: str = "full",
     start: float = 1.0,
 ) -> Tensor:
-    """Integrates dx/dt = velocity(x, t (B,)) from noise (B, N, C) to latents; the state is fp32.
+    """Integrates dx/dt = velocity(x, t (B,)) from noise (B, N, C) to latents.
 
     alpha: factor of the timestep shift, sqrt(N C / 4096) by default.
-    solver: "euler", or "heun" (two evaluations per step).
-    grid: see `time_grid`. start: the noise level t of `noise`, if it is latents noised to less than 1.
+    solver: "euler", or "heun" (two evaluations per step). grid: see `time_grid`.
+    start: the noise level t of `noise`, if it is latents noised to less than 1.
     """
     if solver not in ("euler", "heun"):
         raise ValueError(f"unknown solver {solver!r}: euler or heun")
     alpha = default_alpha(noise.shape[1:]) if alpha is None else alpha
-    # dt is negative: from noise at t = 1 down to data at t = 0
+    # fp32: the sum of many small steps. dt is negative: from noise at t = 1 down to data at t = 0.
     x = noise.float()
     for t, dt in time_grid(steps, alpha, grid, start):
         v = velocity(x, x.new_full((len(x),), t))
@@ -903,23 +877,19 @@ def sample(
 
 
 def guided(
-    velocity: Callable[[Tensor, Tensor], Tensor],
-    weaker: Callable[[Tensor, Tensor], Tensor],
-    scale: float,
-    interval: tuple[float, float] = (0.0, 1.0),
-) -> Callable[[Tensor, Tensor], Tensor]:
+    velocity: Velocity, weaker: Velocity, scale: float, interval: tuple[float, float] = (0.0, 1.0)
+) -> Velocity:
     """weaker + scale (velocity - weaker) while t is inside the guidance interval, else `velocity` alone.
-
     With the null condition as `weaker` this is classifier-free guidance, with a smaller model AutoGuidance
-    (arXiv 2406.02507). The weaker model is evaluated only where its result is used.
-    """
+    (arXiv 2406.02507)."""
     if scale == 1:
         return velocity
 
     def guided_velocity(x: Tensor, t: Tensor) -> Tensor:
-        # the full interval must not read t: on CUDA that would wait for the GPU
+        # Trap: the full interval must not read t, which on CUDA would wait for the GPU.
         if interval != (0.0, 1.0) and not interval[0] <= t[0] <= interval[1]:
             return velocity(x, t)
+        # the weaker model is evaluated only where its result is used
         base = weaker(x, t)
         return base + scale * (velocity(x, t) - base)
 
@@ -931,14 +901,15 @@ def guided(
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Moves a tensor to the device; to CUDA from pinned memory, without waiting for the work queued there."""
+    """Moves a tensor to the device."""
+    # from pinned memory, so that the copy does not wait for the work queued on the GPU
     to_cuda = device.type == "cuda" and not tensor.is_cuda
     return (tensor.pin_memory() if to_cuda else tensor).to(device, non_blocking=to_cuda)
 
 
 class LatentModel(nn.Module, Hub):
-    """Base class of the latent diffusion models: `dit`, `latent_shape`, `alpha`, the autoencoder of the
-    latents, and sampling. Subclasses turn prompts or labels into the DiT's condition."""
+    """Base class of the latent diffusion models. Subclasses set `dit` and turn prompts or labels into its
+    condition."""
 
     PATHS = ("autoencoder", "reader")  # the folders that config.json may name, relative to the model's own
 
@@ -947,7 +918,7 @@ class LatentModel(nn.Module, Hub):
         self.latent_shape = tuple(latent_shape)
         self.alpha = default_alpha(latent_shape) if alpha is None else alpha
         self.autoencoder_path = autoencoder
-        # In a dict they are no submodules: their weights stay in their own folders.
+        # opened ones, by path; in a dict they are no submodules: their weights stay in their own folders
         self._autoencoders = {}
 
     @property
@@ -961,11 +932,12 @@ class LatentModel(nn.Module, Hub):
 
     @property
     def autoencoder(self) -> RAE | VAE:
-        """The autoencoder whose latents this model generates, loaded at first use; not part of the
-        weights."""
+        """The autoencoder whose latents this model generates, loaded at first use."""
         return self.open(self.autoencoder_path)
 
     def open(self, path: str) -> RAE | VAE:
+        if not path:
+            raise ValueError("this model does not name its autoencoder: set its autoencoder_path")
         if path not in self._autoencoders:
             self._autoencoders[path] = open_autoencoder(path)
         return self._autoencoders[path].to(self.device)
@@ -987,10 +959,9 @@ class LatentModel(nn.Module, Hub):
     ) -> Tensor:
         """Latents (B, N, C) for B prompts or class labels.
 
-        guidance: guidance scale; 1 is none. It is classifier-free guidance, or with a `guide`, a weaker model
-            of the same latents, AutoGuidance. interval: the guidance interval, in t.
-        skip: the number of a DiT block. The result is guided also, at scale 2, by the model itself without
-            that block, a weaker one that costs no memory (arXiv 2411.18664).
+        guidance: guidance scale, 1 for none: classifier-free guidance, or AutoGuidance with a `guide`, a
+            weaker model of the same latents. interval: the guidance interval, in t.
+        skip: number of a DiT block. The model without it is a second guide, at scale 2 (arXiv 2411.18664).
         noise: (B, N, C); if None it is drawn with `generator`, on its device.
         steps, solver, grid, start: see `sample`.
         """
@@ -1003,6 +974,7 @@ class LatentModel(nn.Module, Hub):
         # ---- condition and noise
         condition = self.condition(inputs)
         if noise is None:
+            # a generator draws on its own device: a CPU generator gives the same noise for every model device
             device = generator.device if generator else self.device
             noise = torch.randn(len(inputs), *self.latent_shape, generator=generator, device=device)
         noise = to_device(noise.float(), self.device)
@@ -1019,8 +991,7 @@ class LatentModel(nn.Module, Hub):
     # -- one folder: config.json, model.safetensors, and for text the tokenizer's files
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """Uploads the model, whose autoencoder has to be on the hub already: set `autoencoder_path` to its
-        id."""
+        """Uploads the model. Its autoencoder has to be on the hub already, with `autoencoder_path` its id."""
         for name in self.PATHS:
             if os.path.isdir(path := getattr(self, f"{name}_path", None) or ""):
                 raise ValueError(f"push {path} first, then set {name}_path to its hub id")
@@ -1028,17 +999,21 @@ class LatentModel(nn.Module, Hub):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
-        # a folder is stored relative to the model's own, so that both can be moved together
+        # A folder is stored relative to the model's own, so that both can be moved together. Real paths,
+        # because ".." after a symbolic link leads to the parent of what it points to.
+        model_folder = os.path.realpath(save_directory)
         self._hub_mixin_config["alpha"] = self.alpha
         for name in self.PATHS:
             if path := getattr(self, f"{name}_path", None):
-                is_local = os.path.isdir(path)
-                self._hub_mixin_config[name] = os.path.relpath(path, save_directory) if is_local else path
+                if os.path.isdir(path):
+                    path = os.path.relpath(os.path.realpath(path), model_folder)
+                self._hub_mixin_config[name] = path
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: dict | None = None, **kwargs):
         model = super()._from_pretrained(model_id=model_id, config=config, **kwargs)
         for name in cls.PATHS:
+            # back from relative to the model's folder to relative to the working directory
             path = getattr(model, f"{name}_path", None)
             if path and (Path(model_id) / path).is_dir():
                 setattr(model, f"{name}_path", str(Path(model_id) / path))
@@ -1067,8 +1042,7 @@ class ClassToImage(LatentModel, library_name="rae"):
         return getattr(self.dit.y_embedder, "num_classes", None)
 
     def condition(self, labels: Sequence[int] | Tensor) -> Tensor | None:
-        """Labels (B,) on the model's device; None if the model is unconditional. Raises ValueError for a
-        label out of range."""
+        """Labels (B,) on the model's device; None if the model is unconditional."""
         if self.num_classes is None:
             return None
         labels = torch.as_tensor(labels)
@@ -1079,18 +1053,11 @@ class ClassToImage(LatentModel, library_name="rae"):
         return to_device(labels, self.device)
 
     def forward(
-        self,
-        labels: Tensor | None,
-        x_t: Tensor,
-        t: Tensor,
-        dropped: Tensor,
-        context_latents: None = None,
+        self, labels: Tensor | None, x_t: Tensor, t: Tensor, dropped: Tensor, context_latents: None = None
     ) -> tuple[Tensor, Tensor]:
-        """Velocity (k B, N, C) at x_t (k B, N, C) and shifted t (k B,), where `labels` (B,) repeat for k
-        draws and are null where `dropped` (k B,) is true; and a text loss of zero, as in
-        `TextToImage.forward`."""
+        """Velocity of k draws for each label (B,), and a text loss of zero; see `TextToImage.forward`."""
         if self.num_classes is not None:
-            labels = self.dit.drop_condition(labels.repeat(len(x_t) // len(labels)), dropped)
+            labels = self.dit.drop_condition(labels.repeat(len(x_t) // max(1, len(labels))), dropped)
         return self.dit(x_t, t, labels), x_t.new_zeros(())
 
     @classmethod
@@ -1098,8 +1065,7 @@ class ClassToImage(LatentModel, library_name="rae"):
         cls, source: str | Path, autoencoder: str | None = None, revision: str | None = None
     ) -> "ClassToImage":
         """A folder of `save_pretrained` or a hub id; a name in `convert.RELEASED_DITS`, such as
-        "rae-dit-dh-xl-256"; or a released file, `stage2_model.pt`, by its path, on the hub as
-        org/repository/path."""
+        "rae-dit-dh-xl-256"; or a released `stage2_model.pt`, on the hub as org/repository/path."""
         import convert
 
         model = convert.open_class_to_image(str(source), revision)
@@ -1111,8 +1077,9 @@ class ClassToImage(LatentModel, library_name="rae"):
 IMAGE = -200  # stands for one latent token of an image in a sequence of token ids
 IGNORED = -100  # label of a token without a loss
 SYSTEM = "You are a helpful assistant."
-REQUEST = "Generate an image of {}"  # how a bare prompt becomes a user's turn
-REPLY = "Here you go:\n<image>"  # and the assistant's
+# how a bare prompt becomes a user's turn and the beginning of a reply
+REQUEST = "Generate an image of {}"
+REPLY = "Here you go:\n<image>"
 
 
 def chat_ml(role: str, text: str) -> str:
@@ -1128,9 +1095,9 @@ def chat_length(conversation: list[tuple[str, str]], tokenizer, image_tokens: in
 
 @dataclass
 class Chat:
-    """A batch of tokenised conversations. It stays on the CPU: positions are found here, so that the GPU
-    never has to be waited for."""
+    """A batch of tokenised conversations."""
 
+    # All on the CPU: positions are found here, so that the GPU never has to be waited for.
     ids: Tensor  # (B, L), IMAGE where an image is
     labels: Tensor  # (B, L), the ids of supervised tokens, IGNORED elsewhere
     answer_mask: Tensor  # (B, L) bool, images to generate
@@ -1149,6 +1116,7 @@ class Chat:
     def is_answer(self) -> Tensor:
         """(P,) bool: which of the batch's images, in order, are to be generated."""
         inside = self.ids == IMAGE
+        # an image's first position has none before it
         first = inside & ~F.pad(inside[:, :-1], (1, 0))  # images are never adjacent
         return self.answer_mask[first]
 
@@ -1163,8 +1131,8 @@ class TextToImage(LatentModel, library_name="rae"):
     latent_shape: (N, C) of the autoencoder; there are N queries.
     autoencoder: its folder or hub id. A folder is stored relative to this model's own folder.
     alpha: factor of the timestep shift, sqrt(N C / 4096) by default.
-    reader, reader_channels: encoder for understanding, if images are generated in a VAE's latents: another
-        autoencoder with N tokens, and its channels. Scale-RAE reads with SigLIP-2 there.
+    reader, reader_channels: encoder for understanding, when images are generated in a VAE's latents: an RAE
+        with N tokens, and its channels. Scale-RAE reads with SigLIP-2 there.
     """
 
     def __init__(
@@ -1195,6 +1163,7 @@ class TextToImage(LatentModel, library_name="rae"):
         config = self.language_model.config
         self._hub_mixin_config["language_model"] = config.to_diff_dict() | {"model_type": config.model_type}
         tokens, width = latent_shape[0], config.hidden_size
+        # ---- DiT, latent queries, projector of images to read, connector
         dit = {"condition_width": dit["width"], **dit}
         self.dit = DiT(latent_shape, **dit)
         self.latent_queries = nn.Parameter(torch.randn(tokens, width) / math.sqrt(width))
@@ -1212,7 +1181,7 @@ class TextToImage(LatentModel, library_name="rae"):
 
     @property
     def reader(self) -> RAE | VAE:
-        """The autoencoder whose latents, `read_shape`, are read; not part of the weights."""
+        """The autoencoder whose latents, `read_shape`, are read."""
         return self.open(self.reader_path or self.autoencoder_path)
 
     # -- tokens
@@ -1226,23 +1195,23 @@ class TextToImage(LatentModel, library_name="rae"):
         self.im_start, self.im_end = vocabulary["<im_start>"], vocabulary["<im_end>"]
 
     def add_image_tokens(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-        """Adds <im_start> and <im_end> (not Qwen's <|im_start|>); their embeddings start as the mean of all
-        others."""
-        tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
+        """Adds <im_start> and <im_end> (not Qwen's <|im_start|>), with the mean of all other embeddings."""
+        added = tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
         self.set_tokenizer(tokenizer)
         model = self.language_model
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         # with tied embeddings both are the same matrix, and the second pass changes nothing
         for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+            # a tokenizer that has one or both already keeps their embeddings
+            known = len(tokenizer) - added
             with torch.no_grad():
-                embeddings.weight[-2:] = embeddings.weight[:-2].mean(dim=0)
+                embeddings.weight[known:] = embeddings.weight[:known].mean(dim=0)
 
     def tokens(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def encode_turn(self, role: str, text: str) -> list[int]:
-        """ChatML: <|im_start|>role, a line feed, the text, <|im_end|>, a line feed. Each <image> in the text
-        becomes <im_start>, N times IMAGE, <im_end>."""
+        """Token ids in ChatML; each <image> in the text becomes <im_start>, N times IMAGE, <im_end>."""
         first, *rest = chat_ml(role, text).split("<image>")
         ids = self.tokens(first)
         for part in rest:
@@ -1250,11 +1219,9 @@ class TextToImage(LatentModel, library_name="rae"):
         return ids
 
     def encode_chat(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a conversation of (role, text) turns, after the system turn.
-
-        Supervised are the assistant's turns, header included, and everywhere line feeds, <|im_start|> and
-        <|im_end|> (the rule of the authors' code); never the positions of images.
-        """
+        """Token ids and labels of a conversation of (role, text) turns, after the system turn."""
+        # The rule of the authors' code: supervised are the assistant's turns, header included, and everywhere
+        # line feeds, <|im_start|> and <|im_end|>; never the positions of images.
         always = {*self.tokens("\n"), *self.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])}
         ids, labels = [], []
         for role, text in [("system", SYSTEM), *turns]:
@@ -1268,14 +1235,14 @@ class TextToImage(LatentModel, library_name="rae"):
         return self.collate([self.encode_chat(turns) for turns in conversations])
 
     def collate(self, encoded: list[tuple[list[int], list[int]]]) -> Chat:
-        """A batch from (ids, labels) pairs, padded on the right to the longest. An image is an answer if the
-        token before it, its <im_start>, is supervised; otherwise it is something to read."""
+        """A batch from (ids, labels) pairs, padded on the right to the longest."""
         length = max(len(ids) for ids, _ in encoded)
-        # attention is causal: no token sees the padding behind it, so that it needs no mask
+        # any id will do as padding: attention is causal, and no token sees what is behind it
         ids = torch.tensor([row + [0] * (length - len(row)) for row, _ in encoded])
         labels = torch.tensor([row + [IGNORED] * (length - len(row)) for _, row in encoded])
-        # flat positions of the batch's images, (P, N)
+        # flat positions of the batch's P images, (P, N), in raster order
         images = (ids == IMAGE).flatten().nonzero().view(-1, self.latent_shape[0])
+        # an image is an answer if the token before it, its <im_start>, is supervised
         answers = images[labels.flatten()[images[:, 0] - 1] != IGNORED]
         answer_mask = torch.zeros(ids.numel(), dtype=torch.bool)
         answer_mask[answers.flatten()] = True
@@ -1289,16 +1256,16 @@ class TextToImage(LatentModel, library_name="rae"):
         return to_device(mask.flatten().nonzero().flatten(), self.device)
 
     def embed(self, chat: Chat, context_latents: Tensor | None = None) -> Tensor:
-        """Input embeddings (B, L, width). Images to generate are the latent queries; images to read, (C,
-        *read_shape), are projected. Raises ValueError for latents of another shape."""
+        """Input embeddings (B, L, width): latent queries where images are to be generated, and projections of
+        the images to read, (C, *read_shape)."""
         if context_latents is not None and context_latents.shape[1:] != self.read_shape:
-            raise ValueError(
-                f"latents {tuple(context_latents.shape[1:])} cannot be read, only {self.read_shape}"
-            )
+            shape = tuple(context_latents.shape[1:])
+            raise ValueError(f"latents {shape} cannot be read, only {self.read_shape}")
         embeddings = self.language_model.get_input_embeddings()(to_device(chat.ids.clamp(min=0), self.device))
         # No branches: FSDP needs every rank to use every weight, also if its samples have no image.
         flat, answers = embeddings.flatten(0, 1), self.positions(chat.answer_mask)
         queries = self.latent_queries.repeat(len(answers) // self.latent_shape[0], 1)
+        # (B * L, width); out of place, so that autograd reaches the token embeddings and the queries
         flat = flat.index_copy(0, answers, queries.type_as(flat))
         if context_latents is not None:
             projected = self.mm_projector(context_latents).type_as(flat).flatten(0, 1)
@@ -1306,8 +1273,8 @@ class TextToImage(LatentModel, library_name="rae"):
         return flat.view_as(embeddings)
 
     def hidden_states(self, embeddings: Tensor) -> Tensor:
-        """(B, L, width) -> last hidden states, flattened to (B * L, width). Causal: padding on the right is
-        harmless."""
+        """(B, L, width) -> last hidden states, flattened to (B * L, width)."""
+        # attention is causal, so that padding on the right needs no mask
         model, config = self.language_model.model, self.language_model.config
         mask = None
         is_plain = (config.model_type, config._attn_implementation) == ("qwen2", "sdpa")
@@ -1323,19 +1290,13 @@ class TextToImage(LatentModel, library_name="rae"):
         return self.diff_head_projector(at_queries.view(-1, self.latent_shape[0], hidden.shape[-1]))
 
     def forward(
-        self,
-        chat: Chat,
-        x_t: Tensor,
-        t: Tensor,
-        dropped: Tensor,
-        context_latents: Tensor | None = None,
+        self, chat: Chat, x_t: Tensor, t: Tensor, dropped: Tensor, context_latents: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Velocity of the chat's A images to generate, and the cross-entropy summed over its supervised
-        tokens.
+        """Velocity (k A, N, C) of the chat's A images to generate, and cross-entropy summed over its
+        supervised tokens.
 
-        x_t (k A, N, C), shifted t (k A,) and condition dropout (k A,) hold k draws per image, all images'
-        first draws first: the language model reads once for all k. context_latents: (C, *read_shape), images
-        to read. The papers' loss is mean cross-entropy + 2 x mean velocity error, each over the global batch.
+        x_t (k A, N, C), shifted t (k A,), dropped (k A,) bool, the condition dropout: k draws per image, all
+        images' first draws first. context_latents: (C, *read_shape), images to read.
         """
         # ---- text: one pass over prompts, images to read and queries
         hidden = self.hidden_states(self.embed(chat, context_latents))
@@ -1344,7 +1305,7 @@ class TextToImage(LatentModel, library_name="rae"):
         logits = self.language_model.lm_head(hidden[self.positions(labels != IGNORED)]).float()
         targets = to_device(labels[labels != IGNORED], self.device)
         cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
-        # ---- images: the hidden states at the queries condition the DiT
+        # ---- images: the hidden states at the queries condition the DiT, the same for all k draws
         condition = self.answer_condition(hidden, chat)
         condition = condition.repeat(len(x_t) // max(1, len(condition)), 1, 1)
         return self.dit(x_t, t, self.dit.drop_condition(condition, dropped)), cross_entropy
@@ -1353,6 +1314,7 @@ class TextToImage(LatentModel, library_name="rae"):
 
     def check_prompts(self, texts: list[str], max_tokens: int = 256) -> None:
         """Raises ValueError for user text that is empty, too long or contains a special token."""
+        # they would end the turn, or stand for an image that is not there
         special = [*self.tokenizer.get_added_vocab(), "<image>"]
         for text in texts:
             if not text.strip():
@@ -1365,18 +1327,18 @@ class TextToImage(LatentModel, library_name="rae"):
     @torch.no_grad()
     def condition(self, prompts: list[str] | Tensor) -> Tensor:
         """Condition vectors (B, N, Z) for B prompts: one pass of the language model over the request, the
-        beginning of the reply and the queries. Those of a `Dialogue` are returned as they are. Raises
-        ValueError for a prompt that `check_prompts` refuses."""
+        beginning of the reply and the queries. Raises ValueError for what `check_prompts` refuses."""
         if isinstance(prompts, Tensor):
+            # condition vectors already, from a `Dialogue`
             return prompts
         self.check_prompts(prompts)
+        # no generation: the reply is known up to the image, and causal attention ignores what follows
         chat = self.chat([[("user", REQUEST.format(prompt)), ("assistant", REPLY)] for prompt in prompts])
         return self.answer_condition(self.hidden_states(self.embed(chat)), chat)
 
     @torch.no_grad()
     def answer(self, image_or_latents: Tensor, question: str, max_tokens: int = 64) -> str:
-        """Answers a question about one image, (3, H, W) in [0, 1], or about its latents, `read_shape`;
-        greedy."""
+        """Answers a question about one image, (3, H, W) in [0, 1], or about its latents, `read_shape`."""
         return Dialogue(self).say(question, image_or_latents, max_tokens)[0]
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -1388,13 +1350,8 @@ class TextToImage(LatentModel, library_name="rae"):
         cls, source: str | Path, autoencoder: str | None = None, revision: str | None = None
     ) -> "TextToImage":
         """A folder of `save_pretrained` or a hub id; a name in `convert.RELEASED_TEXT_TO_IMAGE`, such as
-        "scale-rae-1.5b-2.4b"; or the authors' own: a folder or hub id with their config.json, the tokenizer
-        and the weights (safetensors or pickles, whole or in shards), or their trainer's `model.pth.zstd` with
-        the other two beside it, by its path or its folder's.
-
-        None of their files has the vision encoder. It comes with the autoencoder, which follows from the
-        encoder that their config names, unless it is given. Raises ValueError for a config, keys or shapes
-        that do not fit this model.
+        "scale-rae-1.5b-2.4b"; or the authors' files, a folder or hub id: their config.json, the tokenizer and
+        the weights, or their trainer's `model.pth.zstd`. The autoencoder follows from their config.
         """
         import convert
 
@@ -1421,24 +1378,18 @@ def read(model: TextToImage, ids: list[int], latents: Tensor | None = None, batc
 
 
 def decode_greedily(model: TextToImage, embeddings: Tensor, max_tokens: int, stop: list[int]):
-    """Continues the embeddings (B, L, width). Returns the output of `transformers`' generate: `sequences`
-    (B, T), the new tokens up to and including one of `stop`, then padding, and `logits`, T tensors (B, V)."""
-    config = transformers.GenerationConfig(
-        max_new_tokens=max_tokens,
-        do_sample=False,
-        eos_token_id=stop,
-        pad_token_id=stop[0],
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    """Continues the embeddings (B, L, width). Returns `sequences` (B, T), the new tokens up to and including
+    one of `stop`, then padding; and `logits`, T tensors (B, V)."""
+    options = {"max_new_tokens": max_tokens, "eos_token_id": stop, "pad_token_id": stop[0]}
+    options |= {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    config = transformers.GenerationConfig(**options)
     mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
     model = model.language_model
     return model.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=config)
 
 
 class Dialogue:
-    """A conversation in which the model decides what to do: it answers in words, greedily, or begins an
-    image."""
+    """A conversation in which the model decides whether it answers in words or begins an image."""
 
     def __init__(self, model: TextToImage):
         self.model = model
@@ -1450,13 +1401,9 @@ class Dialogue:
     def say(
         self, text: str, image_or_latents: Tensor | None = None, max_tokens: int = 64
     ) -> tuple[str, Tensor | None]:
-        """The reply to a user's turn, sent as it is: its words, and the condition vectors (1, N, Z) of an
-        image if the reply ends with one, else None.
-
-        image_or_latents: something to look at in this turn, (3, H, W) in [0, 1] or of `read_shape`. An image
-        ends the turn; later turns see its queries, as in training. Raises ValueError for a text that
-        `check_prompts` refuses.
-        """
+        """The reply to a user's turn: its words, and the condition vectors (1, N, Z) of an image if the reply
+        ends with one, else None. image_or_latents: something to look at, (3, H, W) in [0, 1] or of
+        `read_shape`. Raises ValueError for a text that `check_prompts` refuses."""
         model, latents, condition = self.model, None, None
         model.check_prompts([text], max_tokens=1024)
         if image_or_latents is not None:
@@ -1466,16 +1413,16 @@ class Dialogue:
         self.append(read(model, model.encode_turn("user", text), latents))
         self.append(read(model, model.tokens("<|im_start|>assistant\n")))
         [end] = model.tokens("<|im_end|>")
-        reply = (
-            decode_greedily(model, self.embeddings, max_tokens, [end, model.im_start]).sequences[0].tolist()
-        )
+        out = decode_greedily(model, self.embeddings, max_tokens, [end, model.im_start])
+        reply = out.sequences[0].tolist()
         # ---- the reply ends with the turn, with an image, or at max_tokens, which counts as the turn's end
         words = [token for token in reply if token not in (end, model.im_start)]
         ending = model.tokens("<|im_end|>\n")
         if words:
             self.append(read(model, words))
         if reply[-1] == model.im_start:
-            # with labels it is an image to generate: its embeddings are the latent queries
+            # with labels it is an image to generate: its embeddings are the latent queries, which later turns
+            # see, as in training
             ids = [model.im_start, *[IMAGE] * model.latent_shape[0]]
             self.append(model.embed(model.collate([(ids, ids)])))
             at_queries = model.hidden_states(self.embeddings)[-model.latent_shape[0] :]
@@ -1497,7 +1444,9 @@ class Verdict(NamedTuple):
     prompt_confidence: float
 
 
-VERIFIERS = {  # sort keys, the best verdict first; ties keep their order
+# Sort keys, the best verdict first; ties keep their order. Scale-RAE: all yes answers, the surest first, then
+# the others, the least sure of no first.
+VERIFIERS = {
     "answer_logits": lambda verdict: (verdict.answer != "yes", -verdict.yes_logit, verdict.no_logit),
     "prompt_confidence": lambda verdict: -verdict.prompt_confidence,
 }
@@ -1510,8 +1459,7 @@ def best(verdicts: list[Verdict], verifier: str, keep: int) -> list[int]:
 
 @torch.no_grad()
 def verify(model: TextToImage, prompt: str, latents: Tensor, max_tokens: int = 16) -> list[Verdict]:
-    """What the language model thinks of images for a prompt, from their latents (B, *read_shape), which are
-    not decoded. Raises ValueError for a prompt that `check_prompts` refuses."""
+    """What the language model thinks of images for a prompt, from their latents (B, *read_shape)."""
     model.check_prompts([prompt])
     header = model.tokens("<|im_start|>assistant\n")
     question = f"<image>\nDoes this image align with the prompt: {prompt}?"
@@ -1521,13 +1469,11 @@ def verify(model: TextToImage, prompt: str, latents: Tensor, max_tokens: int = 1
     yes, no = word_ids(model, "yes"), word_ids(model, "no")
     answers, yes_logits, no_logits = answer_logits(model, question, latents, yes, no, end, max_tokens)
     confidence = prompt_confidence(model, description, model.tokens(prompt), latents).tolist()
-    rows = zip(answers, yes_logits, no_logits, confidence, strict=True)
-    return [Verdict(*row) for row in rows]
+    return [Verdict(*row) for row in zip(answers, yes_logits, no_logits, confidence, strict=True)]
 
 
 def word_ids(model: TextToImage, word: str) -> list[int]:
-    """The ids of a word in lower case, capitalised and in capitals, with and without a leading space, as far
-    as each is one token."""
+    """The ids of a word's spellings that are one token: three cases, with and without a leading space."""
     spellings = [space + form for form in (word, word.capitalize(), word.upper()) for space in ("", " ")]
     encoded = [model.tokens(spelling) for spelling in spellings]
     return [ids[0] for ids in encoded if len(ids) == 1]
@@ -1551,6 +1497,7 @@ def answer_logits(
     logits = torch.stack(out.logits, dim=1).gather(2, out.sequences[..., None])[..., 0]
     answers, yes_logits, no_logits = [], [], []
     for tokens, row in zip(out.sequences.tolist(), logits.tolist(), strict=True):
+        # logits of the answer's tokens that say yes, and no, in order
         of_yes = [logit for token, logit in zip(tokens, row, strict=True) if token in yes]
         of_no = [logit for token, logit in zip(tokens, row, strict=True) if token in no]
         answers.append("yes" if of_yes else "no" if of_no else "uncertain")
@@ -1561,10 +1508,11 @@ def answer_logits(
 
 @torch.no_grad()
 def prompt_confidence(model: TextToImage, ids: list[int], prompt: list[int], latents: Tensor) -> Tensor:
-    """(B,): how certain the model is while it reads the prompt as the description of each of B images. Mean
-    over the prompt's positions of KL(uniform || next token) (self-certainty, arXiv 2502.18581)."""
+    """(B,): how certain the model is while it reads the prompt as the description of each of B images."""
     embeddings = read(model, [*ids, *prompt], latents, len(latents))
+    # (B, L, width) -> the prompt's positions (B, n, width), the last ones
     hidden = model.hidden_states(embeddings).view(*embeddings.shape[:2], -1)[:, -len(prompt) :]
+    # self-certainty: mean over the prompt's positions of KL(uniform || next token) (arXiv 2502.18581)
     log_p = model.language_model.lm_head(hidden).float().log_softmax(dim=-1)
     return -(log_p.mean(dim=(1, 2)) + math.log(log_p.shape[-1]))
 
@@ -1587,7 +1535,8 @@ ENCODERS = {  # hub ids
     "dino-s16": "facebook/dino-vits16",
 }
 
-DECODERS = {  # RAE appendix; the MLP of XL is not 4 x its width; S is ours, for small GPUs
+# RAE appendix. Trap: the MLP of XL is not 4 x its width. S is ours, for small GPUs.
+DECODERS = {
     "ViT-S": {"width": 384, "depth": 12, "heads": 6, "mlp_width": 1536},
     "ViT-B": {"width": 768, "depth": 12, "heads": 12, "mlp_width": 3072},
     "ViT-L": {"width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096},
