@@ -141,7 +141,10 @@ def load_official(model: nn.Module, weights: dict, rename=str, rope_tables: dict
     rename: function, our key -> the released key. rope_tables: what the RoPE tables must be, by released key.
     Raises ValueError with the first keys that do not fit.
     """
-    shapes = {rename(name): shape for name, shape in released_shapes(model).items()}
+    shapes = {rename(name): tensor.shape for name, tensor in model.state_dict().items()}
+    # SwiGLU rounds its hidden width up and pads what it loads. It would pad a damaged tensor too, so the
+    # width is checked here: the published one, or ours.
+    exact = {rename(name): shape for name, shape in published_swiglu_shapes(model).items()}
     rope_tables = rope_tables or {}
     if weights.keys() & rope_tables.keys():  # a file has all of them or none
         shapes |= {name: table.shape for name, table in rope_tables.items()}
@@ -150,7 +153,7 @@ def load_official(model: nn.Module, weights: dict, rename=str, rope_tables: dict
     for name, tensor in weights.items():
         if name not in shapes:
             problems.append(f"{name} is unknown")
-        elif tensor.shape != shapes[name]:
+        elif tensor.shape not in (shapes[name], exact.get(name)):
             problems.append(f"{name} is {tuple(tensor.shape)}, not {tuple(shapes[name])}")
         # the tolerance is bf16's rounding: other heads, or another grid, are off by more
         elif name in rope_tables and not torch.allclose(tensor.float(), rope_tables[name], atol=4e-3):
@@ -162,11 +165,9 @@ def load_official(model: nn.Module, weights: dict, rename=str, rope_tables: dict
     return model.eval()
 
 
-def released_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes that released tensors must have, by our keys."""
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    # SwiGLU rounds its hidden width up and pads what it loads. It would pad a damaged tensor too, so the
-    # exact width is checked here.
+def published_swiglu_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of SwiGLU's weights with the exact hidden width, by our keys."""
+    shapes = {}
     for name, layer in model.named_modules():
         if isinstance(layer, rae.SwiGLU):
             width, hidden = layer.w3.out_features, layer.hidden
