@@ -110,7 +110,7 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> N
     if isinstance(field.default, tuple):
         parser.add_argument(field.name, type=str, **kwargs)
         return
-    # "int | None" is an int that may be left out
+    # "int | None" is an int or None
     type_ = get_args(field.type)[0] if get_args(field.type) else field.type
     if field.default not in (None, ""):
         kwargs["help"] += f" (default {field.default})"

@@ -454,7 +454,7 @@ class RAE(nn.Module, Hub, library_name="rae"):
         return (torch.cat(tokens) - self.latent_mean) / self.latent_std
 
     def add_noise(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """Latents of tokens + sigma (B,) * noise (B, N, C): noise-augmented decoding (RAE section 4.2)."""
+        """Latents of tokens + sigma (B,) * noise (B, N, C): noise-augmented decoding (RAE)."""
         # the noise has the scale of the tokens before their normalisation
         return latents + sigma[:, None, None] * noise / self.latent_std
 
@@ -780,12 +780,12 @@ Velocity = Callable[[Tensor, Tensor], Tensor]  # x (B, N, C), t (B,) -> (B, N, C
 
 
 def default_alpha(latent_shape: tuple[int, int]) -> float:
-    """The factor of the timestep shift, sqrt(N C / 4096) (RAE section 4.3)."""
+    """The factor of the timestep shift, sqrt(N C / 4096) (RAE, dimension-dependent shift)."""
     return math.sqrt(latent_shape[0] * latent_shape[1] / 4096)
 
 
 def shift_time(t: Tensor | float, alpha: float) -> Tensor | float:
-    """alpha t / (1 + (alpha - 1) t) (RAE section 4.3)."""
+    """alpha t / (1 + (alpha - 1) t) (RAE, dimension-dependent shift)."""
     # alpha > 1 moves t towards noise: latents of more dimensions need more of it to be hidden
     return alpha * t / (1 + (alpha - 1) * t)
 

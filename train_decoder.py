@@ -683,7 +683,7 @@ def main() -> None:
             images, latents = encode(config, model, generator, micro_batch, step, dist_ctx)
             encoded.append((images, latents, index))
             noisy = latents
-            if config.tau:  # noise-augmented decoding (RAE section 4.2)
+            if config.tau:  # noise-augmented decoding (RAE)
                 noise, uniform, _ = data.flow_draws(model.latent_shape, config.seed, index, device)
                 noisy = model.add_noise(latents, noise, rae.to_device(config.tau * uniform, device))
 
