@@ -151,6 +151,7 @@ def latent_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation sqrt(var + 1e-5) of the raw latents, (N, C) each, per token and channel
     (RAE section 4). Exact sums in fp64 over all batches of all ranks."""
+    # on the CPU: MPS has no fp64
     total, count = torch.zeros(2, *model.latent_shape, dtype=torch.float64, device="cpu"), 0
     for batch in batches:
         latents = model.encode(data.to_unit(batch["image"], dist_ctx.device)).cpu().double()
@@ -234,6 +235,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         images = F.interpolate(images, (self.size, self.size), mode="bilinear")
+        # [-1, 1] -> [0, 1] -> the backbone's own statistics
         pixels = ((images + 1) / 2 - self.mean) / self.std
         return [tokens.mT for tokens in self.encoder.features(pixels, self.layers)]
 
@@ -260,6 +262,7 @@ class Perceptual(nn.Module):
         """Maps (B, C, P) with P positions, of images (B, 3, H, W) in [-1, 1]."""
         if self.lpips:
             return [x.flatten(2) for x in self.lpips.net(self.lpips.scaling_layer(images))]
+        # tokens of inner layers have a few huge channels, which would decide every distance
         return [F.layer_norm(x.mT, x.shape[1:2]).mT for x in self.backbone(images)]
 
     def distance(self, maps: list[Tensor], others: list[Tensor]) -> Tensor:
@@ -269,6 +272,7 @@ class Perceptual(nn.Module):
             a = a.float() / (a.float().norm(dim=1, keepdim=True) + 1e-10)
             b = b.float() / (b.float().norm(dim=1, keepdim=True) + 1e-10)
             difference = (a - b).square()
+            # (B, C, P) -> (B, P): weighted by LPIPS' trained channels, or all alike
             if self.lpips:
                 with torch.autocast(a.device.type, enabled=False):
                     difference = self.lpips.lins[i](difference[..., None]).flatten(2)
@@ -314,6 +318,7 @@ class SpectralConv1d(nn.Module):
         self.weight_u = F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12)
 
     def forward(self, x: Tensor) -> Tensor:
+        # in fp32: bf16 would spoil the estimate
         with torch.autocast(x.device.type, enabled=False):
             if self.training:
                 self.iterate()
@@ -416,6 +421,7 @@ def augment(images: Tensor, uniform: Tensor, cutout: float = 0.0) -> Tensor:
     sample, channel = torch.arange(b, device=r.device), torch.arange(3, device=r.device)
     images = framed[sample[:, None, None, None], channel[:, None, None], y, x]
 
+    # colour: an offset, the distance to grey, and the distance to the mean
     brightness, saturation, contrast = r[2:5, :, None, None, None]
     images = images + brightness - 0.5
     grey = images.mean(dim=1, keepdim=True)
@@ -423,6 +429,7 @@ def augment(images: Tensor, uniform: Tensor, cutout: float = 0.0) -> Tensor:
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     images = mean + (images - mean) * (contrast + 0.5)
 
+    # cutout: a grey square, which may lie partly outside
     if side := round(cutout * h):
         y = rows - (r[5][:, None] * (h + 1 - side % 2)).floor() + side // 2
         x = columns - (r[6][:, None] * (w + 1 - side % 2)).floor() + side // 2
@@ -521,6 +528,37 @@ def discriminator_loss(
 def add_losses(totals: dict[str, Tensor], losses: dict[str, Tensor], share: float) -> None:
     for name, value in losses.items():
         totals[name] += value.detach() * share
+
+
+def discriminator_step(
+    config: Config,
+    discriminator: Discriminator,
+    optimizer: common.Optimizers,
+    model: rae.RAE,
+    encoded: list[tuple[Tensor, Tensor, list[int]]],
+    step: int,
+    dist_ctx: common.DistContext,
+) -> dict[str, Tensor]:
+    """Trains the discriminator on all micro-batches, (images, latents, index) each. Returns this rank's part
+    of the losses."""
+    own_step, own_steps = step - config.disc_start, config.steps - config.disc_start
+    optimizer.set_lr(common.cosine(own_step, own_steps, config.disc_warmup, config.final_lr))
+    totals = defaultdict(float)
+    for number, (images, latents, index) in enumerate(encoded):
+        with dist_ctx.autocast():
+            with torch.no_grad():
+                fake = to_256_levels(2 * model.decode(latents) - 1)
+            # spectral norms take one power iteration per step, however many micro-batches there are
+            losses = discriminator_loss(
+                config, discriminator, 2 * images - 1, fake, index, update=number == 0
+            )
+        loss, share = losses["disc_loss"], len(images) / config.batch
+        (loss * share).backward(nan_unless_finite(loss))
+        add_losses(totals, losses, share)
+    # the heads are replicated outside of FSDP
+    common.sum_gradients(optimizer.parameters)
+    optimizer.step()
+    return totals
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -716,20 +754,8 @@ def main() -> None:
 
         # ---- discriminator: on reconstructions of the updated decoder, without noise
         if discriminator and step >= config.disc_start:
-            disc_step, disc_steps = step - config.disc_start, config.steps - config.disc_start
-            disc_optimizer.set_lr(common.cosine(disc_step, disc_steps, config.disc_warmup, config.final_lr))
-            for number, (images, latents, index) in enumerate(encoded):
-                with dist_ctx.autocast():
-                    with torch.no_grad():
-                        fake = to_256_levels(2 * model.decode(latents) - 1)
-                    losses = discriminator_loss(
-                        config, discriminator, 2 * images - 1, fake, index, update=number == 0
-                    )
-                loss, share = losses["disc_loss"], len(images) / config.batch
-                (loss * share).backward(nan_unless_finite(loss))
-                add_losses(totals, losses, share)
-            common.sum_gradients(disc_optimizer.parameters)
-            disc_optimizer.step()
+            losses = discriminator_step(config, discriminator, disc_optimizer, model, encoded, step, dist_ctx)
+            totals |= losses
 
         # ---- log and save
         step += 1
