@@ -81,7 +81,9 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
         description=manual, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     if presets:
-        parser.add_argument("--preset", choices=presets, default="nano", help="values for the flags below")
+        parser.add_argument(
+            "--preset", choices=presets, default="nano", help="values for the flags below (default nano)"
+        )
     for field in dataclasses.fields(config):
         add_argument(parser, field)
     flags = vars(parser.parse_args())
@@ -145,7 +147,7 @@ def main(run: Callable[[], None]) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The line of an error that says most."""
+    """The most informative line of an error message."""
     # torch.distributed.checkpoint collects the errors of all ranks: the first stands for them
     for failure, _ in getattr(error, "failures", {}).values():
         return one_line(failure)
@@ -208,7 +210,7 @@ def init_distributed(dtype: str = "auto", shard: str = "none") -> DistContext:
         device = torch.device("cpu")
     mesh = None
     if world_size > 1:
-        # gloo beside NCCL: counts and signals are summed on the CPU, so that no GPU has to be waited for
+        # gloo beside NCCL: counts and signals are summed on the CPU, without a host-device sync
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         # launchers other than torchrun do not set LOCAL_WORLD_SIZE
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() or world_size))
@@ -300,6 +302,13 @@ def local_tensor(tensor: Tensor) -> Tensor:
 def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor that may be sharded, gathered on every rank."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def one_or_nan(loss: Tensor) -> Tensor:
+    """1 for a finite loss, else NaN, to start its backward pass with. A non-finite loss can have finite
+    gradients; NaN makes the global gradient norm NaN, so that all ranks skip the step (see
+    `Optimizers.step`)."""
+    return torch.where(loss.isfinite(), 1.0, math.nan)
 
 
 def sum_gradients(parameters: list[nn.Parameter]) -> None:

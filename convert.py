@@ -284,7 +284,7 @@ def old_encoder_key(name: str, prefix: str) -> str:
 # DiT: LightningDiT, DiT-DH (with the DDT head), and Scale-RAE's
 
 # (is Scale-RAE's, has the DDT head) -> latent embedders and RoPE tables, of the backbone, then of the head.
-# Trap: the two projects name the embedders of the DDT head the other way round.
+# Caution: the two projects name the embedders of the DDT head the other way round.
 DIT_NAMES = {
     (False, False): (["x_embedder"], ["feat_rope"]),
     (False, True): (["s_embedder", "x_embedder"], ["enc_feat_rope", "dec_feat_rope"]),

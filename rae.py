@@ -89,7 +89,8 @@ def rope_table(tokens: int, head_width: int) -> Tensor:
     half = head_width // 2
     frequency = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
     row, column = grid_positions(tokens)
-    # Trap: the first half of the channels follows the row, the second the column, unlike in `sincos_table`.
+    # Caution: the first half of the channels follows the row, the second the column, unlike in
+    # `sincos_table`.
     angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=1)
     # each angle serves two neighbouring channels
     angle = angle.repeat_interleave(2, dim=1)
@@ -203,17 +204,19 @@ class Family(NamedTuple):
 
     model: str  # class name
     norm: str | None  # the final LayerNorm, whose affine part is removed; None: kept as it is
-    class_tokens: int  # tokens in front of the patches, beside the registers
+    class_tokens: int  # leading tokens to drop; register tokens are counted from the config
+    interpolate: bool  # whether other image sizes than the trained one have to be asked for
 
 
-# By config.model_type. Add a line to support another.
+# By config.model_type. Add a line to support another model of `transformers` whose config has hidden_size and
+# patch_size; then a name in ENCODERS below, and a preset in train_decoder.py.
 FAMILIES = {
-    "siglip_vision_model": Family("SiglipVisionModel", "post_layernorm", 0),
-    "dinov2_with_registers": Family("Dinov2WithRegistersModel", "layernorm", 1),
-    "dinov2": Family("Dinov2Model", None, 1),  # WebSSL-DINO: Scale-RAE keeps its affine norm
-    "dinov3_vit": Family("DINOv3ViTModel", "norm", 1),
-    "vit_mae": Family("ViTMAEModel", "layernorm", 1),
-    "vit": Family("ViTModel", "layernorm", 1),  # DINO, the backbone of the discriminator
+    "siglip_vision_model": Family("SiglipVisionModel", "post_layernorm", 0, True),
+    "dinov2_with_registers": Family("Dinov2WithRegistersModel", "layernorm", 1, False),
+    "dinov2": Family("Dinov2Model", None, 1, False),  # WebSSL-DINO: Scale-RAE keeps its affine norm
+    "dinov3_vit": Family("DINOv3ViTModel", "norm", 1, False),
+    "vit_mae": Family("ViTMAEModel", "layernorm", 1, True),
+    "vit": Family("ViTModel", "layernorm", 1, True),  # DINO, the backbone of the discriminator
 }
 
 
@@ -256,6 +259,7 @@ class Encoder(nn.Module):
         # files are often bf16; the encoder runs in fp32, or under autocast
         self.model = model.float().requires_grad_(False).eval()
         self.prefix = family.class_tokens + getattr(config, "num_register_tokens", 0)
+        self.interpolate = family.interpolate
         self.is_mae = config.model_type == "vit_mae"
         if self.is_mae:
             model.config.mask_ratio = 0.0
@@ -284,9 +288,7 @@ class Encoder(nn.Module):
         return [outputs[layer] for layer in layers]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        options = {}
-        if self.config.model_type in ("siglip_vision_model", "vit_mae", "vit"):
-            options["interpolate_pos_encoding"] = True  # the newer DINO models always do
+        options = {"interpolate_pos_encoding": True} if self.interpolate else {}
         if self.is_mae:
             # MAE shuffles tokens by the order of this "noise": an increasing one keeps raster order
             patches = (pixels.shape[-1] // self.config.patch_size) ** 2
@@ -808,8 +810,8 @@ def flow_loss(
     noise: Tensor | None = None,
     t: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared velocity error of each sample, (B,): the objective of `train_t2i.py` in one function.
-    `t` (B,) is already shifted."""
+    """Mean squared velocity error of each sample, (B,); `t` (B,) is already shifted. The loop of `train_t2i.py`
+    spells out the same objective."""
     noise = torch.randn_like(latents) if noise is None else noise
     t = sample_time(torch.rand(len(latents), device=latents.device), alpha) if t is None else t
     x_t = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
@@ -829,7 +831,7 @@ def time_grid(steps: int, alpha: float, grid: str = "full", start: float = 1.0) 
         # from 1 to shift(0.001), without a step to 0
         base = 1 - torch.linspace(0, 0.999, steps, dtype=torch.float64)
     elif grid == "scale-rae":
-        # starts below 1, and ends with a small step from there back up to 1
+        # The authors' off-by-one: the last step is taken at the first point, t < 1, with dt = 1 - t > 0.
         index = [round(k * 999 / (steps - 1)) + 1 for k in range(steps)]
         base = torch.tensor(index, dtype=torch.float64) / 1000
         # downwards from the last but one; the last is only used by the step back up
@@ -886,7 +888,7 @@ def guided(
         return velocity
 
     def guided_velocity(x: Tensor, t: Tensor) -> Tensor:
-        # Trap: the full interval must not read t, which on CUDA would wait for the GPU.
+        # The full interval must not read t: on CUDA that is a host-device sync.
         if interval != (0.0, 1.0) and not interval[0] <= t[0] <= interval[1]:
             return velocity(x, t)
         # the weaker model is evaluated only where its result is used
@@ -1097,7 +1099,7 @@ def chat_length(conversation: list[tuple[str, str]], tokenizer, image_tokens: in
 class Chat:
     """A batch of tokenised conversations."""
 
-    # All on the CPU: positions are found here, so that the GPU never has to be waited for.
+    # All on the CPU: positions are computed here, without a host-device sync.
     ids: Tensor  # (B, L), IMAGE where an image is
     labels: Tensor  # (B, L), the ids of supervised tokens, IGNORED elsewhere
     answer_mask: Tensor  # (B, L) bool, images to generate
@@ -1195,14 +1197,15 @@ class TextToImage(LatentModel, library_name="rae"):
         self.im_start, self.im_end = vocabulary["<im_start>"], vocabulary["<im_end>"]
 
     def add_image_tokens(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-        """Adds <im_start> and <im_end> (not Qwen's <|im_start|>), with the mean of all other embeddings."""
+        """Adds <im_start> and <im_end> (not Qwen's <|im_start|>), initialised to the mean of the other
+        embeddings."""
         added = tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
         self.set_tokenizer(tokenizer)
         model = self.language_model
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         # with tied embeddings both are the same matrix, and the second pass changes nothing
         for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
-            # a tokenizer that has one or both already keeps their embeddings
+            # embeddings of tokens that the tokenizer already had are kept
             known = len(tokenizer) - added
             with torch.no_grad():
                 embeddings.weight[known:] = embeddings.weight[:known].mean(dim=0)
@@ -1300,7 +1303,7 @@ class TextToImage(LatentModel, library_name="rae"):
         """
         # ---- text: one pass over prompts, images to read and queries
         hidden = self.hidden_states(self.embed(chat, context_latents))
-        # logits of the supervised positions alone: of all, they would be the largest tensor of the step
+        # Logits only at supervised positions: at all positions they would be the largest tensor of the step.
         labels = chat.next_labels.flatten()
         logits = self.language_model.lm_head(hidden[self.positions(labels != IGNORED)]).float()
         targets = to_device(labels[labels != IGNORED], self.device)
@@ -1535,7 +1538,7 @@ ENCODERS = {  # hub ids
     "dino-s16": "facebook/dino-vits16",
 }
 
-# RAE appendix. Trap: the MLP of XL is not 4 x its width. S is ours, for small GPUs.
+# RAE appendix. Caution: the MLP of XL is not 4 x its width. S is ours, for small GPUs.
 DECODERS = {
     "ViT-S": {"width": 384, "depth": 12, "heads": 6, "mlp_width": 1536},
     "ViT-B": {"width": 768, "depth": 12, "heads": 12, "mlp_width": 3072},

@@ -36,7 +36,7 @@ from common import flag
 # presets
 
 EPOCH = 2502  # steps of one epoch of ImageNet at batch 512
-RAE_RECIPE = {  # RAE's code, for all encoders; its discriminator's cosine never reaches the end
+RAE_RECIPE = {  # RAE's code, for all encoders
     "decoder": "ViT-XL",
     "patch_size": 16,
     "crop": "random",
@@ -477,12 +477,6 @@ def adaptive_weight(of_reconstruction: Tensor, of_gan: Tensor) -> Tensor:
     return (of_reconstruction.norm() / (of_gan.norm() + 1e-6)).clamp(0, 1e4)
 
 
-def nan_unless_finite(loss: Tensor) -> Tensor:
-    """1, or NaN for a loss that is not finite. It multiplies the gradients, which may be finite even if the
-    loss is not, so that all ranks skip the step together."""
-    return torch.where(loss.isfinite(), 1.0, math.nan)
-
-
 # -----------------------------------------------------------------------------------------------------------
 # the stages of a step, on one micro-batch; each returns its losses by name
 
@@ -506,7 +500,9 @@ def reconstruction_losses(
     return loss, losses
 
 
-def generator_loss(config: Config, discriminator: Discriminator, pixels: Tensor, index: list[int]) -> Tensor:
+def adversarial_loss(
+    config: Config, discriminator: Discriminator, pixels: Tensor, index: list[int]
+) -> Tensor:
     """The decoder's adversarial loss: minus the mean logit of its augmented reconstructions."""
     draws = data.uniform_draws(7, config.seed, index, "generator")
     return -discriminator(augment(2 * pixels - 1, draws)).float().mean()
@@ -553,7 +549,7 @@ def discriminator_step(
                 config, discriminator, 2 * images - 1, fake, index, update=number == 0
             )
         loss, share = losses["disc_loss"], len(images) / config.batch
-        (loss * share).backward(nan_unless_finite(loss))
+        (loss * share).backward(common.one_or_nan(loss))
         add_losses(totals, losses, share)
     # the heads are replicated outside of FSDP
     common.sum_gradients(optimizer.parameters)
@@ -619,8 +615,8 @@ def measure_statistics(config: Config, model: rae.RAE, run: common.Run, dist_ctx
 def make_optimizers(
     config: Config, model: rae.RAE, discriminator: Discriminator | None
 ) -> list[common.Optimizers]:
-    """Of the decoder, and of the discriminator. AdamW; with --muon, the matrices of the decoder go to
-    Muon."""
+    """The optimizers of the decoder and of the discriminator: AdamW, and with --muon, Muon for the decoder's
+    matrices."""
     adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     matrices, rest = [], []
     for name, parameter in model.decoder.named_parameters():
@@ -638,7 +634,8 @@ def make_optimizers(
 
 
 def flops_per_step(config: Config, model: rae.RAE) -> float:
-    """Of the encoder's and the decoder's passes, for the MFU; the networks of the losses are not counted."""
+    """FLOPs of encoder and decoder in one step over the global batch, for the MFU; loss networks are not
+    counted."""
     zeros = partial(torch.zeros, device="meta")
     encoder = common.count_flops(model.encoder, zeros(1, 3, model.encoder_size, model.encoder_size))
     decoder = common.count_flops(model.decoder, zeros(1, *model.latent_shape))
@@ -726,8 +723,9 @@ def main() -> None:
                 noisy = model.add_noise(latents, noise, rae.to_device(config.tau * uniform, device))
 
             # ---- reconstruction losses
-            # The gradients of all losses meet at the pixels. So each loss network is run backward once, the
-            # decoder once, and both gradients that the adaptive weight compares are at hand.
+            # Each loss is backpropagated to the pixels only. There the gradients are added, and one backward
+            # pass takes their sum through the decoder. Until then they are kept apart, because the adaptive
+            # weight compares them.
             with dist_ctx.autocast():
                 reconstruction = model.decode(noisy)
                 pixels = reconstruction.detach().requires_grad_()
@@ -738,7 +736,7 @@ def main() -> None:
             # ---- adversarial term
             if is_adversarial:
                 with dist_ctx.autocast():
-                    gan_loss = generator_loss(config, discriminator, pixels, index)
+                    gan_loss = adversarial_loss(config, discriminator, pixels, index)
                 [gan_gradient] = torch.autograd.grad(gan_loss * share, pixels)
                 gan_weight = torch.full((), config.gan_weight, device=device)
                 if config.adaptive:  # by the gradients of the last layer, taken from those of the pixels
@@ -747,7 +745,7 @@ def main() -> None:
                 gradient, loss = gradient + gan_weight * gan_gradient, loss + gan_weight * gan_loss
                 losses |= {"gan_loss": gan_loss, "gan_weight": gan_weight}
 
-            reconstruction.backward(gradient * nan_unless_finite(loss))
+            reconstruction.backward(gradient * common.one_or_nan(loss))
             add_losses(totals, {"loss": loss, **losses}, share)
         grad_norm = optimizer.step()
         common.update_ema(ema, model, config.ema, step)

@@ -79,8 +79,8 @@ NANO = {  # A nano image is still recognisable at t = 0.9, where only the prompt
     "draws": 2,
 }
 PRESETS = {
-    # At first only pure noise, which has no other information than the prompt. Otherwise the language model
-    # has forgotten the prompt by the time that the DiT could use it.
+    # At first only pure noise, which has no other information than the prompt. Otherwise the condition
+    # stops depending on the prompt before the DiT learns to use it.
     "nano": NANO | {"noise_only_steps": 400},
     "nano-class": NANO | {"condition": "class", "steps": 3000, "out": "runs/class"},
     "dit-dh-xl-imagenet256": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b"},
@@ -129,9 +129,7 @@ class Config(common.TrainConfig):
     alpha: float | None = flag(None, "factor of the timestep shift (default: sqrt(N C / 4096))")
     # data
     data: str = flag("", "source of images, or several with weights, see data.py (default: nano)")
-    val_data: str = flag(
-        "", "held-out source (default: --data by another seed, which is unseen for nano only)"
-    )
+    val_data: str = flag("", "held-out source (default: --data with another seed, held out for nano only)")
     eval_every: int = flag(500, "steps between validation losses", at_least=1)
     flip: bool = flag(False, "mirror half of the images")
     max_seq_len: int = flag(512, "tokens of a conversation, images included; longer ones are skipped")
@@ -143,7 +141,9 @@ class Config(common.TrainConfig):
     warmup: float = flag(200, "steps of linear warm-up; below 1, a fraction of all steps", at_least=0)
     decay_start: int | None = flag(None, "first step of a linear decay (default: cosine decay)", at_least=0)
     final_lr: float = flag(0.0, "final learning rate, as a fraction of the peak")
-    t_distribution: str = flag("logit-normal", "of t, before the shift", choices=["logit-normal", "uniform"])
+    t_distribution: str = flag(
+        "logit-normal", "distribution of t, before the timestep shift", choices=["logit-normal", "uniform"]
+    )
     draws: int = flag(1, "draws of noise and t per image; the condition is computed once", at_least=1)
     noise_only_steps: int = flag(0, "first steps of a new model at t = 1 only", at_least=0)
     dropout: float = flag(0.1, "condition dropout: fraction of images trained with the null condition")
@@ -242,14 +242,15 @@ def learning_rate(config: Config, step: int) -> float:
 def flops_per_step(
     config: Config, model: rae.LatentModel, autoencoder: rae.RAE | rae.VAE, seq_len: int
 ) -> float:
-    """Of the global batch, for the MFU: 3 x forward of what is trained; nothing recomputed is counted."""
+    """FLOPs of one step over the global batch, for the MFU: 3 x forward of what is trained, without
+    recomputation."""
     zeros = partial(torch.zeros, device="meta")
     tokens, channels = model.latent_shape
-    condition = {
-        "text": zeros(1, tokens, rae.DITS[config.dit].get("condition_width", model.dit.pos_embed.shape[-1])),
-        "class": zeros(1, dtype=torch.long),
-        "none": None,
-    }[config.condition]
+    condition = None
+    if config.condition == "text":
+        condition = zeros(1, tokens, model.diff_head_projector.out_features)
+    elif config.condition == "class":
+        condition = zeros(1, dtype=torch.long)
     flops = 3 * config.draws * common.count_flops(model.dit, zeros(1, tokens, channels), zeros(1), condition)
     if config.condition == "text":
         language_model = model.language_model.model
@@ -287,7 +288,7 @@ def prepare(config: Config, model: rae.LatentModel, batch: dict) -> Inputs:
             raise ValueError(f"{config.data} has images without labels: see the top of data.py")
         condition = model.condition(batch["label"])
         is_answer, tokens = torch.ones_like(numbers, dtype=torch.bool), 0
-    # positions are found on the CPU and sent ahead: the GPU is never waited for
+    # indices are computed on the CPU and copied without a host-device sync
     answers, contexts = is_answer.nonzero().flatten(), (~is_answer).nonzero().flatten()
     to_device = partial(rae.to_device, device=model.device)
     return Inputs(condition, to_device(answers), to_device(contexts), numbers[answers].tolist(), tokens)
@@ -454,10 +455,12 @@ def main() -> None:
         optimizers.set_lr(lr_factor)
         micro_batches = data.micro_batches(next(loader), config.grad_accum)
         prepared = [prepare(config, model, micro_batch) for micro_batch in micro_batches]
-        # Losses are divided by the counts of the global batch, and gradients are summed. So any number of
-        # ranks and micro-batches, however unequal, gives the gradient of one big batch.
-        tokens, images = sum(p.tokens for p in prepared), sum(len(p.index) for p in prepared)
-        tokens, images = common.global_sum(tokens, images)
+        # Loss sums are divided by global token and image counts, and FSDP sums gradients over ranks (see
+        # common.shard_model). So any number of ranks and micro-batches, however unequal, gives the gradient
+        # of one big batch.
+        local_tokens = sum(inputs.tokens for inputs in prepared)
+        local_images = sum(len(inputs.index) for inputs in prepared)
+        total_tokens, total_images = common.global_sum(local_tokens, local_images)
         losses = torch.zeros(2, device=device)
         for micro_batch, inputs in zip(micro_batches, prepared, strict=True):
             # ---- latents: frozen encoder, no gradient ------------------------- (P, 3, H, W) -> (P, N, C)
@@ -480,11 +483,10 @@ def main() -> None:
 
             # ---- loss
             squared_error = (velocity - (noise - latents)).square().mean(dim=(1, 2))
-            flow_loss = squared_error.sum() / max(1, images * config.draws)
-            text_loss = cross_entropy / max(1, tokens)
+            flow_loss = squared_error.sum() / max(1, total_images * config.draws)
+            text_loss = cross_entropy / max(1, total_tokens)
             loss = text_loss + flow_weight * flow_loss
-            # An infinite loss may have finite gradients: times NaN, they make all ranks skip the step.
-            loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))
+            loss.backward(common.one_or_nan(loss))
             losses += torch.stack([text_loss, flow_loss]).detach()
         grad_norm = optimizers.step()
         if config.ema:
