@@ -14,6 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -419,9 +420,9 @@ def cosine(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
     return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def linear(step: int, start: int, steps: int, floor: float) -> float:
-    """Factor of the learning rate: 1 up to `start`, then a line down to `floor` at the last step."""
-    progress = (step - start) / max(1, steps - start)
+def linear(step: int, start: int, end: int, floor: float) -> float:
+    """Factor of the learning rate: 1 up to `start`, then a line down to `floor` at `end`."""
+    progress = (step - start) / max(1, end - start)
     return 1 - (1 - floor) * min(max(progress, 0.0), 1.0)
 
 
@@ -678,7 +679,7 @@ class Run:
         import torch.distributed.checkpoint as dcp
 
         # ---- the previous checkpoint first; counts and positions of all ranks
-        self.publish(wait=True)
+        self.check_checkpoint(wait=True)
         path, temporary = self.checkpoints / f"{step:07d}", self.checkpoints / f".{step:07d}.tmp"
         self.count_skipped(loader)
         positions = [loader.positions]
@@ -720,22 +721,33 @@ class Run:
             process_group=self.group,
             no_dist=self.group is None,
         )
-        self.pending = temporary, path, future
+        published = Future()
+        self.pending = path, published
+        # at once, in the writing thread: a run that dies before its next step keeps the checkpoint
+        future.add_done_callback(partial(self.publish, temporary, path, published))
 
-    def publish(self, wait: bool) -> None:
-        """Renames the checkpoint once all ranks have written their shards; keeps the newest --keep."""
-        if self.pending is None or not (wait or self.pending[2].done()):
+    def publish(self, temporary: Path, path: Path, published: Future, written: Future) -> None:
+        """Renames a checkpoint that all ranks have written; keeps the newest --keep."""
+        try:
+            written.result()
+            if self.dist_ctx.is_main:
+                # of the same step, if an earlier checkpoint is resumed
+                shutil.rmtree(path, ignore_errors=True)
+                temporary.rename(path)
+                for old in self.complete_checkpoints()[: -self.config.keep]:
+                    shutil.rmtree(old)
+            published.set_result(None)
+        except BaseException as error:
+            published.set_exception(error)
+
+    def check_checkpoint(self, wait: bool) -> None:
+        """Raises OSError if the pending checkpoint could not be written."""
+        if self.pending is None or not (wait or self.pending[1].done()):
             return
-        temporary, path, future = self.pending
+        path, published = self.pending
         self.pending = None
-        if error := future.exception():
+        if error := published.exception():
             raise OSError(f"cannot write {path}: {one_line(error)}") from error
-        if self.dist_ctx.is_main:
-            # of the same step, if a resumed run stopped before its next one
-            shutil.rmtree(path, ignore_errors=True)
-            temporary.rename(path)
-            for old in self.complete_checkpoints()[: -self.config.keep]:
-                shutil.rmtree(old)
 
     # -- the loop
 
@@ -780,7 +792,7 @@ class Run:
 
     def stopping(self, step: int) -> bool:
         """After every step: whether any process was asked to stop, so that all leave the loop together."""
-        self.publish(wait=False)
+        self.check_checkpoint(wait=False)
         # reading the counter waits for the GPU, so not at every step
         if step % 10 == 0:
             for optimizer in self.optimizers:
@@ -845,7 +857,7 @@ class Run:
 
     def finish(self, step: int) -> None:
         """After the loop: waits for the last checkpoint, and says where the model is."""
-        self.publish(wait=True)
+        self.check_checkpoint(wait=True)
         if self.wandb:
             self.wandb.finish()
         if self.dist_ctx.is_main:
@@ -860,8 +872,11 @@ def start_wandb(config, out: Path):
         import wandb
     except ImportError as error:
         raise ValueError(f"--wandb {config.wandb} needs `pip install wandb`") from error
-    # the id is made of the folder's path, so that --resume continues the same curves
-    settings = {"dir": out, "name": out.name, "id": str(out).strip("/.").replace("/", "-"), "resume": "allow"}
+    # the id is kept in the folder, so that --resume continues the same curves, and a new run begins new ones
+    id_file = out / "wandb_id"
+    if not (config.resume and id_file.exists()):
+        id_file.write_text(wandb.util.generate_id())
+    settings = {"dir": out, "name": out.name, "id": id_file.read_text(), "resume": "allow"}
     return wandb.init(project=config.wandb, config=dataclasses.asdict(config), **settings)
 
 

@@ -22,6 +22,7 @@ OUT/samples/.
 """
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +51,8 @@ IMAGENET = {  # RAE's code and paper, which reports epochs 80 and 800 of one run
     "steps": 800 * EPOCH,
     "dit_lr": 2e-4,
     "warmup": 0,
-    "decay_start": 40 * EPOCH,  # constant for 40 epochs, then linear to a tenth
+    "decay_start": 40 * EPOCH,  # constant for 40 epochs, then linear to a tenth at epoch 800,
+    "decay_end": 800 * EPOCH,  # also in a run that stops earlier, at --steps
     "final_lr": 0.1,
     "ema": 0.9995,
     "workers": 8,
@@ -140,6 +142,7 @@ class Config(common.TrainConfig):
     muon: float = flag(0.0, "peak learning rate of Muon for the DiT's matrices (0: AdamW)", at_least=0)
     warmup: float = flag(200, "steps of linear warm-up; below 1, a fraction of all steps", at_least=0)
     decay_start: int | None = flag(None, "first step of a linear decay (default: cosine decay)", at_least=0)
+    decay_end: int | None = flag(None, "and its last step (default: that of the run)", at_least=1)
     final_lr: float = flag(0.0, "final learning rate, as a fraction of the peak")
     t_distribution: str = flag(
         "logit-normal", "distribution of t, before the timestep shift", choices=["logit-normal", "uniform"]
@@ -234,7 +237,7 @@ def make_optimizers(config: Config, model: nn.Module) -> common.Optimizers:
 def learning_rate(config: Config, step: int) -> float:
     """Factor of the peak learning rates."""
     if config.decay_start is not None:
-        return common.linear(step, config.decay_start, config.steps, config.final_lr)
+        return common.linear(step, config.decay_start, config.decay_end or config.steps, config.final_lr)
     warmup = math.ceil(config.warmup * config.steps) if config.warmup < 1 else int(config.warmup)
     return common.cosine(step, config.steps, warmup, config.final_lr)
 
@@ -255,7 +258,7 @@ def flops_per_step(
     if config.condition == "text":
         language_model = model.language_model.model
         inputs = {"inputs_embeds": zeros(1, seq_len, language_model.config.hidden_size)}
-        inputs |= {"attention_mask": {"full_attention": None}, "use_cache": False}
+        inputs["use_cache"] = False
         passes = 3 if config.freeze == "none" else 2  # gradients pass through a frozen one, to the queries
         flops += passes * common.count_flops(language_model, **inputs)
     if isinstance(autoencoder, rae.RAE):
@@ -325,15 +328,17 @@ def open_data(
     shape, is_text = autoencoder.latent_shape, config.condition == "text"
     options = {"flip": config.flip, "text_only": is_text}
     if is_text:
-        with common.loading(config.language_model):
+        with common.loading(config.init or config.language_model):
             tokenizer = (
                 init.tokenizer if init else transformers.AutoTokenizer.from_pretrained(config.language_model)
             )
         options["length"] = partial(rae.chat_length, tokenizer=tokenizer, image_tokens=shape[0])
         options["max_seq_len"] = config.max_seq_len
     source = data.open_source(config.data, autoencoder.image_size, config.seed, **options)
-    val_source = config.val_data or config.data
-    val_source = data.open_source(val_source, autoencoder.image_size, config.seed + 1, **options)
+    val_name = config.val_data or config.data
+    val_source = data.open_source(val_name, autoencoder.image_size, config.seed + 1, **options)
+    if val_source.classes not in (None, source.classes):
+        raise ValueError(f"--val-data {val_name} has {val_source.classes} classes, not {source.classes}")
     for info in [*source.latents, *val_source.latents]:
         if tuple(info["latent_shape"]) != shape or info["autoencoder"] != config.autoencoder:
             raise ValueError(
@@ -350,6 +355,18 @@ def open_data(
     return source, val_source
 
 
+def validation_batch(config: Config, source: data.Mixture) -> dict:
+    """The first of 16 batches that asks for an image, since data may begin with questions."""
+    for batch in itertools.islice(data.Loader(source, VAL_SAMPLES, workers=0), 16):
+        asks = map(data.requested_caption, batch["conversation"])
+        if config.condition != "text" or any(caption is not None for caption in asks):
+            return batch
+    name = config.val_data or config.data
+    raise ValueError(
+        f"{name} asks for no image in its first {16 * VAL_SAMPLES} samples: give another --val-data"
+    )
+
+
 class Validation:
     """Fixed held-out images with fixed noise, for the validation loss; and the inputs of the sample grid."""
 
@@ -357,8 +374,6 @@ class Validation:
         self.dist_ctx, self.autoencoder = dist_ctx, autoencoder
         self.inputs = prepare(config, model, batch)
         source = config.val_data or config.data
-        if not self.inputs.index:
-            raise ValueError(f"{source} asks for no image in its first {VAL_SAMPLES} samples")
         latents, readable = encode(config, model, autoencoder, reader, batch, dist_ctx)
         self.latents, self.contexts = latents[self.inputs.answers].float(), readable[self.inputs.contexts]
         index = list(range(len(self.latents)))
@@ -426,7 +441,7 @@ def main() -> None:
     model = build_model(config, init, autoencoder.latent_shape, count_classes(config, source), reader)
     export = copy.deepcopy(model) if dist_ctx.is_main else None  # stays unsharded, to write OUT/model with
     ema = copy.deepcopy(model) if config.ema else model
-    val_batch = next(data.Loader(val_source, VAL_SAMPLES, workers=0))
+    val_batch = validation_batch(config, val_source)
     if dist_ctx.peak_flops():
         seq_len = model.chat(val_batch["conversation"]).ids.shape[1] if is_text else 0
         run.flops_per_step = flops_per_step(config, model, autoencoder, seq_len)

@@ -505,11 +505,11 @@ def test_resuming_an_older_checkpoint_forgets_the_newer(world, parts, tmp_path):
 def die_while_writing() -> None:
     publish = common.Run.publish
 
-    def patched(self, wait: bool) -> None:
-        if self.pending and self.pending[1].name == "0000004":
-            (self.pending[0] / "state.json").unlink()
+    def patched(self, temporary: Path, path: Path, *futures) -> None:
+        if path.name == "0000004":
+            (temporary / "state.json").unlink()
             os.kill(os.getpid(), signal.SIGKILL)
-        publish(self, wait)
+        publish(self, temporary, path, *futures)
 
     common.Run.publish = patched
 
@@ -547,7 +547,7 @@ def save_checkpoint(out: Path) -> common.Run:
     run, state = open_run(out)
     assert state["step"] == 0  # --resume without a checkpoint begins
     run.save(2, SimpleNamespace(positions={}, skipped=[]))
-    run.publish(wait=True)
+    run.check_checkpoint(wait=True)
     return run
 
 
