@@ -875,7 +875,7 @@ def start_wandb(config, out: Path):
     # the id is kept in the folder, so that --resume continues the same curves, and a new run begins new ones
     id_file = out / "wandb_id"
     if not (config.resume and id_file.exists()):
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(os.urandom(4).hex())
     settings = {"dir": out, "name": out.name, "id": id_file.read_text(), "resume": "allow"}
     return wandb.init(project=config.wandb, config=dataclasses.asdict(config), **settings)
 

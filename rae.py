@@ -1278,14 +1278,19 @@ class TextToImage(LatentModel, library_name="rae"):
     def hidden_states(self, embeddings: Tensor) -> Tensor:
         """(B, L, width) -> last hidden states, flattened to (B * L, width)."""
         # attention is causal, so that padding on the right needs no mask
-        model, config = self.language_model.model, self.language_model.config
-        mask = None
-        is_plain = (config.model_type, config._attn_implementation) == ("qwen2", "sdpa")
-        if is_plain and set(config.layer_types) == {"full_attention"}:
-            # To make a mask, `transformers` would ask the GPU whether positions are packed, and wait for it.
-            mask = {"full_attention": None}
-        out = model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
+        model = self.language_model.model
+        out = model(inputs_embeds=embeddings, attention_mask=self.causal_mask, use_cache=False)
         return out.last_hidden_state.flatten(0, 1)
+
+    @property
+    def causal_mask(self) -> dict | None:
+        """What makes Qwen2 plainly causal. Other language models get None, and make a mask of their own."""
+        config = self.language_model.config
+        is_plain = (config.model_type, config._attn_implementation) == ("qwen2", "sdpa")
+        # To make a mask, `transformers` would ask the GPU whether positions are packed, and wait for it.
+        return (
+            {"full_attention": None} if is_plain and set(config.layer_types) == {"full_attention"} else None
+        )
 
     def answer_condition(self, hidden: Tensor, chat: Chat) -> Tensor:
         """Condition vectors (A, N, Z) of the images to generate, from the hidden states at their queries."""

@@ -367,8 +367,8 @@ class Discriminator(nn.Module):
         channels = backbone.encoder.config.hidden_size
         heads = []
         for _ in range(len(backbone.layers) + 1):
-            first, residual = convolution(channels, 1), Residual(convolution(channels, 9))
-            heads.append(nn.Sequential(first, residual, SpectralConv1d(channels, 1, 1)))
+            residual = Residual(convolution(channels, 9))
+            heads.append(nn.Sequential(convolution(channels, 1), residual, SpectralConv1d(channels, 1, 1)))
         self.heads = nn.ModuleList(heads)
 
     @property

@@ -257,10 +257,14 @@ def flops_per_step(
     flops = 3 * config.draws * common.count_flops(model.dit, zeros(1, tokens, channels), zeros(1), condition)
     if config.condition == "text":
         language_model = model.language_model.model
-        inputs = {"inputs_embeds": zeros(1, seq_len, language_model.config.hidden_size)}
-        inputs["use_cache"] = False
         passes = 3 if config.freeze == "none" else 2  # gradients pass through a frozen one, to the queries
-        flops += passes * common.count_flops(language_model, **inputs)
+        if model.causal_mask:
+            inputs = {"inputs_embeds": zeros(1, seq_len, language_model.config.hidden_size)}
+            inputs |= {"attention_mask": model.causal_mask, "use_cache": False}
+            flops += passes * common.count_flops(language_model, **inputs)
+        else:  # masks cannot be made on the meta device: 2 FLOPs per weight and token, without attention
+            weights = sum(p.numel() for layer in language_model.layers for p in layer.parameters())
+            flops += passes * 2 * weights * seq_len
     if isinstance(autoencoder, rae.RAE):
         size = autoencoder.encoder_size
         flops += common.count_flops(autoencoder.encoder, zeros(1, 3, size, size))
