@@ -159,7 +159,7 @@ def train_step(models: dict, name: str, loss_of: Callable[[torch.nn.Module], tor
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizers = common.Optimizers(torch.optim.AdamW(trainable, 1e-3, fused=True))
     loss = loss_of(model)
-    loss.backward(train_decoder.nan_unless_finite(loss))
+    loss.backward(common.one_or_nan(loss))
     grad_norm = optimizers.step()
     common.update_ema(ema, model, 0.999, 200)
     assert grad_norm.shape == () and all(p.grad is None for p in trainable)
