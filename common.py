@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -470,12 +471,17 @@ def replacing(path: Path):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """The 8-bit values of a saved file, from images clamped to [0, 1]; on the CPU."""
+    return (images.clamp(0, 1) * 255).round().byte().cpu()
+
+
 def save_image(path: Path, pixels: Tensor, **text) -> None:
     """(3, H, W) in [0, 1] -> PNG, rounded to 8 bits, with `text` in its metadata."""
     info = PngInfo()
     for key, value in text.items():
         info.add_text(key, str(value))
-    array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    array = to_uint8(pixels).permute(1, 2, 0).numpy()
     with replacing(path) as temporary:
         Image.fromarray(array).save(temporary, format="PNG", pnginfo=info)
 
@@ -518,6 +524,23 @@ def save_results(results: list[dict], seed: int, path: Path) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\n{path}")
+
+
+def table(results: list[dict]) -> str:
+    """Markdown. The metric psnr/objects is row psnr and column objects; in longer names, such as
+    shapes/model/counting, the last part is the row."""
+    cells, columns = defaultdict(dict), []
+    for result in results:
+        column, _, row = result["metric"].rpartition("/")
+        if "/" not in column:
+            column, row = row, column
+        if column not in columns:
+            columns.append(column)
+        cells[row][column] = f"{result['value']:.3f}"
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    for row, values in cells.items():
+        lines.append([row, *(values.get(column, "") for column in columns)])
+    return "\n".join("| " + " | ".join(f"{cell:19}" for cell in line) + " |" for line in lines)
 
 
 def read_rows(metrics: Path) -> list[dict]:

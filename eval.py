@@ -26,7 +26,6 @@ compared as they are; the images of a reference source are cropped to the same s
 """
 
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -96,11 +95,6 @@ def explain(action: str):
 
 # -----------------------------------------------------------------------------------------------------------
 # metrics of image pairs
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """The 8-bit values of a saved file, from images clamped to [0, 1]; on the CPU."""
-    return (images.clamp(0, 1) * 255).round().byte().cpu()
 
 
 def psnr(one: Tensor, other: Tensor) -> Tensor:
@@ -461,7 +455,7 @@ def reconstruct(
     for indices, batch in progress:
         original = data.to_unit(batch, dist_ctx.device)
         with dist_ctx.autocast():
-            rounded = to_uint8(model.decode(model.encode(original)))
+            rounded = common.to_uint8(model.decode(model.encode(original)))
         # metrics are those of saved 8-bit images, not of the decoder's fp32 output
         decoded = data.to_unit(rounded, dist_ctx.device)
         for key, metric in metrics.items():
@@ -582,23 +576,6 @@ def compare(
 # main
 
 
-def table(results: list[dict]) -> str:
-    """Markdown. The metric psnr/objects is row psnr and column objects; in longer names, such as
-    shapes/model/counting, the last part is the row."""
-    cells, columns = defaultdict(dict), []
-    for result in results:
-        column, _, row = result["metric"].rpartition("/")
-        if "/" not in column:
-            column, row = row, column
-        if column not in columns:
-            columns.append(column)
-        cells[row][column] = f"{result['value']:.3f}"
-    lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    for row, values in cells.items():
-        lines.append([row, *(values.get(column, "") for column in columns)])
-    return "\n".join("| " + " | ".join(f"{cell:19}" for cell in line) + " |" for line in lines)
-
-
 EVALUATIONS = {
     "recon": recon,
     "fid": fid,
@@ -621,7 +598,7 @@ def main() -> None:
     for name in names:
         part = EVALUATIONS[name](config, dist_ctx)
         if dist_ctx.is_main:
-            print(f"\n{table(part)}", flush=True)
+            print(f"\n{common.table(part)}", flush=True)
             results += part
     if dist_ctx.is_main:
         common.save_results(results, config.seed, Path(config.out))

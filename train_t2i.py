@@ -332,21 +332,25 @@ def open_data(
     shape, is_text = autoencoder.latent_shape, config.condition == "text"
     options = {"flip": config.flip, "text_only": is_text}
     if is_text:
-        with common.loading(config.init or config.language_model):
-            tokenizer = (
-                init.tokenizer if init else transformers.AutoTokenizer.from_pretrained(config.language_model)
-            )
+        if init:
+            tokenizer = init.tokenizer
+        else:
+            with common.loading(config.language_model):
+                tokenizer = transformers.AutoTokenizer.from_pretrained(config.language_model)
         options["length"] = partial(rae.chat_length, tokenizer=tokenizer, image_tokens=shape[0])
         options["max_seq_len"] = config.max_seq_len
     source = data.open_source(config.data, autoencoder.image_size, config.seed, **options)
     val_name = config.val_data or config.data
     val_source = data.open_source(val_name, autoencoder.image_size, config.seed + 1, **options)
-    if val_source.classes not in (None, source.classes):
-        raise ValueError(f"--val-data {val_name} has {val_source.classes} classes, not {source.classes}")
-    for info in [*source.latents, *val_source.latents]:
+    classes = count_classes(config, source)
+    if classes and val_source.classes not in (None, classes):
+        raise ValueError(f"--val-data {val_name} has {val_source.classes} classes, not {classes}")
+    infos = [(config.data, info) for info in source.latents]
+    infos += [(val_name, info) for info in val_source.latents]
+    for name, info in infos:
         if tuple(info["latent_shape"]) != shape or info["autoencoder"] != config.autoencoder:
             raise ValueError(
-                f"{config.data} has latents {tuple(info['latent_shape'])} of {info['autoencoder']}, but "
+                f"{name} has latents {tuple(info['latent_shape'])} of {info['autoencoder']}, but "
                 f"--autoencoder {config.autoencoder} has {shape}: give the one that made them"
             )
     if reader and not (is_text and reader.latent_shape[0] == shape[0]):
@@ -377,7 +381,10 @@ class Validation:
     def __init__(self, config: Config, model: rae.LatentModel, autoencoder, reader, batch: dict, dist_ctx):
         self.dist_ctx, self.autoencoder = dist_ctx, autoencoder
         self.inputs = prepare(config, model, batch)
-        source = config.val_data or config.data
+        if (
+            config.condition == "text"
+        ):  # the text loss is not asked for: without labels, no logits are computed
+            self.inputs.condition.labels.fill_(rae.IGNORED)
         latents, readable = encode(config, model, autoencoder, reader, batch, dist_ctx)
         self.latents, self.contexts = latents[self.inputs.answers].float(), readable[self.inputs.contexts]
         index = list(range(len(self.latents)))
@@ -387,6 +394,7 @@ class Validation:
             captions = map(data.requested_caption, batch["conversation"])
             self.grid_inputs = [caption for caption in captions if caption is not None][:16]
             if not all(self.grid_inputs):
+                source = config.val_data or config.data
                 raise ValueError(f"{source} has images without captions: write them into its metadata.jsonl")
         else:
             classes = getattr(model, "num_classes", None) or 16

@@ -17,7 +17,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
-import eval  # noqa: E402
 from common import flag  # noqa: E402
 
 TABLE = re.compile(r"(<!-- table (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -43,7 +42,7 @@ def eval_table(file: dict, prefixes: tuple[str, ...]) -> str:
         raise ValueError(f"no metric begins with {' or '.join(prefixes)}")
     n = ", ".join(map(str, sorted({row["n"] for row in rows})))
     versions, date = file["versions"], file["date"][:10]
-    return f"{eval.table(rows)}\n\n`{file['command']}`, torch {versions['torch']}, {date}; n = {n}"
+    return f"{common.table(rows)}\n\n`{file['command']}`, torch {versions['torch']}, {date}; n = {n}"
 
 
 def bench_table(file: dict) -> str:

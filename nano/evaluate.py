@@ -29,7 +29,6 @@ import common
 import data
 import rae
 from common import flag
-from eval import table, to_uint8
 from nano import scorer, shapes
 
 KEEP = 4  # images kept of all candidates, as in Scale-RAE
@@ -62,7 +61,7 @@ def generate(
     """Latents (B, N, C) and images (B, H, W, 3) uint8, from noise (B, N, C)."""
     with dist_ctx.autocast():
         latents = model.generate(prompts, noise=noise, **sampler)
-        return latents, to_uint8(model.autoencoder.decode(latents)).permute(0, 2, 3, 1).numpy()
+        return latents, common.to_uint8(model.autoencoder.decode(latents)).permute(0, 2, 3, 1).numpy()
 
 
 @torch.no_grad()
@@ -71,7 +70,7 @@ def reconstruct(autoencoder: rae.RAE, image: np.ndarray, dist_ctx: common.DistCo
     images = data.to_unit(torch.from_numpy(image).permute(2, 0, 1)[None], dist_ctx.device)
     with dist_ctx.autocast():
         decoded = autoencoder.decode(autoencoder.encode(images))
-    return to_uint8(decoded)[0].permute(1, 2, 0).numpy()
+    return common.to_uint8(decoded)[0].permute(1, 2, 0).numpy()
 
 
 def draw_images(
@@ -194,7 +193,7 @@ def main() -> None:
     results = []
     for name in names:
         part = EVALUATIONS[name](model, sampler, config, dist_ctx)
-        print(f"\n{table(part)}", flush=True)
+        print(f"\n{common.table(part)}", flush=True)
         results += part
     common.save_results(results, config.seed, Path(config.out))
 

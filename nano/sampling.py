@@ -22,7 +22,6 @@ import common
 import data
 import rae
 from common import flag
-from eval import table
 from nano import scorer, shapes
 from nano.evaluate import generate
 
@@ -113,7 +112,7 @@ def main() -> None:
         for task, value in scores[setting].items():
             n = len(requests) // (1 if task == "overall" else len(shapes.TASKS))
             results.append({"metric": f"{task}/{name}", "value": value, "n": n})
-    print(table(results))
+    print(common.table(results))
     plot(scores, Path(config.out))
     common.save_results(results, config.seed, Path(config.out).with_suffix(".json"))
 

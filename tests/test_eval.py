@@ -377,7 +377,7 @@ def test_data_sets_need_plain_names(names):
 
 def test_table_has_a_column_for_each_data_set():
     names = ("psnr/imagenet", "ssim/imagenet", "psnr/yfcc", "ssim/yfcc", "shapes/model/overall")
-    lines = evaluation.table([{"metric": name, "value": i} for i, name in enumerate(names)]).splitlines()
+    lines = common.table([{"metric": name, "value": i} for i, name in enumerate(names)]).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["", "imagenet", "yfcc", "shapes/model"]
     assert cells[2:] == [["psnr", "0.000", "2.000", ""], ["ssim", "1.000", "3.000", ""],
