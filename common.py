@@ -10,6 +10,7 @@ import platform
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -450,9 +451,27 @@ def writing(path: Path):
         raise OSError(f"cannot write {path}: {one_line(error)}") from error
 
 
+def check_is_file(path: Path) -> None:
+    """Raises ValueError where a file would take the place of a folder or a device."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} exists and is not a file: choose another name for the output")
+
+
+def check_output(path: Path) -> None:
+    """Before a long computation: raises ValueError or OSError if the file cannot be written in the end."""
+    check_is_file(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+
+
 @contextmanager
-def replacing(path: Path):
-    """Yields a temporary path in the same folder, which takes the place of `path` if nothing went wrong."""
+def replacing(path: Path, folder: bool = False):
+    """Yields a temporary path in the same folder, which takes the place of `path` if nothing went wrong: of a
+    file, or with `folder` of a folder. The caller knows that an old folder may go."""
+    if not folder:
+        check_is_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
@@ -460,7 +479,7 @@ def replacing(path: Path):
         with writing(path):
             yield temporary
             # a folder cannot be renamed onto another
-            if path.is_dir():
+            if folder and path.exists():
                 path.rename(old)
             temporary.rename(path)
     finally:
@@ -730,7 +749,7 @@ class Run:
                     file.write(json.dumps(state) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
-            with replacing(self.out / "model") as folder:
+            with replacing(self.out / "model", folder=True) as folder:
                 self.export.save_pretrained(folder)
             if self.metrics.exists():
                 plot_losses(self.metrics, self.out / "losses.png")

@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_the_old_file_or_folder(tmp_path):
     with pytest.raises(OSError, match="cannot write"), common.replacing(file) as temporary:
         temporary.write_text("half")
         raise OSError("No space left on device")
-    with pytest.raises(OSError, match="cannot write"), common.replacing(folder):
+    with pytest.raises(OSError, match="cannot write"), common.replacing(folder, folder=True):
         pass  # nothing was written: the last rename fails
     assert file.read_text() == (folder / "config.json").read_text() == "good"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image.png", "model"]
@@ -153,3 +153,15 @@ def test_a_model_without_one_of_its_tensors_is_refused(parts, tmp_path):
     save_file(weights, tmp_path / "t2i/model.safetensors")
     with pytest.raises(ValueError, match="cannot load"):
         common.load_model(rae.TextToImage, str(tmp_path / "t2i"), "", CPU)
+
+
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").write_text("mine")
+    with pytest.raises(ValueError, match="not a file"), common.replacing(tmp_path / "photos"):
+        pytest.fail("refused before anything is written")
+    with pytest.raises(ValueError, match="not a file"):
+        common.check_output(Path("/dev/null"))
+    assert (tmp_path / "photos/cat.jpg").read_text() == "mine"
+    with pytest.raises(OSError, match="cannot write"):
+        common.check_output(tmp_path / "photos/cat.jpg/results.json")
