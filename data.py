@@ -73,12 +73,11 @@ MAX_RATIO = 200  # of compression, after the first gigabyte of a tar
 MAX_CAPTION = 1000  # characters; longer captions are cut
 MAX_CONVERSATION = 2**15  # characters; longer ones are skipped
 SPECIAL_TOKEN = r"<\|\w+\|>|<im_\w+>"  # tokens of language models; <image> is text
-MAX_SKIPPED = (
-    100  # unusable samples in a row before a run stops with an error; of a lane, a thousand times that
-)
-MAX_SHARE = 0.1  # of skipped samples before a warning
-MAX_DEATHS = 5  # of worker processes in a row before it does
+MAX_SKIPPED = 100  # unusable samples in a row before a run stops with an error
+MAX_STREAM = 100_000  # unusable samples in a row of shards before it does
+MAX_DEATHS = 5  # worker processes that die for one batch before it does
 TIMEOUT = 300  # seconds without data before it does
+MAX_SHARE = 0.1  # of skipped samples before a warning
 
 # Both are part of what a seed means: with other values the batches of every run change.
 DRAWS = 4  # uniform numbers per sample: wording of the request, crop x, crop y, flip
@@ -178,8 +177,8 @@ def parse_conversation(row: dict) -> list[tuple[str, str]]:
 
 
 def open_image(source: str | Path | bytes, name: str = "") -> Image.Image:
-    """An RGB image as a viewer shows it, from a path or the bytes of a file: turned as EXIF says, on white, and
-    the first of several. Raises SkipSample if it is missing, damaged, too large or too narrow."""
+    """An RGB image as a viewer shows it, from a path or the bytes of a file: turned as EXIF says, on white,
+    and the first of several. Raises SkipSample if it is missing, damaged, too large or too narrow."""
     name = name or ("image" if isinstance(source, bytes) else str(source))
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
@@ -526,10 +525,11 @@ class Folder:
         for suffix in (".txt", ".jsonl", ".csv"):
             del suffixes[suffix]
         if suffixes:
-            most = ", ".join(
-                f"{count:,} {suffix or 'without one'}" for suffix, count in suffixes.most_common(9)
+            most = [f"{count:,} {suffix or 'no suffix'}" for suffix, count in suffixes.most_common(9)]
+            print(
+                f"{path}: passed over files that are no image of a known format: {', '.join(most)}",
+                file=sys.stderr,
             )
-            print(f"{path}: passed over by their suffix, because they are no images: {most}", file=sys.stderr)
         rows = [row for file in metadata for row in read_metadata(path, file)]
         if metadata:
             if unnamed := len(set(images).difference(image for image, _ in rows)):
@@ -685,9 +685,9 @@ class ShardStream:
                         position = (epoch, turn, *sample["position"])
                         yield sample | {"position": position, "skipped": skipped}
                         skipped, empty_epochs = [], 0
-                    elif len(skipped) > 1000 * MAX_SKIPPED:
+                    elif len(skipped) == MAX_STREAM:
                         raise ValueError(
-                            f"{self.name}: {len(skipped):,} unusable samples in a row: {skipped[-1]}"
+                            f"{self.name}: {MAX_STREAM} unusable samples in a row: {skipped[-1]}"
                         )
                 turn, first, taken = turn + 1, 0, 0
             epoch, turn, empty_epochs = epoch + 1, 0, empty_epochs + 1
@@ -739,7 +739,7 @@ class TailReader:
         content = self.file.read(size)
         self.tail = (self.tail + content)[-512:]
         self.size += len(content)
-        if self.size > 2**30 and self.size > MAX_RATIO * self.packed.tell():
+        if self.size > 16 * MAX_FILE and self.size > MAX_RATIO * self.packed.tell():
             raise ValueError(f"{self.size:,} bytes were compressed into {self.packed.tell():,}")
         return content
 
@@ -970,9 +970,8 @@ def train_split(name: str, files: list[str]) -> list[str]:
     """The files without those for validation and tests, if names say that some are for training."""
     words = [set(re.split("[^a-z]+", file.lower())) for file in files]
     in_train = [any(word.startswith("train") for word in some) for some in words]
-    in_test = [
-        bool(some & {"test", "testing", "val", "valid", "validation", "dev", "eval"}) for some in words
-    ]
+    others = {"test", "testing", "val", "valid", "validation", "dev", "eval"}
+    in_test = [bool(some & others) for some in words]
     if not any(in_train):
         if files and all(in_test):
             print(f"{name} has only files for validation or tests: they are used", file=sys.stderr)
@@ -1019,10 +1018,10 @@ class Loader(Iterator):
         self.source, self.args, self.step, self.workers = source, (batch, rank, world_size), start, workers
         self.skipped, self.waited, self.watch, self.deaths = [], 0.0, Watch(max(1, workers)), 0
         self.recent = torch.zeros(2)  # samples used and skipped, up to a thousand
-        self.positions = positions or {}
-        before = self.positions.get("data", source.identity)
-        if before != source.identity:
-            self.say(f"the data changed since the checkpoint: {before}, now {source.identity}")
+        self.positions = positions or {"data": source.identity}
+        before, now = (", ".join(x) for x in (self.positions.get("data", ["unknown"]), source.identity))
+        if before != now:
+            self.say(f"data changed since the checkpoint: {before}, now {now}")
         self.begin()
 
     def begin(self) -> None:
@@ -1169,12 +1168,14 @@ def watched(name: str) -> Iterator[None]:
         yield
         return
     note, deaths = WATCH
-    key = encodable(name)[-100:].encode()
+    key = encodable(name)[-100:]
     if deaths[key] > 1:
         raise SkipSample(f"{name}: two worker processes died on it")
-    note.value = b"%d %s" % (os.getpid(), key)
-    yield
-    note.value = b""
+    note.value = f"{os.getpid()} {key}".encode()
+    try:
+        yield
+    finally:
+        note.value = b""
 
 
 class WorkerDied(OSError):
@@ -1206,6 +1207,8 @@ def receive(make: Callable[[int, int], Iterator[dict]], workers: int, watch: Wat
     ahead = {"prefetch_factor": 4, "timeout": min(1, TIMEOUT)} if workers else {}
     loader = DataLoader(PerWorker(make, watch), batch_size=None, num_workers=workers, **ahead)
     handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    for note in watch.notes:
+        note.value = b""
     batches, last = iter(loader), time.monotonic()
     # When a worker dies, PyTorch's handler raises wherever the trainer is, such as in the middle of a step.
     if threading.current_thread() is threading.main_thread():
@@ -1215,14 +1218,20 @@ def receive(make: Callable[[int, int], Iterator[dict]], workers: int, watch: Wat
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
             reason = str(error)
-            if "exited unexpectedly" in reason:
-                pids = re.findall(rb"\d+", reason.encode())
-                notes = [note.value.partition(b" ") for note in watch.notes]
-                names = [name for pid, _, name in notes if pid in pids and name]
+            # Without its worker, a batch in the queue cannot be received: torch shares memory by a connection.
+            lost = (
+                isinstance(error, (ConnectionError, FileNotFoundError, EOFError)) and "Caught" not in reason
+            )
+            if lost or "exited unexpectedly" in reason:
+                alive = {child.pid for child in multiprocessing.active_children()}
+                notes = [note.value.decode(errors="replace").partition(" ") for note in watch.notes]
+                names = [name for pid, _, name in notes if name and int(pid) not in alive]
                 watch.deaths.update(names)
-                raise WorkerDied(f"a data worker died, reading {b', '.join(names).decode()}") from error
+                raise WorkerDied(f"a data worker died, reading {', '.join(names)}") from error
+            if not isinstance(error, RuntimeError):
+                raise
             if "timed out" not in reason:
                 raise OSError(f"data loading failed: {reason}") from error
             if time.monotonic() < last + TIMEOUT:
