@@ -75,8 +75,9 @@ MAX_CONVERSATION = 2**15  # characters; longer ones are skipped
 SPECIAL_TOKEN = r"<\|\w+\|>|<im_\w+>"  # tokens of language models; <image> is text
 MAX_SKIPPED = 100  # unusable samples in a row before a run stops with an error
 MAX_STREAM = 100_000  # unusable samples in a row of shards before it does
-MAX_DEATHS = 5  # worker processes that die for one batch before it does
+MAX_DEATHS = 10  # worker processes that die for one batch before it does
 TIMEOUT = 300  # seconds without data before it does
+CHECK = 1  # seconds without data before it looks whether its worker processes are alive
 MAX_SHARE = 0.1  # of skipped samples before a warning
 
 # Both are part of what a seed means: with other values the batches of every run change.
@@ -1157,6 +1158,18 @@ class Watch:
         self.notes = [multiprocessing.Array("c", 600, lock=False) for _ in range(workers)]
         self.deaths = Counter()
 
+    def blame(self) -> str:
+        """Counts and returns the samples of dead workers."""
+        names, deadline = [], time.monotonic() + 2
+        # A process that is killed takes a moment to end.
+        while not names and time.monotonic() < deadline:
+            alive = {child.pid for child in multiprocessing.active_children()}
+            notes = [note.value.decode(errors="replace").partition(" ") for note in self.notes]
+            names = [name for pid, _, name in notes if name and int(pid) not in alive]
+            time.sleep(0.01)
+        self.deaths.update(names)
+        return ", ".join(names) or "no image"
+
 
 WATCH = None  # in a worker process: its note, and the deaths before it started
 
@@ -1204,7 +1217,7 @@ def receive(make: Callable[[int, int], Iterator[dict]], workers: int, watch: Wat
     TIMEOUT seconds without data: the main function prints an OSError in one line."""
     # Four batches ahead even out slow reads; PyTorch refuses both options without workers. Only at a timeout
     # does it look whether a worker is alive.
-    ahead = {"prefetch_factor": 4, "timeout": min(1, TIMEOUT)} if workers else {}
+    ahead = {"prefetch_factor": 4, "timeout": min(CHECK, TIMEOUT)} if workers else {}
     loader = DataLoader(PerWorker(make, watch), batch_size=None, num_workers=workers, **ahead)
     handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
     for note in watch.notes:
@@ -1220,16 +1233,10 @@ def receive(make: Callable[[int, int], Iterator[dict]], workers: int, watch: Wat
             return
         except (RuntimeError, OSError, EOFError) as error:
             reason = str(error)
-            # Without its worker, a batch in the queue cannot be received: torch shares memory by a connection.
-            lost = (
-                isinstance(error, (ConnectionError, FileNotFoundError, EOFError)) and "Caught" not in reason
-            )
-            if lost or "exited unexpectedly" in reason:
-                alive = {child.pid for child in multiprocessing.active_children()}
-                notes = [note.value.decode(errors="replace").partition(" ") for note in watch.notes]
-                names = [name for pid, _, name in notes if name and int(pid) not in alive]
-                watch.deaths.update(names)
-                raise WorkerDied(f"a data worker died, reading {', '.join(names)}") from error
+            # A dead worker's batches cannot be received: it would hand over their shared memory.
+            lost = isinstance(error, (ConnectionError, FileNotFoundError, EOFError))
+            if "exited unexpectedly" in reason or (lost and "Caught" not in reason):
+                raise WorkerDied(f"a data worker died, reading {watch.blame()}") from error
             if not isinstance(error, RuntimeError):
                 raise
             if "timed out" not in reason:
