@@ -41,7 +41,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -99,6 +99,13 @@ def hash_seed(*keys: int | str) -> int:
     """A 63-bit seed from several keys, the same on every machine."""
     # A hash, because sums such as seed + index make streams of different seeds overlap.
     return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), "little") >> 1
+
+
+@cache
+def say(message: str) -> None:
+    """Prints a warning, once and on the main process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
 
 
 def short_hash(content: bytes) -> str:
@@ -447,7 +454,7 @@ class ImageSource:
 class Packed(Sequence):
     """Strings in two arrays. Worker processes share these, but would copy a list by reading it."""
 
-    def __init__(self, strings: Iterable[str] = ()):
+    def __init__(self, strings: Iterable[str]):
         encoded = [os.fsencode(string) for string in strings]
         self.content, self.ends = b"".join(encoded), np.cumsum([len(x) for x in encoded], dtype=np.int64)
 
@@ -459,10 +466,10 @@ class Packed(Sequence):
         return os.fsdecode(self.content[start:end])
 
 
-LISTED: dict[str, tuple[dict[str, int], Packed]] = {}  # times of directories, and the files in them
+LISTED: dict[str, tuple[dict[str, int], list[str]]] = {}  # times of directories, and the files in them
 
 
-def list_files(folder: str) -> Packed:
+def list_files(folder: str) -> list[str]:
     """The files below a folder as sorted relative paths, without hidden ones. Links are followed."""
     # The main process lists for all: 64 that list ImageNet are a load for a network file system.
     shared = dist.is_available() and dist.is_initialized()
@@ -477,10 +484,10 @@ def list_files(folder: str) -> Packed:
     return result[0]
 
 
-def walk(folder: str) -> Packed:
+def walk(folder: str) -> list[str]:
     """See `list_files`. A folder in which nothing was added or removed since is not listed again."""
     root = os.path.abspath(folder)
-    times, files = LISTED.get(root, ({}, Packed()))
+    times, files = LISTED.get(root, ({}, []))
     if times and all(os.path.isdir(path) and os.stat(path).st_mtime_ns == times[path] for path in times):
         return files
     times, paths, seen, directories = {}, [], set(), [root]
@@ -502,12 +509,8 @@ def walk(folder: str) -> Packed:
                 # A broken link is skipped and named when it is read; a pipe would wait for ever.
                 elif entry.is_file() or entry.is_symlink():
                     paths.append(entry.path)
-    LISTED[root] = times, Packed(sorted(path[len(root) :].lstrip("/") for path in paths))
+    LISTED[root] = times, sorted(path[len(root) :].lstrip("/") for path in paths)
     return LISTED[root][1]
-
-
-def is_image(path: str) -> bool:
-    return path.rpartition(".")[2].lower() in IMAGES
 
 
 class Folder:
@@ -516,25 +519,25 @@ class Folder:
 
     def __init__(self, path: str):
         self.path, files = path, list_files(path)
-        images = [file for file in files if is_image(file)]
-        names = ("metadata.jsonl", "metadata.csv")
-        metadata = [[file for file in files if os.path.basename(file) == name] for name in names]
-        metadata = metadata[0] or metadata[1]
-        self.has_texts = not metadata and any(file.endswith(".txt") for file in files)
+        images = [file for file in files if file.rpartition(".")[2].lower() in IMAGES]
+        others = sorted(set(files).difference(images))
+        lines = [file for file in others if os.path.basename(file) == "metadata.jsonl"]
+        metadata = lines or [file for file in others if os.path.basename(file) == "metadata.csv"]
+        suffixes = Counter(os.path.splitext(file)[1].lower() for file in others)
+        self.has_texts = bool(suffixes[".txt"]) and not metadata
+        rows = [row for file in metadata for row in read_metadata(path, file)]
         # ---- say what is not used
-        suffixes = Counter(os.path.splitext(file)[1].lower() for file in files if not is_image(file))
         for suffix in (".txt", ".jsonl", ".csv"):
             del suffixes[suffix]
         if suffixes:
-            most = [f"{count:,} {suffix or 'no suffix'}" for suffix, count in suffixes.most_common(9)]
-            print(
-                f"{path}: passed over files that are no image of a known format: {', '.join(most)}",
-                file=sys.stderr,
+            most = ", ".join(
+                [f"{count:,} {suffix or 'no suffix'}" for suffix, count in suffixes.most_common(9)]
             )
-        rows = [row for file in metadata for row in read_metadata(path, file)]
+            say(f"{path}: passed over files that are no image of a known format: {most}")
         if metadata:
-            if unnamed := len(set(images).difference(image for image, _ in rows)):
-                print(f"{path}: passed over {unnamed:,} images that no metadata file names", file=sys.stderr)
+            unnamed = len(set(images).difference(image for image, _ in rows))
+            if unnamed:
+                say(f"{path}: passed over {unnamed:,} images that no metadata file names")
             images = [image for image, _ in rows]
         self.images, self.fields = Packed(images), Packed(json.dumps(fields) for _, fields in rows)
         self.identity = f"{len(images):,} images ({short_hash(self.images.content)})"
@@ -975,7 +978,7 @@ def train_split(name: str, files: list[str]) -> list[str]:
     in_test = [bool(some & others) for some in words]
     if not any(in_train):
         if files and all(in_test):
-            print(f"{name} has only files for validation or tests: they are used", file=sys.stderr)
+            say(f"{name} has only files for validation or tests: they are used")
         return files
     return [file for file, train, test in zip(files, in_train, in_test, strict=True) if train or not test]
 
@@ -1022,7 +1025,7 @@ class Loader(Iterator):
         self.positions = positions or {"data": source.identity}
         before, now = (", ".join(x) for x in (self.positions.get("data", ["unknown"]), source.identity))
         if before != now:
-            self.say(f"data changed since the checkpoint: {before}, now {now}")
+            say(f"data changed since the checkpoint: {before}, now {now}")
         self.begin()
 
     def begin(self) -> None:
@@ -1032,10 +1035,6 @@ class Loader(Iterator):
         self.positions = lanes.positions | {"data": self.source.identity}
         self.parts = min(self.workers, len(lanes.local)) or 1
         self.batches = receive(lanes.batches, self.parts if self.workers else 0, self.watch)
-
-    def say(self, message: str) -> None:
-        if self.args[1] == 0:
-            print(message, file=sys.stderr)
 
     def __next__(self) -> dict:
         started, parts = time.perf_counter(), []
@@ -1061,9 +1060,8 @@ class Loader(Iterator):
             self.skipped += part["skipped"]
             self.recent += torch.tensor([len(part["index"]), len(part["skipped"])])
         if self.recent.sum() >= 1000:
-            share = float(self.recent[1] / self.recent.sum())
-            if share > MAX_SHARE:
-                self.say(f"warning: {share:.0%} of the last thousand samples were skipped")
+            if self.recent[1] > MAX_SHARE * self.recent.sum():
+                say(f"warning: more than {MAX_SHARE:.0%} of the last thousand samples were skipped")
             self.recent.zero_()
         self.waited += time.perf_counter() - started
         return batch
