@@ -405,7 +405,8 @@ ANIMALS = ["dog", "a cat", "Ice cream", "U.S.A."]
     "answers, letter",
     [
         (["B", "b", "B.", "(b)", "(B) a cat", "b) cat", "B: cat", "B is right", "**B**",
-          "B. I like that answer", "Answer: B", "answer: (b).", "The answer is B", "a cat", "A cat.", "The answer is a cat"], "B"),
+          "B. I like that answer", "Answer: B", "answer: (b).", "The answer is B", "a cat", "A cat.",
+          "The answer is a cat"], "B"),
         (["A", "a.", "Answer: A because", "dog"], "A"),
         (["The correct option is C, not the cat", "ice cream"], "C"),
         (["A cat is shown", "a bird", "I see a dog", "The answer is a bird", "Bee", "E", "", "answer"], ""),
