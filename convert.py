@@ -84,8 +84,9 @@ def from_official(state_dict: dict[str, Tensor], **options) -> nn.Module:
     - a whole Scale-RAE model -> TextToImage; needs language_model= (config or model of `transformers`); takes
       im_start= and im_end=, ids of the tokens around an image. Set its tokenizer and autoencoder afterwards
 
-    heads= is needed for a decoder whose size is not in `rae.DECODERS`, and for a DiT without RoPE tables.
-    Other sizes are read from the tensors; options such as width= are checked. With the DDT head, heads, width
+    heads= is needed for a decoder whose size is not in `rae.DECODERS`, and for a DiT without RoPE tables;
+    depth= for a DiT whose DDT head is as wide as its backbone, for nothing tells where the head begins. Other
+    sizes are read from the tensors; options such as width= are checked. With the DDT head, heads, width
     and depth are pairs (backbone, head), or one number for both. Raises ValueError for an unknown or damaged
     state dict, naming the first keys that do not fit, and for options that contradict it.
     """
