@@ -1194,7 +1194,10 @@ class TextToImage(LatentModel, library_name="rae"):
             # stated, because otherwise `transformers` asks on the terminal
             options = {"trust_remote_code": False}
             tokenizer = transformers.AutoTokenizer.from_pretrained(language_model, **options)
-            self.language_model = auto.from_pretrained(language_model, **options)
+            model, report = auto.from_pretrained(language_model, output_loading_info=True, **options)
+            if missing := sorted(report["missing_keys"]):  # initialised at random, with a warning only
+                raise ValueError(f"{language_model}: {len(missing)} weights are missing: {missing[:5]}")
+            self.language_model = model
             self.add_image_tokens(tokenizer)
         self.language_model.float()  # files are often bf16
         # instruction-tuned models ship sampling settings and penalties, which decoding here must not inherit

@@ -1,11 +1,13 @@
 """The models: published sizes, shapes, conditions, padding, the sampler, encoders, folders."""
 
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save_file
 
 import common
 import rae
@@ -281,6 +283,15 @@ def test_rows_of_tokens_that_a_language_model_has_are_kept(tokens, spare, tied, 
         assert len(new) == len(vocabulary) and torch.equal(new[:known], old[:known])
         mean = old[:known].mean(dim=0).expand(len(new) - known, -1)
         torch.testing.assert_close(new[known:], mean)
+
+
+def test_a_language_model_without_some_of_its_weights(parts, tmp_path):
+    shutil.copytree(parts / "language-model", tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 weights are missing: .*model.norm.weight"):
+        rae.TextToImage(str(tmp_path), {"width": 32, "depth": 1, "heads": 2}, (16, 24))
 
 
 def test_a_tokenizer_without_chat_ml(parts, tmp_path):
