@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -354,9 +355,13 @@ class ReleasedDiT:
         depth = (blocks - in_head, in_head) if self.ddt_head else (blocks,)
         if self.ddt_head and in_head == blocks:
             # all blocks are alike, and nothing tells where the head begins
-            depth = options.get("depth")
-            if not depth:
-                raise ValueError("backbone and DDT head are equally wide: give depth=(backbone, head)")
+            if "depth" not in options:
+                warnings.warn(
+                    "backbone and DDT head are equally wide: the head is taken to have the two blocks of both "
+                    "papers; for another give depth=(backbone, head)",
+                    stacklevel=2,
+                )
+            depth = options.get("depth", (blocks - 2, 2))
         heads = options.get("heads", ())
         if f"{self.prefix}{self.ropes[0]}.freqs_cos" in self.weights:
             # a RoPE table has one column for every channel of an attention head
