@@ -357,7 +357,7 @@ class ReleasedDiT:
             # all blocks are alike, and nothing tells where the head begins
             if "depth" not in options:
                 warnings.warn(
-                    "backbone and DDT head are equally wide: the head is taken to have the two blocks of both "
+                    "backbone and DDT head are equally wide: the head is taken to have two blocks, as in both "
                     "papers; for another give depth=(backbone, head)",
                     stacklevel=2,
                 )
