@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import operator
 import os
 import platform
 import shutil
@@ -49,10 +50,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every data load
 
 
 def flag(default, help: str, **kwargs):
-    """A field of a config dataclass. `at_least` bounds a number; the other options are argparse's."""
+    """A field of a config dataclass. `at_least`, `at_most` and `above` bound a number; the other options are
+    argparse's."""
     return dataclasses.field(default=default, metadata={"help": help, **kwargs})
 
 
+BOUNDS = {  # option of `flag`: what a refusal says, and whether a number is within
+    "at_least": ("at least", operator.ge),
+    "at_most": ("at most", operator.le),
+    "above": ("more than", operator.gt),
+}
 DTYPES = ("auto", "bf16", "fp32")
 SHARDING = ("none", "full", "hybrid")
 
@@ -80,45 +87,65 @@ class TrainConfig:
 def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
     """A config from the command line; `manual` is shown by --help. A tuple field is positional."""
     # ---- flags: with SUPPRESS as their default, only those on the command line are returned
-    parser = argparse.ArgumentParser(
-        description=manual, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    base = {}
     if presets:
-        parser.add_argument(
-            "--preset", choices=presets, default="nano", help="values for the flags below (default nano)"
-        )
+        help = "values for the flags below (default nano)"
+        preset.add_argument("--preset", choices=presets, default="nano", help=help)
+        # known first: --help shows its values
+        base = presets[preset.parse_known_args()[0].preset]
+    parser = argparse.ArgumentParser(description=manual, parents=[preset], **options)
     for field in dataclasses.fields(config):
-        add_argument(parser, field)
+        add_argument(parser, field, base.get(field.name, field.default))
     flags = vars(parser.parse_args())
+    flags.pop("preset", None)
     # ---- values: the dataclass's defaults, then --preset's (with --resume OUT/config.json's), then the flags
-    base = (presets or {}).get(flags.pop("preset", ""), {})
     saved = Path(flags.get("out", getattr(config, "out", ""))) / "config.json"
     if flags.get("resume") and saved.is_file():
-        base = json.loads(saved.read_text())
+        try:
+            base = dict(json.loads(saved.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"cannot read {saved}: {one_line(error)}") from error
         if unknown := set(base) - {field.name for field in dataclasses.fields(config)}:
             raise ValueError(f"{saved} has values that this script does not know: {', '.join(unknown)}")
     values = config(**(base | flags))
     # ---- checks: argparse has not seen the values of a config.json
     for field in dataclasses.fields(config):
-        name, value = "--" + field.name.replace("_", "-"), getattr(values, field.name)
-        choices, least = field.metadata.get("choices"), field.metadata.get("at_least")
-        if choices is not None and value not in choices:
-            raise ValueError(f"{name} {value}: choose from {', '.join(choices)}")
-        if least is not None and value is not None and value < least:
-            raise ValueError(f"{name} {value}: give at least {least}")
+        check_value(field, getattr(values, field.name))
     return values
 
 
-def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-    kwargs = {key: value for key, value in field.metadata.items() if key != "at_least"}
+def check_value(field: dataclasses.Field, value) -> None:
+    """Raises ValueError for a value that its flag cannot have."""
+    name, choices = "--" + field.name.replace("_", "-"), field.metadata.get("choices")
+    types = get_args(field.type) or (field.type,)
+    if isinstance(field.default, tuple):
+        return
+    if not isinstance(value, (*types, int) if float in types else types):
+        raise ValueError(f"{name} {value!r}: give {types[0].__name__}")
+    if choices is not None and value not in choices:
+        raise ValueError(f"{name} {value}: choose from {', '.join(choices)}")
+    if field.name == "out" and not value:
+        raise ValueError("--out is empty: name a folder or file to write to")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} {value}: give a finite number")
+    for option, (words, is_within) in BOUNDS.items():
+        bound = field.metadata.get(option)
+        if bound is not None and value is not None and not is_within(value, bound):
+            raise ValueError(f"{name} {value}: give {words} {bound}")
+
+
+def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, default) -> None:
+    kwargs = {key: value for key, value in field.metadata.items() if key not in BOUNDS}
     # a field with a tuple as its default takes all positional arguments
     if isinstance(field.default, tuple):
         parser.add_argument(field.name, type=str, **kwargs)
         return
     # "int | None" is an int or None
     type_ = get_args(field.type)[0] if get_args(field.type) else field.type
-    if field.default not in (None, ""):
-        kwargs["help"] += f" (default {field.default})"
+    if default not in (None, ""):
+        kwargs["help"] += f" (default {default})"
     # --compile and --no-compile
     if type_ is bool:
         kwargs["action"] = argparse.BooleanOptionalAction

@@ -128,29 +128,35 @@ class Config(common.TrainConfig):
         "frozen part: the language model, or all but the DiT, its connector and the latent queries",
         choices=["none", "language-model", "all-but-dit"],
     )
-    alpha: float | None = flag(None, "factor of the timestep shift (default: sqrt(N C / 4096))")
+    alpha: float | None = flag(None, "factor of the timestep shift (default: sqrt(N C / 4096))", above=0)
     # data
     data: str = flag("", "source of images, or several with weights, see data.py (default: nano)")
     val_data: str = flag("", "held-out source (default: --data with another seed, held out for nano only)")
     eval_every: int = flag(500, "steps between validation losses", at_least=1)
     flip: bool = flag(False, "mirror half of the images")
-    max_seq_len: int = flag(512, "tokens of a conversation, images included; longer ones are skipped")
+    max_seq_len: int = flag(
+        512, "tokens of a conversation, images included; longer ones are skipped", at_least=1
+    )
     # optimization
     steps: int = flag(10_000, "optimizer steps", at_least=1)
-    lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector")
-    dit_lr: float = flag(1e-3, "peak learning rate of the DiT and its connector")
+    lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector", above=0)
+    dit_lr: float = flag(1e-3, "peak learning rate of the DiT and its connector", above=0)
     muon: float = flag(0.0, "peak learning rate of Muon for the DiT's matrices (0: AdamW)", at_least=0)
     warmup: float = flag(200, "steps of linear warm-up; below 1, a fraction of all steps", at_least=0)
     decay_start: int | None = flag(None, "first step of a linear decay (default: cosine decay)", at_least=0)
     decay_end: int | None = flag(None, "and its last step (default: that of the run)", at_least=1)
-    final_lr: float = flag(0.0, "final learning rate, as a fraction of the peak")
+    final_lr: float = flag(0.0, "final learning rate, as a fraction of the peak", at_least=0, at_most=1)
     t_distribution: str = flag(
         "logit-normal", "distribution of t, before the timestep shift", choices=["logit-normal", "uniform"]
     )
     draws: int = flag(1, "draws of noise and t per image; the condition is computed once", at_least=1)
     noise_only_steps: int = flag(0, "first steps of a new model at t = 1 only", at_least=0)
-    dropout: float = flag(0.1, "condition dropout: fraction of images trained with the null condition")
-    ema: float = flag(0.999, "EMA decay of the weights that are saved and sampled (0: no EMA)")
+    dropout: float = flag(
+        0.1, "condition dropout: fraction of images trained with the null condition", at_least=0, at_most=1
+    )
+    ema: float = flag(
+        0.999, "EMA decay of the weights that are saved and sampled (0: no EMA)", at_least=0, at_most=1
+    )
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The scripts from the command line: help, presets, mistakes, and the README's own images."""
 
+import dataclasses
 import importlib
 import json
 import runpy
@@ -70,10 +71,39 @@ def test_flags_override_presets_and_a_resumed_config(parse, tmp_path):
     config = parse(train_decoder, "--out", tmp_path, "--resume", "--steps", 12)
     assert (config.batch, config.steps, config.resume, config.muon) == (7, 12, "auto", 0.0)
     for content, message in (('{"dtype": "fp64"}', "--dtype fp64: choose"), ('{"colour": 1}', "colour"),
-                             ('{"batch": 0}', "--batch 0: give at least 1")):  # fmt: skip
+                             ('{"batch": 0}', "--batch 0: give at least 1"), ("{", "cannot read"),
+                             ('{"batch": "9"}', "--batch '9': give int")):  # fmt: skip
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             parse(train_decoder, "--out", tmp_path, "--resume")
+
+
+@pytest.mark.parametrize("module", [train_decoder, train_t2i])
+def test_numbers_without_a_meaning_are_refused(module, parse):
+    floats = [
+        field.name for field in dataclasses.fields(module.Config) if field.type in (float, float | None)
+    ]
+    wrong = [(name, value) for name in floats for value in ("nan", "inf", "-inf")]
+    wrong += [(name, -0.1) for name in floats] + [
+        ("lr", 0),
+        ("ema", 1.1),
+        ("final_lr", 2),
+        ("steps", 0),
+        ("out", ""),
+    ]
+    wrong += (
+        [("alpha", 0), ("dit_lr", 0), ("dropout", 1.01)] if module is train_t2i else [("encoder_size", 0)]
+    )
+    for name, value in wrong:
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} "):
+            parse(module, f"--{name.replace('_', '-')}={value}")
+
+
+def test_help_shows_the_values_of_the_preset(parse, capsys):
+    for flags, muon in (([], 0.02), (["--preset", "nano-full"], 0.0)):
+        with pytest.raises(SystemExit):
+            parse(train_decoder, *flags, "-h")
+        assert f"decoder's matrices (0: AdamW) (default {muon})" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
