@@ -701,7 +701,8 @@ def main() -> None:
     optimizers = make_optimizers(config, model, discriminator)
     optimizer, disc_optimizer = optimizers[0], optimizers[-1]
     modules = {"model": model, "ema": ema} | ({"discriminator": discriminator} if discriminator else {})
-    state = run.load(modules, optimizers, export)
+    frozen = {"generator": generator, "discriminator": discriminator.backbone if discriminator else None}
+    state = run.load(modules, optimizers, export, frozen, getattr(source, "identity", None))
     start = step = state["step"]
     val_source = data.open_source(config.data, model.image_size, config.seed + 1)
     grid_images = data.to_unit(next(data.Loader(val_source, 16, workers=0))["image"], device)
@@ -718,7 +719,7 @@ def main() -> None:
         is_adversarial = discriminator is not None and step >= config.gan_start
         totals = defaultdict(float)  # this rank's part of each loss
         encoded = []
-        for micro_batch in data.micro_batches(next(loader), config.grad_accum):
+        for micro_batch in data.micro_batches(run.next_batch(loader, step), config.grad_accum):
             # ---- latents: frozen encoder, no gradient ------------------------- (B, 3, H, W) -> (B, N, C)
             index = micro_batch["index"]
             images, latents = encode(config, model, generator, micro_batch, step, dist_ctx)

@@ -471,7 +471,8 @@ def main() -> None:
     if config.activation_checkpointing:
         common.checkpoint_blocks(model.blocks)
     optimizers = make_optimizers(config, model)
-    state = run.load(modules, [optimizers], export)
+    frozen = {"autoencoder": autoencoder, "reader": reader}
+    state = run.load(modules, [optimizers], export, frozen, getattr(source, "identity", None))
     start = step = state["step"]
     validation = Validation(config, model, autoencoder, reader, val_batch, dist_ctx)
     loader = data.Loader(
@@ -486,7 +487,7 @@ def main() -> None:
     for step in bar:
         lr_factor = learning_rate(config, step)
         optimizers.set_lr(lr_factor)
-        micro_batches = data.micro_batches(next(loader), config.grad_accum)
+        micro_batches = data.micro_batches(run.next_batch(loader, step), config.grad_accum)
         prepared = [prepare(config, model, micro_batch) for micro_batch in micro_batches]
         # Loss sums are divided by global token and image counts, and FSDP sums gradients over ranks (see
         # common.shard_model). So any number of ranks and micro-batches, however unequal, gives the gradient
