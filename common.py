@@ -28,7 +28,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
+from typing import ClassVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -87,6 +87,9 @@ class TrainConfig:
     keep: int = flag(2, "newest checkpoints to keep", at_least=1)
     wandb: str = flag("", "also log to this Weights & Biases project", metavar="PROJECT")
 
+    given: ClassVar[frozenset] = frozenset()  # names of the flags on the command line
+    resumed: ClassVar[bool] = False  # whether the other values are those of OUT/config.json
+
 
 def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
     """A config from the command line; `manual` is shown by --help. A tuple field is positional."""
@@ -114,7 +117,7 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
         if unknown := set(base) - {field.name for field in dataclasses.fields(config)}:
             raise ValueError(f"{saved} has values that this script does not know: {', '.join(unknown)}")
     values = config(**(base | flags))
-    values.given = set(flags)
+    values.given, values.resumed = set(flags), bool(flags.get("resume") and saved.is_file())
     # ---- checks: argparse has not seen the values of a config.json
     for field in dataclasses.fields(config):
         check_value(field, getattr(values, field.name))
@@ -878,14 +881,6 @@ class Run:
         import torch.distributed.checkpoint as dcp
 
         try:
-            # ---- what the checkpoint depends on but does not hold
-            then = state.get("identity", {"frozen": {}, "data": None})
-            for name, value in self.identity["frozen"].items():
-                if then["frozen"].get(name, value) != value:
-                    raise ValueError(f"the weights of the {name} have changed since: put the old ones back")
-            now = self.identity["data"]
-            if then["data"] not in (None, now) and self.dist_ctx.is_main:
-                print(f"the data has changed since {self.source}: {then['data']} then, {now} now", flush=True)
             # ---- counters
             self.skipped_samples = state["skipped_samples"]
             for optimizer, skipped in zip(self.optimizers, state["skipped_steps"], strict=True):
@@ -900,6 +895,14 @@ class Run:
             wrong = [k for k in expected.keys() | saved.keys() if expected.get(k) != saved.get(k)]
             if wrong:
                 raise ValueError(f"{len(wrong)} tensors do not fit this model, such as {min(wrong)}")
+            # ---- what the checkpoint depends on but does not hold
+            then = state.get("identity", {"frozen": {}, "data": None})
+            for name, value in self.identity["frozen"].items():
+                if then["frozen"].get(name, value) != value:
+                    raise ValueError(f"the weights of the {name} have changed since: put the old ones back")
+            now = self.identity["data"]
+            if then["data"] not in (None, now) and self.dist_ctx.is_main:
+                print(f"the data has changed since {self.source}: {then['data']} then, {now} now", flush=True)
             dcp.load(tensors, storage_reader=reader, no_dist=self.group is None)
         except (Exception, dcp.CheckpointException) as error:  # from json, safetensors or torch
             raise ValueError(f"cannot resume from {self.source}: {one_line(error)}") from error
