@@ -863,7 +863,8 @@ class Run:
         state, damage = {}, None
         try:
             state = json.loads((source / "state.json").read_text())
-            checksums = state.pop("checksums", {})
+            is_old = not {"identity", "checksums"} & state.keys()
+            checksums = {} if is_old else state.pop("checksums")
             # every rank reads its part of the files
             for name in sorted(checksums)[self.dist_ctx.rank :: self.dist_ctx.world_size]:
                 actual = state_checksum(state) if name == "state.json" else file_checksum(source / name)
