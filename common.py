@@ -729,7 +729,6 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
 # -----------------------------------------------------------------------------------------------------------
 # a training run: OUT/config.json, metrics.jsonl, losses.png, skipped.log, checkpoints/, model/, samples/
 
-
 SKIP_WARNING = 0.1  # share of skipped samples that is worth a warning
 
 
@@ -765,16 +764,14 @@ class Run:
             raise ValueError(f"{self.out / 'model'} is there, but no checkpoint to go on from: {another}")
         # ---- one run at a time
         with writing(self.out):
-            self.out.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.lock = (self.out / ".lock").open("a")  # open as long as the process runs
         try:
-            fcntl.lockf(
-                self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # ends with the process, also if it is killed
+            # the lock ends with this process, also if it is killed; data loading processes do not inherit it
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise ValueError(
-                f"another run is writing to {self.out}: wait for its end, or {another}"
-            ) from error
+            message = f"another run is writing to {self.out}: wait for its end, or {another}"
+            raise ValueError(message) from error
         except OSError:
             pass  # a file system without locks
         # ---- where to resume
@@ -971,7 +968,7 @@ class Run:
                     file.write(json.dumps(state | {"checksums": checksums}) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
-                if path.exists():
+                if os.path.lexists(path):
                     # not ours, or it would be gone (see `forget_after`)
                     path.rename(free_name(path))
                 temporary.rename(path)

@@ -223,17 +223,23 @@ def test_optimizers_skip_a_step_that_is_not_finite():
 
 
 @pytest.mark.parametrize(
-    "freeze, trained",
+    "freeze, trained, more, alpha",
     [
-        ("language-model", {"dit", "diff_head_projector", "latent_queries", "mm_projector"}),
-        ("all-but-dit", {"dit", "diff_head_projector", "latent_queries"}),
+        (
+            "language-model",
+            {"dit", "diff_head_projector", "latent_queries", "mm_projector"},
+            [],
+            384**0.5 / 64,
+        ),
+        ("all-but-dit", {"dit", "diff_head_projector", "latent_queries"}, ["--alpha", 2], 2),
     ],
 )
-def test_frozen_parts_stay_as_they_are(freeze, trained, world, parts, tmp_path):
-    """Finetuning, in the latents of the model's own autoencoder."""
+def test_frozen_parts_stay_as_they_are(freeze, trained, more, alpha, world, parts, tmp_path):
+    """Finetuning, in the latents of the model's own autoencoder. A preset's alpha is for new models."""
     flags = ["--init", parts / "t2i", "--freeze", freeze, "--data", write_mixed(tmp_path, 9), "--steps", 5]
-    world(1, "train_t2i.py", *flags, *EVERY, "--out", tmp_path / "run").wait()
+    world(1, "train_t2i.py", *flags, *more, *EVERY, "--out", tmp_path / "run").wait()
     config = json.loads((tmp_path / "run/config.json").read_text())
+    assert json.loads((tmp_path / "run/model/config.json").read_text())["alpha"] == config["alpha"] == alpha
     assert Path(config["autoencoder"]).samefile(parts / "rae")
     before, after = load_file(parts / "t2i/model.safetensors"), weights(tmp_path / "run")
     assert {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])} == trained
