@@ -286,7 +286,7 @@ class Uncropped:
     """Takes the place of data.Transform in a source: whole images, which must be squares of one size."""
 
     # cropping or resizing the samples would change the FID; their reference is cropped to their size instead
-    size, text_only, length = None, False, None
+    size, text_only, captions, num_classes, length, max_seq_len = None, False, False, None, None, 0
 
     def pixels(self, image: Image.Image, *uniform: float) -> np.ndarray:
         self.size = self.size or image.width

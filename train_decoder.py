@@ -186,8 +186,6 @@ def encode(
     with dist_ctx.autocast():
         latents = model.encode(images)
         if generator:
-            if not all(batch["caption"]):
-                raise ValueError(f"{config.data} has images without captions, which --generator needs")
             latents = regenerated(latents, generator, batch["caption"], config.seed, batch["index"], step)
     return images, latents
 
@@ -677,7 +675,7 @@ def main() -> None:
     options = {"crop": config.crop}
     if generator:  # it takes captions of up to 256 tokens
         options["length"] = partial(rae.chat_length, tokenizer=generator.tokenizer, image_tokens=0)
-        options["max_seq_len"] = 256
+        options |= {"max_seq_len": 256, "captions": True}
     source = data.open_source(config.data, model.image_size, config.seed, **options)
     if run.source is None and config.statistics and not (generator or config.init):
         measure_statistics(config, model, run, dist_ctx)

@@ -344,7 +344,7 @@ def open_data(
     """The training and the validation source. Raises ValueError for latents of another autoencoder, and for a
     reader that does not fit."""
     shape, is_text = autoencoder.latent_shape, config.condition == "text"
-    options = {"flip": config.flip, "text_only": is_text}
+    options = {"flip": config.flip, "text_only": is_text, "captions": is_text}
     if is_text:
         if init:
             tokenizer = init.tokenizer
@@ -359,6 +359,8 @@ def open_data(
     classes = count_classes(config, source)
     if classes and val_source.classes not in (None, classes):
         raise ValueError(f"--val-data {val_name} has {val_source.classes} classes, not {classes}")
+    for part in (source, val_source):
+        part.need_labels(classes)
     infos = [(config.data, info) for info in source.latents]
     infos += [(val_name, info) for info in val_source.latents]
     for name, info in infos:
@@ -420,9 +422,6 @@ class Validation:
         if config.condition == "text":
             captions = map(data.requested_caption, batch["conversation"])
             self.grid_inputs = [caption for caption in captions if caption is not None][:16]
-            if not all(self.grid_inputs):
-                source = config.val_data or config.data
-                raise ValueError(f"{source} has images without captions: write them into its metadata.jsonl")
         else:
             classes = getattr(model, "num_classes", None) or 16
             self.grid_inputs = [i * classes // 16 for i in range(16)]
