@@ -490,10 +490,10 @@ def check_output(path: Path, suffix: str = "") -> None:
     if suffix and path.suffix != suffix:
         raise ValueError(f"{path} would be a {suffix} file: give it a name that ends in {suffix}")
     check_is_file(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+    # where a missing folder would be made: a command that is refused later leaves none behind
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    with writing(path), tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 @contextmanager

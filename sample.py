@@ -15,9 +15,9 @@
     torchrun --nproc-per-node 8 -- sample.py --preset rae-256 --classes all --n 50000 --out fid --npz fid.npz
 
 Writes a PNG per image, with prompt, seed and settings in its metadata, and for up to 256 images a grid with
-one row per prompt. An existing file is only replaced by the same image. The name of an image is its prompt in
-lower case; if that leaves out anything, such as "!", a hash follows. --latents also saves latents, which --ask
-and --reconstruct accept instead of an image.
+one row per prompt. Its name is the prompt in lower case; if that leaves out anything, such as "!", a hash
+follows. No other file is replaced than the same image. --latents also saves latents, which --ask and
+--reconstruct accept instead of an image.
 Image k of a prompt, or of all class labels, is drawn from seed + k, whatever the batch size and the number of
 processes.
 """
@@ -436,7 +436,7 @@ def dpg_grid(group: list[Job], config: Config) -> Path:
 
 
 def check_layout(groups: list[list[Job]], settings: dict, config: Config) -> None:
-    """Raises ValueError if the other files of a benchmark's layout would replace files that are not theirs."""
+    """Raises ValueError if a benchmark's files beside the images would replace others."""
     if benchmark(config) == "geneval":
         for path, content in geneval_files(config).items():
             if path.exists() and path.read_text() != content:
@@ -500,7 +500,7 @@ def save_grid(jobs: list[Job], settings: dict, columns: int, config: Config) -> 
     "grid" in their metadata."""
     images = read_images([Path(config.out) / f"{job.name}.png" for job in jobs])
     grid = common.image_grid(images, columns, scale=max(1, 128 // images.shape[3]))
-    path, contents = Path(config.out) / "grid.png", short_hash(*(str(describe(job, settings)) for job in jobs))
+    path, contents = Path(config.out) / "grid.png", short_hash(*[describe(job, settings) for job in jobs])
     if path.exists() and data.open_metadata(str(path)).get("grid") != contents:
         path = path.with_stem(f"grid_{contents}")
     inputs = dict.fromkeys(job.class_name or str(job.input) for job in jobs)
@@ -583,8 +583,8 @@ def converse(config: Config, dist_ctx: DistContext) -> None:
             if condition is None:
                 continue
             # The image depends on the turns before, so its name does.
-            turns = [*config.prompts[turn::-1], *filter(None, [config.ask])]
-            job = Job(text, config.seed, f"{turn}-{file_name(' '.join(turns))}-{config.seed}")
+            name = file_name("\n".join(config.prompts[turn::-1] + ([config.ask] if config.ask else [])))
+            job = Job(text, config.seed, f"{turn}-{name}-{config.seed}")
             path = Path(config.out) / f"{job.name}.png"
             exists(path, describe(job, settings))
             noise = draw_noise(job.seed, model.latent_shape)[None]
@@ -620,6 +620,8 @@ def main() -> None:
         common.check_output(Path(config.out) / "grid.png")
     if config.npz:
         common.check_output(Path(config.npz), ".npz")
+        if Path(config.npz) == Path(config.out):
+            raise ValueError(f"--npz {config.npz} is the folder of the images: choose another name")
 
     dist_ctx = common.init_distributed(config.dtype)
     if config.reconstruct:
