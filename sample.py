@@ -481,7 +481,7 @@ def finish(groups: list[list[Job]], settings: dict, config: Config) -> None:
         for group in groups:
             images = read_images([out / f"{job.name}.png" for job in group])
             grid = rearrange(images, "(r c) ch h w -> ch (r h) (c w)", r=2)
-            common.save_image(dpg_grid(group, config), grid, **describe(group[0], settings), grid="2 x 2")
+            common.save_image(dpg_grid(group, config), grid, **describe(group[0], settings), grid_of=4)
 
     jobs = [job for group in groups for job in group]
     paths = [out / f"{job.name}.png" for job in jobs]
@@ -496,15 +496,15 @@ def finish(groups: list[list[Job]], settings: dict, config: Config) -> None:
 
 
 def save_grid(jobs: list[Job], settings: dict, columns: int, config: Config) -> Path:
-    """grid.png, or grid_HASH.png if there is a grid of other images already. eval.py knows grids by the entry
-    "grid" in their metadata."""
+    """grid.png, or grid_HASH.png if there is a grid of other images already. eval.py knows a grid by `grid_of`
+    in its metadata."""
     images = read_images([Path(config.out) / f"{job.name}.png" for job in jobs])
     grid = common.image_grid(images, columns, scale=max(1, 128 // images.shape[3]))
     path, contents = Path(config.out) / "grid.png", short_hash(*[describe(job, settings) for job in jobs])
-    if path.exists() and data.open_metadata(str(path)).get("grid") != contents:
+    if path.exists() and data.open_metadata(str(path)).get("grid_of") != contents:
         path = path.with_stem(f"grid_{contents}")
     inputs = dict.fromkeys(job.class_name or str(job.input) for job in jobs)
-    common.save_image(path, grid, prompt="\n".join(inputs), seed=config.seed, grid=contents)
+    common.save_image(path, grid, prompt="\n".join(inputs), seed=config.seed, grid_of=contents)
     return path
 
 
