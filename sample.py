@@ -496,8 +496,7 @@ def finish(groups: list[list[Job]], settings: dict, config: Config) -> None:
 
 
 def save_grid(jobs: list[Job], settings: dict, columns: int, config: Config) -> Path:
-    """grid.png, or grid_HASH.png if there is a grid of other images already. eval.py knows a grid by `grid_of`
-    in its metadata."""
+    """grid.png, or grid_HASH.png if that is a grid of other images. `grid_of` marks grids for eval.py."""
     images = read_images([Path(config.out) / f"{job.name}.png" for job in jobs])
     grid = common.image_grid(images, columns, scale=max(1, 128 // images.shape[3]))
     path, contents = Path(config.out) / "grid.png", short_hash(*[describe(job, settings) for job in jobs])
