@@ -12,6 +12,7 @@ and OUT/RANK.jsonl with the caption, label and conversation of each row.
 import json
 import os
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -112,6 +113,10 @@ def main() -> None:
     # A name of this run only: no other folder is ever removed. The sum tells it to the other processes.
     [number] = common.global_sum(int.from_bytes(os.urandom(4), "big") if dist_ctx.is_main else 0)
     temporary = out.with_name(f".{out.name}.{int(number)}.tmp")
+    # as Ctrl-C does: the folder of a stopped run is removed; nohup ignores SIGHUP
+    for signal_ in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signal_) is signal.SIG_DFL:
+            signal.signal(signal_, signal.default_int_handler)
     try:
         if dist_ctx.is_main:
             with common.writing(out):

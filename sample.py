@@ -60,6 +60,7 @@ CONFLICTS = {
     "ask": ("best_of", "latents", "guide", "n"),
     "chat": ("best_of", "latents", "guide", "n"),
 }
+PATHS = ("model", "autoencoder", "guide")
 MAX_GRID = 256  # a run of more images makes no grid
 
 
@@ -386,7 +387,8 @@ def describe_settings(config: Config, model: LatentModel, guide: LatentModel | N
     names += ["best_of", "n", "verifier"] if config.best_of else []
     settings = {name: getattr(config, name) for name in names} | {"dtype": dist_ctx.dtype}
     # A training run may have written other weights to the same path since.
-    return settings | {"weights": common.fingerprint(model), "guide_weights": common.fingerprint(guide)}
+    parts = {"weights": model, "autoencoder_weights": model.autoencoder, "guide_weights": guide}
+    return settings | {name: common.fingerprint(part) for name, part in parts.items()}
 
 
 def describe(job: Job, settings: dict) -> dict[str, str]:
@@ -402,7 +404,8 @@ def check_same(path: Path, old: dict[str, str], new: dict[str, str]) -> None:
     if not old:
         raise ValueError(f"{path} exists and is not from sample.py: choose another --out")
     for name, value in new.items():
-        if old.get(name, "None") != value:
+        # Paths may be spelled in several ways; the weights tell.
+        if name not in PATHS and old.get(name, "None") != value:
             change = f"{name} {old.get(name)}, not {value}"
             raise ValueError(f"{path} was drawn with {change}: choose another --out")
 

@@ -1,7 +1,9 @@
 """encode.py: what it writes, and what it refuses. test_classes.py trains on its latents."""
 
 import json
+import signal
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -36,6 +38,17 @@ def test_latents_know_their_autoencoder_and_nothing_else_is_touched(run, parts, 
     assert info["images"] == 3 and info["class_names"] is None
     assert (tmp_path / "latents.tmp/mine").exists() and (tmp_path / ".latents.1.tmp/mine").exists()
     assert len(list(tmp_path.glob("*latents*"))) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_run_leaves_nothing(number, world, parts, tmp_path):
+    flags = ["--autoencoder", parts / "rae", "--limit", 20_000, "--out", tmp_path / "latents"]
+    started = world(1, "encode.py", *flags)
+    while not list(tmp_path.glob(".latents.*/*.npy")):
+        time.sleep(0.01)
+    started.signal(number)
+    assert "interrupted" in started.wait(code=1)
+    assert not list(tmp_path.glob("*latents*"))
 
 
 @pytest.mark.parametrize("kind", ["nan", "float16", "unusable images", "exists", "read-only"])

@@ -253,12 +253,22 @@ def test_resume_refuses_images_of_other_settings(run, parts, tmp_path):
     flags = ["--model", tmp_path / "m", "--classes", "1,2", "--n", 2, "--steps", 1, "--out", tmp_path / "o"]
     tiny(4, 0, str(parts / "rae")).save_pretrained(tmp_path / "m")
     run(*flags)
+    before = (tmp_path / "o/000001.png").stat().st_mtime_ns
+    run(*flags, "--resume", "--model", f"{tmp_path}/o/../m/")  # the same model
+    assert (tmp_path / "o/000001.png").stat().st_mtime_ns == before
     run(*flags, "--resume", "--latents")  # draws again, for the latents are missing
     assert load_file(tmp_path / "o/000001.safetensors")["latents"].shape == (16, 24)
     with pytest.raises(ValueError, match="was drawn with skip None, not 0"):
         run(*flags, "--resume", "--skip", 0)
-    tiny(4, 1, str(parts / "rae")).save_pretrained(tmp_path / "m")  # other weights at the same path
+    # other weights at the same path
+    tiny(4, 1, str(parts / "rae")).save_pretrained(tmp_path / "m")
     with pytest.raises(ValueError, match="was drawn with weights"):
+        run(*flags, "--resume")
+    autoencoder = rae.RAE.from_pretrained(parts / "rae")
+    torch.nn.init.ones_(autoencoder.decoder.decoder_pred.weight)
+    autoencoder.save_pretrained(tmp_path / "rae")
+    tiny(4, 0, str(tmp_path / "rae")).save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="was drawn with autoencoder_weights"):
         run(*flags, "--resume")
 
 
