@@ -507,13 +507,16 @@ def check_is_file(path: Path) -> None:
         raise ValueError(f"{path} exists and is not a file: choose another name for the output")
 
 
-def check_output(path: Path) -> None:
-    """Before a long computation: raises ValueError or OSError if the file cannot be written in the end."""
+def check_output(path: Path, suffix: str = "") -> None:
+    """Before a long computation: raises ValueError or OSError if the file cannot be written in the end, or
+    if its name ends in another suffix, because it could replace a file of another kind."""
+    if suffix and path.suffix != suffix:
+        raise ValueError(f"{path} would be a {suffix} file: give it a name that ends in {suffix}")
     check_is_file(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+    # where a missing folder would be made: a command that is refused later leaves none behind
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    with writing(path), tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 @contextmanager
@@ -559,6 +562,12 @@ def free_name(path: Path) -> Path:
 def file_checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+def check_finite(what: str, *tensors: Tensor) -> None:
+    """Raises ValueError for NaN or infinity, which would become black pixels."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError(f"{what}: the model's result is not finite; check its weights, or try --dtype fp32")
 
 
 def to_uint8(images: Tensor) -> Tensor:

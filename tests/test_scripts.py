@@ -139,6 +139,29 @@ def test_mistakes_end_in_one_line(script, flags, message, parts, tmp_path, monke
     assert end.value.code == 1 and last.startswith(f"{script}: error: ") and message in last
 
 
+@pytest.mark.parametrize(
+    "module, flag, suffix",
+    [
+        ("eval", "--out", ".json"),
+        ("bench", "--json", ".json"),
+        ("nano.evaluate", "--out", ".json"),
+        ("nano.sampling", "--out", ".png"),
+        ("nano.width", "--out", ".png"),
+    ],
+)
+def test_a_file_is_refused_before_the_work(module, flag, suffix, tmp_path, monkeypatch):
+    """Where a folder is, where a file of another kind may be, and where nothing can be written."""
+    (tmp_path / f"photos{suffix}").mkdir()
+    (tmp_path / "cat.jpg").write_text("mine")
+    monkeypatch.setattr(common, "init_distributed", lambda *_: pytest.fail("the work began"))
+    names = {"photos": "ends in", f"photos{suffix}": "not a file", "cat.jpg": "ends in"}
+    for name, message in (names | {f"cat.jpg/r{suffix}": "cannot write"}).items():
+        monkeypatch.setattr(sys, "argv", [module, flag, str(tmp_path / name)])
+        with pytest.raises((ValueError, OSError), match=message):
+            importlib.import_module(module).main()
+    assert len(list(tmp_path.iterdir())) == 2 and (tmp_path / "cat.jpg").read_text() == "mine"
+
+
 def test_own_images(world, parts, tmp_path):
     """The commands of the README on 40 captioned PNGs."""
     readme = (ROOT / "README.md").read_text()
