@@ -700,7 +700,7 @@ def main() -> None:
     optimizer, disc_optimizer = optimizers[0], optimizers[-1]
     modules = {"model": model, "ema": ema} | ({"discriminator": discriminator} if discriminator else {})
     frozen = {"generator": generator, "discriminator": discriminator.backbone if discriminator else None}
-    state = run.load(modules, optimizers, export, frozen, getattr(source, "identity", None))
+    state = run.load(modules, optimizers, export, frozen, source.identity)
     start = step = state["step"]
     val_source = data.open_source(config.data, model.image_size, config.seed + 1)
     grid_images = data.to_unit(next(data.Loader(val_source, 16, workers=0))["image"], device)

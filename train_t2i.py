@@ -489,7 +489,7 @@ def main() -> None:
     # ---- model -> EMA -> shard -> compile -> optimizer -----------------------------------------------------
     torch.manual_seed(config.seed)
     num_classes = count_classes(config, source)
-    class_names = getattr(source, "class_names", None) if num_classes else None
+    class_names = source.class_names if num_classes else None
     model = build_model(config, init, autoencoder.latent_shape, num_classes, reader, class_names)
     export = copy.deepcopy(model) if dist_ctx.is_main else None  # stays unsharded, to write OUT/model with
     ema = copy.deepcopy(model) if config.ema else model
@@ -506,7 +506,7 @@ def main() -> None:
         common.checkpoint_blocks(model.blocks)
     optimizers = make_optimizers(config, model)
     frozen = {"autoencoder": autoencoder, "reader": reader}
-    state = run.load(modules, [optimizers], export, frozen, getattr(source, "identity", None))
+    state = run.load(modules, [optimizers], export, frozen, source.identity)
     start = step = state["step"]
     validation = Validation(config, model, autoencoder, reader, val_batch, dist_ctx)
     loader = data.Loader(

@@ -199,6 +199,18 @@ def test_a_full_disk_leaves_the_old_file_or_folder(tmp_path):
         pass  # nothing was written: the last rename fails
     assert file.read_text() == (folder / "config.json").read_text() == "good"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image.png", "model"]
+    with pytest.raises(RuntimeError, match="a bug"), common.writing(file):  # which no full disk raises
+        raise RuntimeError("a bug")
+
+
+def test_a_folder_takes_the_place_of_a_link_and_not_of_what_it_leads_to(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/config.json").write_text("good")
+    (tmp_path / "model").symlink_to("disk")
+    with common.replacing(tmp_path / "model", folder=True) as temporary:
+        temporary.mkdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "model"]
+    assert (tmp_path / "disk/config.json").read_text() == "good" and not (tmp_path / "model").is_symlink()
 
 
 def test_a_model_without_one_of_its_tensors_is_refused(parts, tmp_path):
