@@ -1027,6 +1027,7 @@ class ClassToImage(LatentModel, library_name="rae"):
 
     dit: arguments of `DiT` without latent_shape: width, depth, heads, ...; num_classes, or unconditional.
     latent_shape, autoencoder, alpha: as for `TextToImage`.
+    class_names: of the labels, for people to read.
     """
 
     def __init__(
@@ -1035,8 +1036,10 @@ class ClassToImage(LatentModel, library_name="rae"):
         latent_shape: tuple[int, int],
         autoencoder: str | None = None,
         alpha: float | None = None,
+        class_names: list[str] | None = None,
     ):
         super().__init__(latent_shape, autoencoder, alpha)
+        self.class_names = class_names
         self.dit = DiT(latent_shape, **dit)
 
     @property
@@ -1061,6 +1064,10 @@ class ClassToImage(LatentModel, library_name="rae"):
         if self.num_classes is not None:
             labels = self.dit.drop_condition(labels.repeat(len(x_t) // max(1, len(labels))), dropped)
         return self.dit(x_t, t, labels), x_t.new_zeros(())
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self._hub_mixin_config["class_names"] = self.class_names
+        super()._save_pretrained(save_directory)
 
     @classmethod
     def from_pretrained(

@@ -186,8 +186,6 @@ def encode(
     with dist_ctx.autocast():
         latents = model.encode(images)
         if generator:
-            if not all(batch["caption"]):
-                raise ValueError(f"{config.data} has images without captions, which --generator needs")
             latents = regenerated(latents, generator, batch["caption"], config.seed, batch["index"], step)
     return images, latents
 
@@ -677,7 +675,7 @@ def main() -> None:
     options = {"crop": config.crop}
     if generator:  # it takes captions of up to 256 tokens
         options["length"] = partial(rae.chat_length, tokenizer=generator.tokenizer, image_tokens=0)
-        options["max_seq_len"] = 256
+        options |= {"max_seq_len": 256, "captions": True}
     source = data.open_source(config.data, model.image_size, config.seed, **options)
     if run.source is None and config.statistics and not (generator or config.init):
         measure_statistics(config, model, run, dist_ctx)
@@ -701,7 +699,8 @@ def main() -> None:
     optimizers = make_optimizers(config, model, discriminator)
     optimizer, disc_optimizer = optimizers[0], optimizers[-1]
     modules = {"model": model, "ema": ema} | ({"discriminator": discriminator} if discriminator else {})
-    state = run.load(modules, optimizers, export)
+    frozen = {"generator": generator, "discriminator": discriminator.backbone if discriminator else None}
+    state = run.load(modules, optimizers, export, frozen, getattr(source, "identity", None))
     start = step = state["step"]
     val_source = data.open_source(config.data, model.image_size, config.seed + 1)
     grid_images = data.to_unit(next(data.Loader(val_source, 16, workers=0))["image"], device)
@@ -718,7 +717,7 @@ def main() -> None:
         is_adversarial = discriminator is not None and step >= config.gan_start
         totals = defaultdict(float)  # this rank's part of each loss
         encoded = []
-        for micro_batch in data.micro_batches(next(loader), config.grad_accum):
+        for micro_batch in data.micro_batches(run.next_batch(loader, step), config.grad_accum):
             # ---- latents: frozen encoder, no gradient ------------------------- (B, 3, H, W) -> (B, N, C)
             index = micro_batch["index"]
             images, latents = encode(config, model, generator, micro_batch, step, dist_ctx)

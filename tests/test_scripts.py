@@ -110,13 +110,14 @@ def test_help_shows_the_values_of_the_preset(parse, capsys):
     "script, flags, message",
     [
         ("train_t2i.py", ["--data", "nano:text=0"], "above zero"),
-        ("train_t2i.py", ["--data", "IMAGES"], "without captions"),
+        ("train_t2i.py", ["--data", "IMAGES"], "no caption"),
         ("train_t2i.py", ["--autoencoder", "DAMAGED"], "cannot load"),
         ("train_t2i.py", ["--autoencoder", "nowhere/at/all"], "no model at nowhere"),
+        ("train_t2i.py", ["--init", "PARTS/t2i", "--dit", "nano"], "--dit is for a new model"),
         ("train_t2i.py", ["--language-model", "IMAGES"], "no config.json"),
         ("train_decoder.py", ["--gan-weight", 1, "--disc-start", 9], "--gan-start 0"),
         ("train_decoder.py", ["--init", "PARTS/rae", "--patch-size", 4], "to start from has 8"),
-        ("train_decoder.py", ["--generator", "PARTS/t2i", "--data", "IMAGES"], "without captions"),
+        ("train_decoder.py", ["--generator", "PARTS/t2i", "--data", "IMAGES"], "no caption"),
     ],
 )
 def test_mistakes_end_in_one_line(script, flags, message, parts, tmp_path, monkeypatch, capsys):
@@ -127,7 +128,7 @@ def test_mistakes_end_in_one_line(script, flags, message, parts, tmp_path, monke
     flags = [str(flag).replace("PARTS", str(parts)) for flag in flags]
     flags = [str(tmp_path / flag) if flag in ("DAMAGED", "IMAGES") else flag for flag in flags]
     base = ["--out", tmp_path / "out", "--batch", 1, "--workers", 0]
-    if script == "train_t2i.py":
+    if script == "train_t2i.py" and "--init" not in flags:
         base += ["--autoencoder", parts / "rae", "--language-model", parts / "language-model"]
     monkeypatch.setattr(sys, "argv", [script, *map(str, base), *flags])
     monkeypatch.setitem(rae.DITS, "nano", {"width": 32, "depth": 1, "heads": 2, "condition_width": 20})
