@@ -122,7 +122,7 @@ def trajectory(velocity, x, steps=50, **given):
 
 def class_model(case):
     config = GOLDEN[case]["config"]
-    model = rae.from_official(official(case), heads=config["num_heads"])
+    model = rae.from_official(official(case), heads=config["num_heads"], depth=config["depth"])
     patch = config["patch_size"]
     assert model.pos_embed.shape[1] == (config["input_size"] // patch) ** 2
     return model, patch
@@ -645,6 +645,7 @@ def test_weak_training_step():
 
 KINDS = {"F2": 4, "F3": 4, "G4": (4, 4), "G3": (4, 2), "SA2": 2, "SB": (4, 4), "SC": 4}  # case: heads
 DIT_KINDS = [case for case in KINDS if case != "SC"]
+DEPTHS = {"G3": {"depth": (3, 2)}}  # its backbone and its head are equally wide
 
 
 def without_tables(weights):
@@ -654,24 +655,25 @@ def without_tables(weights):
 @pytest.mark.parametrize("case", KINDS)
 def test_from_official_is_strict(case):
     """One key too few or too many, or of another shape, is an error; the first two name it."""
-    weights, heads = official(case), KINDS[case]
-    rae.from_official(weights, heads=heads)
+    weights, heads, depth = official(case), KINDS[case], DEPTHS.get(case, {})
+    rae.from_official(weights, heads=heads, **depth)
     for name in weights:
         with pytest.raises(ValueError, match=re.escape(name)):
-            rae.from_official({k: w for k, w in weights.items() if k != name}, heads=heads)
+            rae.from_official({k: w for k, w in weights.items() if k != name}, heads=heads, **depth)
         if name != "y_embedder.embedding_table.weight":  # it would be a model of more classes
             with pytest.raises(ValueError):
-                rae.from_official(weights | {name: torch.cat([weights[name]] * 2)}, heads=heads)
+                rae.from_official(weights | {name: torch.cat([weights[name]] * 2)}, heads=heads, **depth)
     with pytest.raises(ValueError, match="extra"):
-        rae.from_official(weights | {"extra": torch.zeros(1)}, heads=heads)
+        rae.from_official(weights | {"extra": torch.zeros(1)}, heads=heads, **depth)
 
 
 @pytest.mark.parametrize("case", DIT_KINDS)
 def test_from_official_heads(case):
-    weights, heads = official(case), KINDS[case]
+    weights, heads, depth = official(case), KINDS[case], DEPTHS.get(case, {})
     bare = without_tables(weights)
-    wanted = rae.from_official(weights, heads=list(heads) if isinstance(heads, tuple) else heads).state_dict()
-    for model in (rae.from_official(weights), rae.from_official(bare, heads=heads)):
+    listed = list(heads) if isinstance(heads, tuple) else heads
+    wanted = rae.from_official(weights, heads=listed, **depth).state_dict()
+    for model in (rae.from_official(weights, **depth), rae.from_official(bare, heads=heads, **depth)):
         assert not model.training
         assert all(torch.equal(w, wanted[name]) for name, w in model.state_dict().items())
     wrong = tuple(2 * h for h in heads) if isinstance(heads, tuple) else 2 * heads
@@ -686,10 +688,10 @@ def test_from_official_heads(case):
         ({}, {name: weights[name].flip(0)}),
     ):
         with pytest.raises(ValueError):
-            rae.from_official(weights | change, **given)
+            rae.from_official(weights | change, **depth | given)
     for given in ({}, {"heads": 5}, {"heads": 0}):
         with pytest.raises(ValueError, match="heads"):
-            rae.from_official(bare, **given)
+            rae.from_official(bare, **depth, **given)
 
 
 def test_from_official_unknown():
