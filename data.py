@@ -78,7 +78,6 @@ MAX_STREAM = 100_000  # unusable samples in a row of shards before it does
 MAX_DEATHS = 10  # worker processes that die for one batch before it does
 TIMEOUT = 300  # seconds without data before it does
 CHECK = 1  # seconds without data before it looks whether its worker processes are alive
-MAX_SHARE = 0.1  # of skipped samples before a warning
 
 # Both are part of what a seed means: with other values the batches of every run change.
 DRAWS = 4  # uniform numbers per sample: wording of the request, crop x, crop y, flip
@@ -1021,18 +1020,14 @@ class Loader(Iterator):
     def __init__(self, source: Mixture, batch: int, workers=1, start=0, rank=0, world_size=1, positions=None):
         self.source, self.args, self.step, self.workers = source, (batch, rank, world_size), start, workers
         self.skipped, self.waited, self.watch, self.deaths = [], 0.0, Watch(max(1, workers)), 0
-        self.recent = torch.zeros(2)  # samples used and skipped, up to a thousand
-        self.positions = positions or {"data": source.identity}
-        before, now = (", ".join(x) for x in (self.positions.get("data", ["unknown"]), source.identity))
-        if before != now:
-            say(f"data changed since the checkpoint: {before}, now {now}")
+        self.positions = positions or {}
         self.begin()
 
     def begin(self) -> None:
         """Starts workers at the current step."""
         batch, rank, world_size = self.args
         lanes = Lanes(self.source, batch, self.step, rank, world_size, self.positions)
-        self.positions = lanes.positions | {"data": self.source.identity}
+        self.positions = lanes.positions
         self.parts = min(self.workers, len(lanes.local)) or 1
         self.batches = receive(lanes.batches, self.parts if self.workers else 0, self.watch)
 
@@ -1058,11 +1053,6 @@ class Loader(Iterator):
         for part in parts:
             self.positions |= part["positions"]
             self.skipped += part["skipped"]
-            self.recent += torch.tensor([len(part["index"]), len(part["skipped"])])
-        if self.recent.sum() >= 1000:
-            if self.recent[1] > MAX_SHARE * self.recent.sum():
-                say(f"warning: more than {MAX_SHARE:.0%} of the last thousand samples were skipped")
-            self.recent.zero_()
         self.waited += time.perf_counter() - started
         return batch
 
@@ -1089,10 +1079,9 @@ class Lanes:
         self.keys = {stream: f"{source.sources.index(stream)} {stream.identity}" for stream in streams}
         self.positions, names = {}, {key: stream.name for stream, key in self.keys.items()}
         for key, position in positions.items():
-            stream, *numbers = key.split("|")
+            stream, lane, saved_count = key.rsplit("|", 2)
             if stream not in names:
                 continue
-            lane, saved_count = numbers
             if int(saved_count) != count:
                 name = names[stream]
                 raise ValueError(f"the checkpoint has {name} in {saved_count} lanes: resume with its --batch")

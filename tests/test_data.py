@@ -911,22 +911,23 @@ def test_workers_that_die_again_and_again_end_in_an_error(root, tmp_path, monkey
 
 
 @pytest.mark.parametrize("name", ["tar", "folder", "parquet"])
-def test_data_that_moved_go_on_and_data_that_changed_are_named(name, root, tmp_path, capsys):
+def test_data_that_moved_go_on_and_data_that_changed_have_another_identity(name, root, tmp_path):
     _, positions = global_batches(f"{root}/{name}=2,nano:text=1", 3)
     expected, _ = global_batches(f"{root}/{name}=2,nano:text=1", 3, 1, 0, 3, positions)
     shutil.copytree(root / name, tmp_path / "moved")
-    moved, _ = global_batches(f"{tmp_path}/moved=2,nano:text=1", 3, 2, 0, 3, positions)
-    assert moved == expected and capsys.readouterr().err == ""
-    if name == "tar":
-        (tmp_path / "moved/07.tar").unlink()
-    elif name == "parquet":
-        (tmp_path / "moved/07.parquet").unlink()
-    else:
+    names = f"{tmp_path}/moved=2,nano:text=1"
+    assert global_batches(names, 3, 2, 0, 3, positions)[0] == expected
+    before = data.open_source(f"{root}/{name}=2,nano:text=1", SIZE, 0).identity
+    assert data.open_source(names, SIZE, 0).identity == before
+    if name == "folder":
         write_folder(tmp_path / "moved", 50)
-    global_batches(f"{tmp_path}/moved=2,nano:text=1", 1, 1, 0, 3, positions)
+    else:
+        next((tmp_path / "moved").glob("07.*")).unlink()
+    # Streams begin anew.
+    global_batches(names, 1, 1, 0, 3, positions)
+    changed, nano = data.open_source(names, SIZE, 0).identity
     numbers = ("48 images", "50 images") if name == "folder" else ("8 shards", "7 shards")
-    message = capsys.readouterr().err
-    assert message.count("data changed since the checkpoint") == 1 and all(x in message for x in numbers)
+    assert (before[0].split(" (")[0], changed.split(" (")[0]) == numbers and nano == "nano:text"
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -962,11 +963,14 @@ def test_captions_that_are_none_are_skipped_if_they_are_needed(kind, tmp_path, c
     assert len(reasons) == 5 and all(reason.endswith(": no caption") for reason in reasons)
 
 
-def test_a_loader_warns_of_many_skipped_samples(tmp_path, capsys):
-    write_folder(tmp_path, 8)
-    (tmp_path / "7.png").write_bytes(b"")
-    take(data.Loader(data.open_source(str(tmp_path), SIZE, 0), 100, workers=0), 9, "caption")
-    assert "more than 10% of the last thousand samples" in capsys.readouterr().err
+def test_requests_for_nothing_are_skipped_and_questions_are_not():
+    nothing, question = data.request("", 0.6), [("user", "<image>\nwhat?"), ("assistant", "a cat")]
+    talks = data.Transform(SIZE, text_only=True, captions=True)  # as text-to-image, also from latents
+    data.check_text("x", None, None, question, talks)
+    data.check_text("x", None, None, nothing, data.Transform(SIZE))
+    for conversation, transform in ((nothing, talks), (question, data.Transform(SIZE, captions=True))):
+        with pytest.raises(data.SkipSample, match="x: no caption"):
+            data.check_text("x", None, None, conversation, transform)
 
 
 def test_labels_out_of_range_are_skipped(tmp_path):
