@@ -56,6 +56,7 @@ NANO_MIXTURE = {"nano:objects": 0.63, "nano:scenes": 0.135, "nano:text": 0.135, 
 
 CAPTIONS = ("text", "caption", "txt", "prompt")  # columns and file extensions, in order of preference
 LABELS = ("label", "cls")
+HELD_OUT = {"test", "testing", "val", "valid", "validation", "dev", "eval"}  # splits that are not trained on
 # Formats that PIL decodes by itself. EPS, for one, would run Ghostscript on an untrusted file. The last ones
 # have weak signatures.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI", "ICO", "TGA")
@@ -502,11 +503,12 @@ def walk(folder: str) -> list[str]:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if entry.name.startswith(".") or entry.name == "__MACOSX":
                     continue
-                if entry.is_dir():
+                # Of the path: an entry raises an error where links form a loop.
+                if os.path.isdir(entry.path):
                     # Links come last: if they lead to a folder below this one, its own path counts.
                     directories.insert(0 if entry.is_symlink() else len(directories), entry.path)
                 # A broken link is skipped and named when it is read; a pipe would wait for ever.
-                elif entry.is_file() or entry.is_symlink():
+                elif entry.is_symlink() or entry.is_file():
                     paths.append(entry.path)
     LISTED[root] = times, sorted(path[len(root) :].lstrip("/") for path in paths)
     return LISTED[root][1]
@@ -545,6 +547,8 @@ class Folder:
         in_classes = len(classes) > 1 and all("/" in image for image in images)
         self.class_names = sorted(classes) if in_classes else None
         self.labels = {name: label for label, name in enumerate(self.class_names or [])}
+        if in_classes and all(name.lower() in ("train", *HELD_OUT) for name in classes):
+            say(f"{path}: its classes are {', '.join(self.class_names)}; for one of them, give its folder")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -558,12 +562,15 @@ class Folder:
         if self.class_names:
             fields["label"] = self.labels[image.partition("/")[0]]
         if self.has_texts and (text := Path(path).with_suffix(".txt")).is_file():
-            fields["text"] = text.read_text("utf-8-sig", errors="replace")
+            # A caption that cannot be read counts as missing.
+            with suppress(OSError):
+                fields["text"] = text.read_text("utf-8-sig", errors="replace")
         return fields
 
 
 def read_metadata(folder: str, file: str) -> Iterator[tuple[str, dict]]:
     """Paths from the folder, and fields, of the rows of a metadata.jsonl or metadata.csv in it."""
+    csv.field_size_limit(2**31 - 1)  # a long caption is cut later
     with open(os.path.join(folder, file), encoding="utf-8-sig", errors="replace", newline="") as lines:
         rows = csv.DictReader(lines) if file.endswith(".csv") else filter(str.strip, lines)
         for number, row in enumerate(rows, start=1):
@@ -575,6 +582,7 @@ def read_metadata(folder: str, file: str) -> Iterator[tuple[str, dict]]:
                 path = PurePosixPath(row["file_name"])
                 if path.is_absolute() or ".." in path.parts:
                     raise ValueError(f"file_name leads out of the folder: {path}")
+                os.fsencode(path)  # raises ValueError for what no file can be called
                 yield str(PurePosixPath(file).parent / path), known_fields(row)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 yield file, {"error": f"row {number} is damaged: {type(error).__name__} {error}"}
@@ -762,7 +770,7 @@ def tar_rows(url: str) -> Iterator[dict]:
 
     row: dict = {}
     # Two suffixes that fsspec does not know.
-    compression = {"tgz": "gzip", "zstd": "zstd"}.get(url.rpartition(".")[2], "infer")
+    compression = {"tgz": "gzip", "zstd": "zstd"}.get(url.rpartition(".")[2].lower(), "infer")
     opened = fsspec.open(url, "rb", compression=compression)
     with opened as file:
         reader = TailReader(file, opened.fobjects[0])
@@ -842,7 +850,7 @@ def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
             if isinstance(image, dict):
                 try:
                     image = image.get("bytes") or (image.get("path") and xopen(image["path"], "rb").read())
-                except OSError as error:
+                except Exception as error:  # from the file system or fsspec, for a strange path
                     result["error"] = f"cannot read the image: {error}"
             yield result | {"image": image}
             number += 1
@@ -913,8 +921,11 @@ def open_source(names: str, size: int, seed: int, **options) -> Mixture:
     """The sources of a --data flag, see the top of this file; options of `Transform`."""
     transform = Transform(size, **options)
     sources, weights = [], []
-    for part in names.split(","):
-        name, _, text = part.partition("=")
+    # The name of a folder may have "," and "=" in it.
+    for part in [names] if os.path.exists(names) else names.split(","):
+        name, _, text = (part, "", "") if os.path.exists(part) else part.partition("=")
+        if not name:
+            raise ValueError(f"--data {names!r} has an empty name: give a folder or another source")
         try:
             weight = float(text or 1)
         except ValueError:
@@ -935,7 +946,7 @@ def open_one(name: str, transform: Transform, seed: int):
             return NanoSource(name.removeprefix("nano:"), transform.size, seed)
         if (path / "latents.json").is_file():
             return LatentFolder(path, seed, transform)
-        if path.suffix == ".jsonl" and path.is_file():
+        if path.suffix.lower() == ".jsonl" and path.is_file():
             return ImageSource(name, JsonLines(path), transform, seed)
         shards = find_shards(name, path)
         if shards:
@@ -947,23 +958,30 @@ def open_one(name: str, transform: Transform, seed: int):
 
 def find_shards(name: str, path: Path) -> dict[str, Callable]:
     """The shards of a manifest, folder or hub data set, see `ShardStream`; {} for a folder of images."""
-    if path.suffix == ".json" and path.is_file():
+    if path.suffix.lower() == ".json" and path.is_file():
         tars = json.loads(path.read_text("utf-8-sig"))["tars"]
         return {tar: partial(tar_rows, tar if "://" in tar else str(path.parent / tar)) for tar in tars}
-    if path.is_dir():
-        files = list_files(name)
-        tars = train_split(name, [file for file in files if file.endswith(TARS)])
+    if path.exists():
+        # One shard may be named itself.
+        folder, files = (path, list_files(name)) if path.is_dir() else (path.parent, [path.name])
+        tars = train_split(name, [file for file in files if file.lower().endswith(TARS)])
         if tars:
-            return {tar: partial(tar_rows, str(path / tar)) for tar in tars}
-        tables = train_split(name, [file for file in files if file.endswith(".parquet")])
-        return open_table(name, "parquet", [str(path / table) for table in tables]) if tables else {}
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+            return {tar: partial(tar_rows, str(folder / tar)) for tar in tars}
+        tables = train_split(name, [file for file in files if file.lower().endswith(".parquet")])
+        if not (tables or path.is_dir()):
+            raise ValueError("a file of another kind: give its folder, or see the top of data.py")
+        return open_table(name, "parquet", [str(folder / table) for table in tables]) if tables else {}
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ValueError("no such folder, and no data source of that name: see the top of data.py")
     from huggingface_hub import HfFileSystem
 
     try:
-        tars = train_split(name, HfFileSystem().glob(f"datasets/{name}/**/*.tar"))
-        return {tar: partial(tar_rows, f"hf://{tar}") for tar in tars} or open_table(name, name)
+        # without the name of the data set, which may contain "train" or "test"
+        prefix = f"datasets/{name}/"
+        files = [file.removeprefix(prefix) for file in HfFileSystem().glob(f"{prefix}**/*.tar")]
+        tars = train_split(name, files)
+        shards = {prefix + tar: partial(tar_rows, f"hf://{prefix}{tar}") for tar in tars}
+        return shards or open_table(name, name)
     except Exception as error:  # from datasets or the hub
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"no such folder, and no data set of the hub that can be read: {reason}") from error
@@ -973,8 +991,7 @@ def train_split(name: str, files: list[str]) -> list[str]:
     """The files without those for validation and tests, if names say that some are for training."""
     words = [set(re.split("[^a-z]+", file.lower())) for file in files]
     in_train = [any(word.startswith("train") for word in some) for some in words]
-    others = {"test", "testing", "val", "valid", "validation", "dev", "eval"}
-    in_test = [bool(some & others) for some in words]
+    in_test = [bool(some & HELD_OUT) for some in words]
     if not any(in_train):
         if files and all(in_test):
             say(f"{name} has only files for validation or tests: they are used")

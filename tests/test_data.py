@@ -408,7 +408,7 @@ def write_images(root: Path, *names: str) -> None:
 def test_a_folder_has_every_image_whatever_its_name(tmp_path, capsys):
     names = ["ILSVRC2012_val_1.JPEG", "COCO_val2014_1.jpg", "test-drive.png", "a photo of a train.PNG",
              "[1]?*.gif", "x.avif"]  # fmt: skip
-    for folder in ("pictures [2024]", "what?", "star*", "val"):
+    for folder in ("pictures [2024]", "what?", "star*", "a, b=1", "val"):
         write_images(tmp_path / folder, *names)
         assert names_in(tmp_path / folder) == sorted(names)
         source = data.open_source(str(tmp_path / folder), SIZE, 0)
@@ -449,6 +449,12 @@ def test_subfolders_are_classes(tmp_path):
     assert data.open_source("nano:classes", SIZE, 0).class_names[:1] == ["red circle"]
 
 
+def test_classes_with_the_names_of_splits_are_pointed_out(tmp_path, capsys):
+    write_images(tmp_path, "train/a/0.png", "val/a/1.png")
+    assert data.Folder(str(tmp_path)).class_names == ["train", "val"]
+    assert "its classes are train, val" in capsys.readouterr().err
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path):
     write_images(tmp_path / "real", "ant/0.png", "bee/1.png")
     write_images(tmp_path / "some", "dog/2.png")
@@ -456,9 +462,11 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "some/aaa").symlink_to(tmp_path / "some/dog")
     (tmp_path / "some/dog/circle").symlink_to(tmp_path / "some")
     (tmp_path / "some/dog/gone.png").symlink_to(tmp_path / "nothing")
-    assert names_in(tmp_path / "some") == ["ant/0.png", "dog/2.png", "dog/gone.png"]
-    [skipped] = [s for s in data.open_source(f"{tmp_path}/some", SIZE, 0).once(None, 0, 1) if "skipped" in s]
-    assert "gone.png" in skipped["skipped"][0]
+    (tmp_path / "some/dog/loop.png").symlink_to("loop.png")
+    assert names_in(tmp_path / "some") == ["ant/0.png", "dog/2.png", "dog/gone.png", "dog/loop.png"]
+    samples = data.open_source(f"{tmp_path}/some", SIZE, 0).once(None, 0, 1)
+    skipped = " ".join(reason for sample in samples for reason in sample.get("skipped", []))
+    assert "gone.png" in skipped and "loop.png" in skipped
     write_tar(tmp_path / "elsewhere/0.tar", {"0.png": png(0)})
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/part").symlink_to(tmp_path / "elsewhere")
@@ -506,12 +514,15 @@ def test_captions_of_folders(kind, tmp_path, capsys):
 def test_damaged_rows_of_metadata_are_skipped(tmp_path):
     write_images(tmp_path, "1.png")
     rows = [{"file_name": "1.png"}, "{", "3", {"file_name": 3}, {"text": "x"}, {"file_name": "../1.png"},
-            {"file_name": "/etc/passwd"}]  # fmt: skip
+            {"file_name": "/etc/passwd"}, {"file_name": "\ud83d.png"}]  # fmt: skip
     write_lines(tmp_path / "metadata.jsonl", rows)
     samples = list(data.open_source(str(tmp_path), SIZE, 0).once(None, 0, 1))
     assert sum("image" in sample for sample in samples) == 1
     reasons = [reason for sample in samples for reason in sample.get("skipped", [])]
-    assert all(any(f"row {n} is damaged" in reason for reason in reasons) for n in range(2, 8))
+    assert all(any(f"row {n} is damaged" in reason for reason in reasons) for n in range(2, 9))
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text("file_name,text\n1.png," + 200_000 * "x" + "\n")
+    assert len(one_pass(data.open_source(str(tmp_path), SIZE, 0))) == 1
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -532,8 +543,23 @@ def test_columns_of_other_programs(kind, tmp_path):
         "text": pyarrow.array(["a", "b", None], pyarrow.large_string()),
     }
     (tmp_path / "[1]").mkdir()
-    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "[1]/0.parquet")
-    assert captions_in(tmp_path / "[1]", captions=True) == ["a", "b"]
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "[1]/0.PARQUET")
+    for name in ("[1]", "[1]/0.PARQUET"):
+        assert captions_in(tmp_path / name, captions=True) == ["a", "b"]
+
+
+def test_strange_paths_in_tables_are_skipped(tmp_path):
+    paths = ["a\0b", "no://where", "/", "/nowhere.png"]
+    cells = [{"bytes": None, "path": path} for path in paths] + [{"bytes": png(0), "path": None}]
+    write_parquet(tmp_path / "0.parquet", image=cells, text=["a", "b", "c", "d", "e"])
+    assert captions_in(tmp_path) == ["e"]
+
+
+def test_only_the_train_split_of_a_hub_data_set(monkeypatch):
+    files = ["datasets/me/train-tests/train-0.tar", "datasets/me/train-tests/test-0.tar"]
+    monkeypatch.setattr("huggingface_hub.HfFileSystem.glob", lambda *_: files)
+    [shards] = [source.shards for source in data.open_source("me/train-tests", SIZE, 0).sources]
+    assert [shard.args for shard in shards] == [("hf://" + files[0],)]
 
 
 def test_only_the_train_split_of_a_local_copy(tmp_path, capsys):
@@ -569,10 +595,10 @@ def test_tars_of_other_programs(tmp_path):
     expected = [f"caption {i}" for i in range(4)]
     write_tar(tmp_path / "plain/0.tar", members)
     content = (tmp_path / "plain/0.tar").read_bytes()
-    for suffix, packed in (("tgz", gzip.compress(content)), ("tar.zst", zstandard.compress(content))):
+    for suffix, packed in (("TGZ", gzip.compress(content)), ("tar.zst", zstandard.compress(content))):
         (tmp_path / suffix).mkdir()
         (tmp_path / suffix / f"0.{suffix}").write_bytes(packed)
-    for name in ("plain", "tgz", "tar.zst"):
+    for name in ("plain", "plain/0.tar", "TGZ", "tar.zst"):
         assert captions_in(tmp_path / name) == expected
     once = data.OnePass(data.open_source(f"{tmp_path}/plain", SIZE, 0), 8, workers=0)
     list(once)
@@ -808,7 +834,8 @@ def test_unusable_sources_are_refused_when_opened(tmp_path):
         "nano:birds": "no domain", "nano:text=x": "above zero", "nano:text=0": "above zero",
         "nano=nan": "above zero", "nano:text=5000,nano:scenes": "differ too much",
         f"{tmp_path}/empty": "it is empty", f"{tmp_path}/captions": "no image column",
-        f"{tmp_path}/empty.jsonl": "empty.jsonl.* is empty",
+        f"{tmp_path}/empty.jsonl": "empty.jsonl.* is empty", "": "empty name", "nano,": "empty name",
+        "README.md": "a file of another kind",
     }  # fmt: skip
     for i, content in enumerate(("{", "[]", "3", "{}", '{"tars": 3}', '{"tars": [3]}', '{"tars": []}')):
         (tmp_path / f"{i}.json").write_text(content)
