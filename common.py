@@ -22,7 +22,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -138,6 +138,8 @@ def check_value(field: dataclasses.Field, value) -> None:
         raise ValueError("--out is empty: name a folder or file to write to")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} {value}: give a finite number")
+    if isinstance(value, int) and abs(value) > 2**63:
+        raise ValueError(f"{name} {value}: give a number of 64 bits")
     for option, (words, is_within) in BOUNDS.items():
         bound = field.metadata.get(option)
         if bound is not None and value is not None and not is_within(value, bound):
@@ -239,7 +241,9 @@ def init_distributed(dtype: str = "auto", shard: str = "none") -> DistContext:
     (replicate), full (across all ranks) or hybrid (within a node)."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        # launchers other than torchrun do not set LOCAL_RANK
+        local_rank = int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count()))
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     elif torch.backends.mps.is_available() and world_size == 1:
@@ -643,14 +647,12 @@ def table(results: list[dict]) -> str:
 
 
 def read_rows(metrics: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a line that a crash cut off is skipped."""
+    """The rows of a metrics.jsonl; damaged lines, such as one that a crash cut off, are skipped."""
     rows = []
-    for line in metrics.read_text().splitlines():
-        try:
+    for line in metrics.read_text(errors="replace").splitlines():
+        with suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 def plot_losses(metrics: Path, path: Path) -> None:
@@ -869,6 +871,8 @@ class Run:
         state, damage = {}, None
         try:
             state = json.loads((source / "state.json").read_text())
+            if not {"step", "positions"} <= state.keys():
+                raise ValueError("state.json is damaged: it has no step")
             is_old = not {"identity", "checksums"} & state.keys()
             checksums = {} if is_old else state.pop("checksums")
             # every rank reads its part of the files

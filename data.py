@@ -349,7 +349,7 @@ def check_text(
     talks = transform.text_only and requested_caption(conversation) != ""
     if transform.captions and not (caption or talks):
         raise SkipSample(f"{name}: no caption")
-    if transform.num_classes and label is None:
+    if transform.num_classes and not isinstance(label, int):
         raise SkipSample(f"{name}: no label")
     if transform.num_classes and not 0 <= label < transform.num_classes:
         raise SkipSample(f"{name}: label {label}, but the classes are 0 to {transform.num_classes - 1}")
@@ -633,12 +633,17 @@ class LatentFolder:
     def __init__(self, folder: Path, seed: int, transform: Transform):
         self.info = json.loads((folder / "latents.json").read_text())
         # (rows, 1 or 2, N, C) float16; the second view is the mirror image
-        self.parts = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))]
-        texts = [path.read_text() for path in sorted(folder.glob("*.jsonl"))]
+        # A Mac leaves hidden files, ._NAME, beside those it copies.
+        self.parts = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("[!.]*.npy"))]
+        texts = [path.read_text() for path in sorted(folder.glob("[!.]*.jsonl"))]
         self.rows = [json.loads(line) for text in texts for line in text.splitlines()]
         self.ends = np.cumsum([len(part) for part in self.parts])
         if not self.rows or not self.ends[-1] == len(self.rows) == self.info["images"]:
             raise ValueError("the number of latents differs from that of captions: encode again")
+        shapes = {part.shape[2:] for part in self.parts}
+        fields = {"caption", "label"}
+        if shapes != {tuple(self.info["latent_shape"])} or any(fields - set(row) for row in self.rows):
+            raise ValueError("its files do not fit latents.json: encode again")
         self.views = 2 if transform.flip else 1
         if self.views > self.parts[0].shape[1]:
             raise ValueError("it has no mirror images: encode with --flip, or train without it")

@@ -104,7 +104,7 @@ def main() -> None:
     config = common.parse(Config, __doc__)
     dist_ctx = common.init_distributed(config.dtype)
     out = Path(config.out)
-    if out.exists():
+    if os.path.lexists(out):
         raise ValueError(f"{out} already exists: choose another --out, or remove it")
     common.check_output(out)
     autoencoder = common.load_autoencoder(config.autoencoder, dist_ctx)

@@ -951,6 +951,8 @@ class LatentModel(nn.Module, Hub):
 
     def __init__(self, latent_shape: tuple[int, int], autoencoder: str | None, alpha: float | None):
         super().__init__()
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise ValueError(f"alpha {alpha}: give a number above 0")
         self.latent_shape = tuple(latent_shape)
         self.alpha = default_alpha(latent_shape) if alpha is None else alpha
         self.autoencoder_path = autoencoder

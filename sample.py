@@ -60,7 +60,7 @@ CONFLICTS = {
     "ask": ("best_of", "latents", "guide", "n"),
     "chat": ("best_of", "latents", "guide", "n"),
 }
-PATHS = ("model", "autoencoder", "guide")
+PATHS = ("model", "autoencoder", "guide", "source")
 MAX_GRID = 256  # a run of more images makes no grid
 
 
@@ -367,13 +367,13 @@ def kept_jobs(group: list[Job], settings: dict, config: Config) -> list[Job]:
         return []
     try:
         scores = json.loads(path.read_text())
-        old = scores["settings"]
+        old = dict(scores["settings"])
+        jobs = {row["rank"]: job for row, job in zip(scores["candidates"], group, strict=False)}
     except (ValueError, KeyError, TypeError):
         old = {}
     check_same(path, old, describe(group[0], settings))
-    jobs = {row["rank"]: job for row, job in zip(scores["candidates"], group, strict=True)}
-    kept = [jobs[rank] for rank in range(config.n)]
-    return kept if all(is_drawn(job, settings, config) for job in kept) else []
+    kept = [jobs[rank] for rank in range(config.n) if rank in jobs]
+    return kept if len(kept) == config.n and all(is_drawn(job, settings, config) for job in kept) else []
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -602,7 +602,7 @@ def converse(config: Config, dist_ctx: DistContext) -> None:
 
 def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
-    config.prompts = read_prompts(config)
+    config.prompts = [data.encodable(prompt) for prompt in read_prompts(config)]
     for name, others in CONFLICTS.items():
         for other in others:
             if getattr(config, name) and getattr(config, other):

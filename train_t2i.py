@@ -462,6 +462,8 @@ def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
     is_text = config.condition == "text"
     config.data = config.data or ("nano" if is_text else "nano:classes")
+    if config.decay_end is not None and (config.decay_start is None or config.decay_end < config.decay_start):
+        raise ValueError(f"--decay-end {config.decay_end} needs a --decay-start before it")
     dist_ctx = common.init_distributed(config.dtype, config.shard)
     device = dist_ctx.device
     run = common.Run(config, dist_ctx)

@@ -5,10 +5,12 @@ import signal
 import sys
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import common
+import data
 import encode
 import rae
 
@@ -40,6 +42,25 @@ def test_latents_know_their_autoencoder_and_nothing_else_is_touched(run, parts, 
     assert len(list(tmp_path.glob("*latents*"))) == 3
 
 
+@pytest.mark.parametrize("damage", ["a Mac's", "shape", "no label", "text label"])
+def test_damaged_latents_are_refused_or_skipped(damage, run, tmp_path):
+    run()
+    folder = tmp_path / "latents"
+    if damage == "a Mac's":
+        for name in ("._00000.npy", "._00000.jsonl"):
+            (folder / name).write_bytes(b"\0\5\26\7\xff")
+        assert len(data.open_source(str(folder), 32, 0).sources[0].rows) == 3
+        return
+    if damage == "shape":
+        np.save(folder / "00000.npy", np.zeros((3, 1, 16, 5), np.float16))
+    else:
+        row = {"caption": None} | ({} if damage == "no label" else {"label": "cat"})
+        (folder / "00000.jsonl").write_text(3 * (json.dumps(row) + "\n"))
+    message = "no label" if damage == "text label" else "do not fit latents.json"
+    with pytest.raises(ValueError, match=message):
+        data.open_source(str(folder), 32, 0, num_classes=2)[0]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_leaves_nothing(number, world, parts, tmp_path):
     flags = ["--autoencoder", parts / "rae", "--limit", 20_000, "--out", tmp_path / "latents"]
@@ -52,7 +73,7 @@ def test_a_stopped_run_leaves_nothing(number, world, parts, tmp_path):
     assert not list(tmp_path.glob("*latents*"))
 
 
-@pytest.mark.parametrize("kind", ["nan", "float16", "unusable images", "exists", "read-only"])
+@pytest.mark.parametrize("kind", ["nan", "float16", "unusable images", "exists", "link", "read-only"])
 def test_refusals_leave_no_folder(kind, run, parts, tmp_path):
     flags, message = [], "the model's result is not finite"
     if kind in ("nan", "float16"):
@@ -66,6 +87,9 @@ def test_refusals_leave_no_folder(kind, run, parts, tmp_path):
         message = "holds no image that can be used"
     elif kind == "exists":
         (tmp_path / "latents").write_text("mine")
+        message = "already exists"
+    elif kind == "link":
+        (tmp_path / "latents").symlink_to(tmp_path / "nowhere")
         message = "already exists"
     else:
         flags, message = ["--out", tmp_path / "images/0.png/latents"], "cannot write"

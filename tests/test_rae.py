@@ -173,6 +173,12 @@ def test_shift_and_training_times():
     assert (times.diff() > 0).all() and times.max() < 1
 
 
+@pytest.mark.parametrize("alpha", [0, -1, math.nan, math.inf])
+def test_a_timestep_shift_of_nothing_is_refused(alpha):
+    with pytest.raises(ValueError, match="give a number above 0"):
+        rae.ClassToImage({"width": 32, "depth": 1, "heads": 2}, (16, 24), "", alpha)
+
+
 def test_time_grids():
     """The values of the papers' are in test_golden.py."""
     assert len(rae.time_grid(50, 2.0)) == 50

@@ -328,6 +328,13 @@ def test_best_of_keeps_what_the_verifier_prefers(reads_images, run, parts, tmp_p
     assert (tmp_path / lines[0]).exists() and (tmp_path / lines[2]).stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="with n 2, not 3"):
         run("two rings", *flags, "--n", 3, "--resume")
+    # damaged scores
+    scores = tmp_path / "two-rings-3-scores.json"
+    settings = json.loads(scores.read_text())["settings"]
+    for part in ({"settings": [1]}, {"settings": settings}, {"settings": settings, "candidates": [{}]}):
+        scores.write_text(json.dumps(part))
+        with pytest.raises(ValueError, match="two-rings-3-scores.json exists and is not from sample.py"):
+            run("two rings", *flags, "--n", 2, "--resume")
 
 
 def test_reconstruct_and_ask(run, parts, tmp_path):
@@ -336,6 +343,7 @@ def test_reconstruct_and_ask(run, parts, tmp_path):
     [line] = run("--reconstruct", tmp_path / "in.png", *decoder)
     assert "PSNR" in line and Image.open(tmp_path / "in-reconstruction.png").size == (32 + 2 + 32, 32)
     assert run("--reconstruct", tmp_path / "in.png", *decoder) == [line]
+    assert run("--reconstruct", f"{tmp_path}/./in.png", *decoder) == [line]
     Image.new("RGB", (50, 40), "blue").save(tmp_path / "in.png")
     with pytest.raises(ValueError, match="in-reconstruction.png was drawn with content"):
         run("--reconstruct", tmp_path / "in.png", *decoder)
@@ -345,6 +353,7 @@ def test_reconstruct_and_ask(run, parts, tmp_path):
     (tmp_path / "prompts.txt").write_text("a star\n\ntwo rings\n")
     run("--file", tmp_path / "prompts.txt", "--n", 1, "--latents", *flags)
     latents = tmp_path / "two-rings-0.safetensors"
+    assert run("\udcff", "--n", 1, *flags)  # an argument that is not UTF-8
     [line] = run("--reconstruct", latents, *decoder)
     assert np.array_equal(pixels(line), pixels(tmp_path / "two-rings-0.png"))
     assert run("--ask", latents, "what is it?", *flags)

@@ -90,9 +90,13 @@ def test_numbers_without_a_meaning_are_refused(module, parse):
         ("final_lr", 2),
         ("steps", 0),
         ("out", ""),
+        ("steps", 10**30),
+        ("seed", -(10**30)),
     ]
     wrong += (
-        [("alpha", 0), ("dit_lr", 0), ("dropout", 1.01)] if module is train_t2i else [("encoder_size", 0)]
+        [("alpha", 0), ("dit_lr", 0), ("dropout", 1.01), ("decay_end", 10**30)]
+        if module is train_t2i
+        else [("encoder_size", 0)]
     )
     for name, value in wrong:
         with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} "):
@@ -111,6 +115,8 @@ def test_help_shows_the_values_of_the_preset(parse, capsys):
     [
         ("train_t2i.py", ["--data", "nano:text=0"], "above zero"),
         ("train_t2i.py", ["--data", "IMAGES"], "no caption"),
+        ("train_t2i.py", ["--decay-end", 9], "--decay-end 9 needs a --decay-start"),
+        ("train_t2i.py", ["--decay-start", 9, "--decay-end", 8], "--decay-end 8 needs a --decay-start"),
         ("train_t2i.py", ["--autoencoder", "DAMAGED"], "cannot load"),
         ("train_t2i.py", ["--autoencoder", "nowhere/at/all"], "no model at nowhere"),
         ("train_t2i.py", ["--init", "PARTS/t2i", "--dit", "nano"], "--dit is for a new model"),

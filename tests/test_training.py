@@ -728,6 +728,26 @@ def test_foreign_checkpoints_are_refused_and_no_pickle_is_run(tmp_path):
     assert (tmp_path / "exploded").exists()
 
 
+def test_damaged_log_lines_are_skipped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1}\n\xff\n3\nnull\n{}\n{"step": "2"}\n{"step": 2, "lo'
+    )
+    assert common.read_rows(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+@pytest.mark.parametrize("launcher", [{"RANK": "5"}, {"RANK": "5", "LOCAL_RANK": "3"}])
+def test_the_device_of_a_launcher_without_local_rank(launcher, monkeypatch):
+    devices = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    common.init_distributed()
+    assert devices == [torch.device("cuda", int(launcher.get("LOCAL_RANK", 1)))]
+
+
 def flip_a_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[random.randrange(len(content))] ^= 1 << random.randrange(8)
@@ -738,7 +758,11 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, cut, Path.unlink])
+def empty(file: Path) -> None:
+    file.write_text("{}")
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, empty, Path.unlink])
 @pytest.mark.parametrize("name", ["state.json", "*.safetensors"])
 def test_a_damaged_checkpoint_is_found_and_the_one_before_is_used(name, damage, tmp_path, capsys):
     for step in (1, 2):
