@@ -32,6 +32,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
 
 import convert
 import rae
@@ -341,19 +342,79 @@ def count_flops(module: nn.Module, *inputs: Tensor, **kwargs: Tensor) -> int:
 # optimizer step, schedule, EMA
 
 
-class Muon(torch.optim.Muon):
-    """Muon that can skip a step on the device, as fused AdamW does: `found_inf` of 1 leaves all as it is."""
+# Newton-Schulz coefficients of Polar Express (arXiv 2505.16932), one triple per iteration, as RAEv2 uses them
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115952949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845749493, 0.4188073119525673),
+)
+
+
+def orthogonalise(x: Tensor) -> Tensor:
+    """Moves all singular values of matrices (..., out, in) close to 1."""
+    # fp32, TF32 on a GPU: rounding to bf16 adds directions without a gradient, which would grow to full size
+    x = x.float() / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x
+    for a, b, c in POLAR_EXPRESS:
+        # for singular values up to 1.05, which rounding can make
+        a, b, c = a / 1.05, b / 1.05**3, c / 1.05**5
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update of a matrix (out, in) is orthogonalised and then scaled by 0.2
+    sqrt(max(out, in)), the size of an AdamW update, so that both take the same learning rates (RAEv2).
+
+    Groups may have `parts`, the number of projections that are fused in a matrix and orthogonalised apart, and
+    `side`, the larger side without padding. `found_inf` of 1 leaves all as it is, as in fused AdamW."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1, "side": None}
+        super().__init__(params, defaults)
+        self.found_inf = torch.zeros(())
 
     @torch.no_grad()
     def step(self) -> None:
-        # weights and momentum, to be put back where the step is skipped
-        changing = [p for group in self.param_groups for p in group["params"]]
-        changing += [buffer for state in self.state.values() for buffer in state.values()]
-        before = [local_tensor(tensor).clone() for tensor in changing]
-        super().step()
-        for tensor, old in zip(changing, before, strict=True):
-            new = local_tensor(tensor)
-            new.copy_(torch.where(self.found_inf > 0, old, new))
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                self.update(p, self.state[p]["momentum_buffer"], group)
+
+    def update(self, p: Tensor, momentum: Tensor, group: dict) -> None:
+        skip = self.found_inf.to(p.device) > 0
+        averaged = group["momentum"] * momentum + p.grad
+        # every rank orthogonalises the whole matrix and keeps its shard
+        nesterov = full_tensor(p.grad + group["momentum"] * averaged)
+        step = orthogonalise(nesterov.unflatten(0, (group["parts"], -1))).flatten(0, 1)
+        if hasattr(p, "device_mesh"):
+            step = distribute_tensor(step, p.device_mesh, p.placements, src_data_rank=None)
+        side = group["side"] or max(nesterov.shape[0] // group["parts"], nesterov.shape[1])
+        weights, buffer = local_tensor(p), local_tensor(momentum)
+        decayed = (1 - group["lr"] * group["weight_decay"]) * weights
+        new = decayed - group["lr"] * 0.2 * math.sqrt(side) * local_tensor(step)
+        weights.copy_(torch.where(skip, weights, new))
+        buffer.copy_(torch.where(skip, buffer, local_tensor(averaged)))
+
+
+def muon_groups(module: nn.Module, matrices: list[nn.Parameter]) -> list[dict]:
+    """The parameter groups of `Muon` for matrices of a module: what is fused in rae.py's layers is split."""
+    treatment = {}
+    for layer in module.modules():
+        if isinstance(layer, rae.Attention):
+            treatment[layer.qkv.weight] = (3, None)
+        elif isinstance(layer, rae.SwiGLU):
+            side = max(layer.hidden, layer.w3.out_features)
+            treatment |= {layer.w12.weight: (2, side), layer.w3.weight: (1, side)}
+    groups = defaultdict(list)
+    for matrix in matrices:
+        groups[treatment.get(matrix, (1, None))].append(matrix)
+    return [{"params": params, "parts": n, "side": side} for (n, side), params in groups.items()]
 
 
 class Optimizers:

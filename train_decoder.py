@@ -72,7 +72,7 @@ SCALE_RAE_RECIPE = RAE_RECIPE | {  # Scale-RAE table 7; crops, EMA and clipping 
     "statistics": 0,  # latents are not normalised
 }
 PRESETS = {
-    "nano": {"muon": 0.02, "tau": 0.2},
+    "nano": {"muon": 0.008, "tau": 0.2},
     "nano-full": {  # every loss, at the size of a laptop
         "perceptual": "encoder",
         "gram_weight": 1e4,  # the features are smaller than VGG's
@@ -83,6 +83,14 @@ PRESETS = {
     "rae-dinov2-b": RAE_RECIPE | {"encoder": rae.ENCODERS["dinov2-b"], "encoder_size": 224},
     "rae-siglip2-b": RAE_RECIPE | {"encoder": rae.ENCODERS["siglip2-b"]},
     "rae-mae-b": RAE_RECIPE | {"encoder": rae.ENCODERS["mae-b"], "encoder_size": 256},
+    # RAEv2: no crops. Its "general" decoders are trained on four sources at equal weight, 0.54 M steps
+    "raev2-k7": RAE_RECIPE
+    | {
+        "encoder": rae.ENCODERS["dinov3-l"],
+        "encoder_size": 256,
+        "layers": ",".join(map(str, rae.LAYERS["k7"])),
+        "crop": "centre",
+    },
     "scale-rae-siglip2": SCALE_RAE_RECIPE
     | {
         "encoder": rae.ENCODERS["siglip2-so400m"],
@@ -107,6 +115,7 @@ class Config(common.TrainConfig):
     out: str = flag("runs/decoder", "folder of this run")
     # model
     encoder: str = flag(str(common.WEIGHTS / "encoder"), "frozen encoder: transformers folder or hub id")
+    layers: str = flag("", "encoder layers to average, like 11,17,23 counted from 0 (default: only the last)")
     encoder_size: int | None = flag(None, "side of its input in pixels (default: that of its config)")
     decoder: str = flag("nano", "size of the decoder", choices=rae.DECODERS)
     patch_size: int | None = flag(None, "side in pixels of a token's output (default: the encoder's patch)")
@@ -463,7 +472,7 @@ class LastLayer:
     def gradient(self, of_images: Tensor) -> Tensor:
         """(B, 3, H, W), of the images decoded last -> (3 p^2, width), summed over all ranks."""
         p = self.model.decoder.patch_size
-        pixels = (of_images * self.model.image_std).type_as(self.tokens)
+        pixels = (of_images * self.model.output_std).type_as(self.tokens)
         pixels = rearrange(pixels, "b c (h p) (w q) -> (b h w) (p q c)", p=p, q=p)
         gradient = pixels.T.float() @ self.tokens.flatten(0, 1).float()
         if dist.is_initialized():
@@ -571,8 +580,15 @@ def build_model(config: Config, dist_ctx: common.DistContext) -> tuple[rae.RAE, 
         size = dict(rae.DECODERS[config.decoder])
         if config.patch_size:
             size["patch_size"] = config.patch_size
+        layers = None
+        if config.layers:
+            try:
+                layers = [int(layer) for layer in config.layers.split(",")]
+            except ValueError:
+                raise ValueError(f"--layers {config.layers}: give numbers like 11,17,23") from None
         with common.loading(config.encoder):
-            return rae.RAE(config.encoder, size, config.encoder_size).to(dist_ctx.device), None
+            model = rae.RAE(config.encoder, size, config.encoder_size, layers=layers)
+        return model.to(dist_ctx.device), None
     model = generator.autoencoder if generator else common.load_autoencoder(config.init, dist_ctx)
     if not isinstance(model, rae.RAE):
         raise ValueError(
@@ -625,7 +641,7 @@ def make_optimizers(
             (matrices if to_muon else rest).append(parameter)
     of_decoder = [adamw(rest, config.lr)]
     if matrices:
-        of_decoder.append(common.Muon(matrices, config.muon, weight_decay=0.0))
+        of_decoder.append(common.Muon(matrices, config.muon))
     optimizers = [common.Optimizers(*of_decoder, clip=config.clip)]
     if discriminator:
         of_discriminator = adamw(discriminator.parameters(), config.disc_lr)

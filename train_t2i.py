@@ -3,6 +3,7 @@
     python train_t2i.py                                            # the nano world, on a laptop
     python train_t2i.py --resume                                   # continues after an interruption
     python train_t2i.py --preset nano-class                        # class labels instead of text
+    torchrun --nproc-per-node 8 train_t2i.py --preset raev2-imagenet --data imagenet/train   # RAEv2
     python train_t2i.py --preset dit-dh-s-imagenet256 --data imagenet/train --grad-accum 16 \\
         --activation-checkpointing                                 # one small GPU
     torchrun --nproc-per-node 8 train_t2i.py --preset dit-dh-xl-imagenet256 --data imagenet/train
@@ -15,7 +16,8 @@
 A language model reads the request, and its hidden states at the latent queries condition the DiT. They are
 trained together: loss = cross-entropy + 2 x velocity error (Scale-RAE section 3). Questions about images,
 mixed into the data, train the projector that reads latents. With --condition class the DiT alone is trained,
-on the labels of folders, .cls files or a column `label`: loss = velocity error (RAE section 5). Latents are
+on the labels of folders, .cls files or a column `label`: loss = velocity error (RAE section 5); with
+--condition caption, on captions that a frozen language model reads (RAEv2). Latents are
 encoded on the fly, or read from a folder that encode.py wrote. Writes OUT/model (a TextToImage or
 ClassToImage folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl, OUT/losses.png and
 OUT/samples/.
@@ -24,6 +26,7 @@ OUT/samples/.
 import copy
 import itertools
 import math
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,11 +75,24 @@ SCALE_RAE = {  # stage 1, from the authors' script. Variants: --dit 2.4B-DH for 
     "activation_checkpointing": True,
     "save_every": 1000,
 }
+RAEV2 = {  # RAEv2's configs. Muon and AdamW have the same learning rate; constant for a while, then linear
+    "autoencoder": "raev2-k7",
+    "dit": "raev2",
+    "prediction": "x",
+    "batch": 1024,
+    "muon": 2e-4,
+    "dit_lr": 2e-4,
+    "warmup": 0,
+    "final_lr": 0.1,
+    "ema": 0.9995,
+    "workers": 8,
+    "save_every": 2 * EPOCH,
+}
 NANO = {  # A nano image is still recognisable at t = 0.9, where only the prompt should count: the papers'
     # alpha of 0.92 hardly trains such noise levels. Uniform t keeps the low ones, which draw the outlines.
     "alpha": 3.0,
     "t_distribution": "uniform",
-    "muon": 0.02,
+    "muon": 0.006,
     "batch": 32,
     "draws": 2,
 }
@@ -89,6 +105,22 @@ PRESETS = {
     "dit-dh-xl-imagenet512": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b-512"},
     "dit-dh-s-imagenet256": IMAGENET | {"dit": "DiT-DH-S", "autoencoder": "rae-dinov2-b"},
     "dit-xl-imagenet256": IMAGENET | {"dit": "DiT-XL", "autoencoder": "rae-dinov2-b"},
+    "raev2-imagenet": RAEV2
+    | {
+        "condition": "class",
+        "num_classes": 1000,
+        "steps": 80 * EPOCH,
+        "decay_start": 25 * EPOCH,
+        "decay_end": 50 * EPOCH,
+    },
+    "raev2-t2i": RAEV2
+    | {
+        "condition": "caption",
+        "language_model": "Qwen/Qwen3-0.6B",
+        "steps": 200_000,
+        "decay_start": 50_000,
+        "decay_end": 150_000,
+    },
     "scale-rae-0.5b": SCALE_RAE | {"dit": "0.5B"},
     "scale-rae-2.4b": SCALE_RAE | {"dit": "2.4B"},
     "scale-rae-3.1b": SCALE_RAE | {"dit": "3.1B"},
@@ -116,7 +148,7 @@ GRID_STEPS, GRID_GUIDANCE = 25, 3.0  # of the sample grids
 class Config(common.TrainConfig):
     out: str = flag("runs/t2i", "folder of this run")
     # model
-    condition: str = flag("text", "conditioning", choices=["text", "class", "none"])
+    condition: str = flag("text", "conditioning", choices=["text", "caption", "class", "none"])
     num_classes: int | None = flag(None, "number of classes, if --data does not tell", at_least=1)
     autoencoder: str = flag("", "RAE or VAE: folder, hub id or name (default: that of --init, or nano's)")
     language_model: str = flag(str(common.WEIGHTS / "language-model"), "transformers folder or hub id")
@@ -127,6 +159,9 @@ class Config(common.TrainConfig):
         "none",
         "frozen part: the language model, or all but the DiT, its connector and the latent queries",
         choices=["none", "language-model", "all-but-dit"],
+    )
+    prediction: str = flag(
+        "velocity", "output of the DiT: velocity or clean latents", choices=["velocity", "x"]
     )
     alpha: float | None = flag(None, "factor of the timestep shift (default: sqrt(N C / 4096))")
     # data
@@ -147,6 +182,7 @@ class Config(common.TrainConfig):
     t_distribution: str = flag(
         "logit-normal", "distribution of t, before the timestep shift", choices=["logit-normal", "uniform"]
     )
+    base_weight: float = flag(1.0, "weight of the base head's loss, if the DiT has one", at_least=0)
     draws: int = flag(1, "draws of noise and t per image; the condition is computed once", at_least=1)
     noise_only_steps: int = flag(0, "first steps of a new model at t = 1 only", at_least=0)
     dropout: float = flag(0.1, "condition dropout: fraction of images trained with the null condition")
@@ -171,6 +207,7 @@ def build_model(
         for name, actual, expected in (
             ("latents", init.latent_shape, latent_shape),
             ("classes", getattr(init, "num_classes", None), num_classes),
+            ("prediction", init.prediction, config.prediction),
             ("latents to read", getattr(init, "read_shape", None), read_shape),
         ):
             if actual != expected:
@@ -181,14 +218,29 @@ def build_model(
             model.reader_path = config.reader
     elif config.condition == "text":
         reads = {"reader": config.reader, "reader_channels": read_shape[1]} if reader else {}
-        dit = rae.DITS[config.dit]
+        if "time_tokens" in rae.DITS[config.dit]:
+            raise ValueError(f"--dit {config.dit} is RAEv2's: give --condition caption, class or none")
         with common.loading(config.language_model):
             model = rae.TextToImage(
-                config.language_model, dit, latent_shape, config.autoencoder, config.alpha, **reads
+                config.language_model,
+                rae.DITS[config.dit],
+                latent_shape,
+                config.autoencoder,
+                config.alpha,
+                **reads,
             )
+    elif config.condition == "caption":
+        if "time_tokens" not in rae.DITS[config.dit]:
+            raise ValueError(f"--dit {config.dit} cannot read captions: give raev2 or nano-in-context")
+        with common.loading(config.language_model):
+            width = transformers.AutoConfig.from_pretrained(config.language_model).hidden_size
+        dit = rae.DITS[config.dit] | {"condition_width": width, "condition_tokens": rae.CAPTION_TOKENS}
+        model = rae.CaptionToImage(
+            config.language_model, dit, latent_shape, config.autoencoder, config.alpha, config.prediction
+        )
     else:
         dit = rae.class_dit(config.dit, num_classes)
-        model = rae.ClassToImage(dit, latent_shape, config.autoencoder, config.alpha)
+        model = rae.ClassToImage(dit, latent_shape, config.autoencoder, config.alpha, config.prediction)
     for name, parameter in model.named_parameters():
         is_frozen = {
             "none": False,
@@ -214,12 +266,13 @@ def count_classes(config: Config, source: data.Mixture) -> int | None:
 
 
 def make_optimizers(config: Config, model: nn.Module) -> common.Optimizers:
-    """AdamW in two groups, the DiT and the rest; with --muon, the matrices of the DiT's blocks go to Muon."""
+    """AdamW in two groups, the DiT and the rest. With --muon, all matrices of the DiT go to Muon but those of
+    the latents' embedders, which are convolutions in the authors' code (RAEv2)."""
     dit, rest, matrices = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if config.muon and name.startswith("dit.blocks.") and parameter.ndim == 2:
+        if config.muon and parameter.ndim == 2 and re.match(r"dit\.(?!x_embedder|s_embedder)", name):
             matrices.append(parameter)
         elif name.startswith(("dit.", "diff_head_projector.")):
             dit.append(parameter)
@@ -230,7 +283,7 @@ def make_optimizers(config: Config, model: nn.Module) -> common.Optimizers:
         groups.append({"params": rest, "lr": config.lr, "betas": (0.9, 0.999)})
     optimizers = [torch.optim.AdamW(groups, weight_decay=0.0, fused=True)]
     if matrices:
-        optimizers.append(common.Muon(matrices, config.muon, weight_decay=0.0))
+        optimizers.append(common.Muon(common.muon_groups(model, matrices), config.muon))
     return common.Optimizers(*optimizers)
 
 
@@ -254,6 +307,10 @@ def flops_per_step(
         condition = zeros(1, tokens, model.diff_head_projector.out_features)
     elif config.condition == "class":
         condition = zeros(1, dtype=torch.long)
+    elif config.condition == "caption":
+        embedder = model.dit.y_embedder
+        mask = torch.ones(1, embedder.count, dtype=torch.bool, device="meta")
+        condition = rae.Caption(zeros(1, embedder.count, len(embedder.norm.weight)), mask)
     flops = 3 * config.draws * common.count_flops(model.dit, zeros(1, tokens, channels), zeros(1), condition)
     if config.condition == "text":
         language_model = model.language_model.model
@@ -278,7 +335,7 @@ def flops_per_step(
 class Inputs(NamedTuple):
     """What the model is conditioned on in one micro-batch of B samples with P images."""
 
-    condition: rae.Chat | Tensor | None  # conversations, or labels (B,)
+    condition: rae.Chat | rae.Caption | Tensor | None  # conversations, captions, or labels (B,)
     answers: Tensor  # (A,) which of the P images are to be generated
     contexts: Tensor  # (P - A,) which are to be read
     index: list[int]  # sample numbers of the images to generate
@@ -293,7 +350,11 @@ def prepare(config: Config, model: rae.LatentModel, batch: dict) -> Inputs:
     else:
         if config.condition == "class" and None in batch["label"]:
             raise ValueError(f"{config.data} has images without labels: see the top of data.py")
-        condition = model.condition(batch["label"])
+        if config.condition == "caption":
+            captions = [data.requested_caption(turns) or "" for turns in batch["conversation"]]
+            condition = model.condition(captions, truncate=True)
+        else:
+            condition = model.condition(batch["label"])
         is_answer, tokens = torch.ones_like(numbers, dtype=torch.bool), 0
     # indices are computed on the CPU and copied without a host-device sync
     answers, contexts = is_answer.nonzero().flatten(), (~is_answer).nonzero().flatten()
@@ -367,7 +428,7 @@ def validation_batch(config: Config, source: data.Mixture) -> dict:
     """The first of 16 batches that asks for an image, since data may begin with questions."""
     for batch in itertools.islice(data.Loader(source, VAL_SAMPLES, workers=0), 16):
         asks = map(data.requested_caption, batch["conversation"])
-        if config.condition != "text" or any(caption is not None for caption in asks):
+        if config.condition not in ("text", "caption") or any(caption is not None for caption in asks):
             return batch
     name = config.val_data or config.data
     raise ValueError(
@@ -390,7 +451,7 @@ class Validation:
         index = list(range(len(self.latents)))
         self.noise, *_ = data.flow_draws(model.latent_shape, config.seed + 1, index, dist_ctx.device)
         self.guidance = 1.0 if config.condition == "none" else GRID_GUIDANCE
-        if config.condition == "text":
+        if config.condition in ("text", "caption"):
             captions = map(data.requested_caption, batch["conversation"])
             self.grid_inputs = [caption for caption in captions if caption is not None][:16]
             if not all(self.grid_inputs):
@@ -408,7 +469,7 @@ class Validation:
         t = torch.tensor(VAL_TIMES, device=noise.device).repeat_interleave(len(self.noise))
         x_t = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
         with self.dist_ctx.autocast():
-            velocity, _ = ema(self.inputs.condition, x_t, t, torch.zeros_like(t).bool(), self.contexts)
+            velocity, *_ = ema(self.inputs.condition, x_t, t, torch.zeros_like(t).bool(), self.contexts)
         errors = (velocity - (noise - latents)).square().view(levels, -1).mean(dim=1).tolist()
         losses = {f"val_loss_{level}": error for level, error in zip(VAL_TIMES, errors, strict=True)}
         return {"val_loss": sum(errors) / levels} | losses
@@ -431,7 +492,8 @@ class Validation:
 def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
     is_text = config.condition == "text"
-    config.data = config.data or ("nano" if is_text else "nano:classes")
+    nano = {"text": "nano", "caption": "nano:objects"}  # the mixture has questions
+    config.data = config.data or nano.get(config.condition, "nano:classes")
     dist_ctx = common.init_distributed(config.dtype, config.shard)
     device = dist_ctx.device
     run = common.Run(config, dist_ctx)
@@ -439,7 +501,8 @@ def main() -> None:
     # ---- autoencoder and data ------------------------------------------------------------------------------
     init = None
     if config.init:
-        cls = rae.TextToImage if is_text else rae.ClassToImage
+        classes = {"text": rae.TextToImage, "caption": rae.CaptionToImage}
+        cls = classes.get(config.condition, rae.ClassToImage)
         with common.loading(config.init):
             init = cls.from_pretrained(config.init, config.autoencoder).train()
         config.autoencoder = init.autoencoder_path
@@ -503,13 +566,20 @@ def main() -> None:
                 t = torch.ones_like(t)
             dropped = rae.to_device(u_drop < config.dropout, device)
             x_t = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
+            # the clean latents that the DiT predicts become a velocity in the same way, with a clamped t
+            target = rae.to_velocity(x_t, latents, t) if config.prediction == "x" else noise - latents
 
-            # ---- forward: language model or labels -> condition -> DiT
+            # ---- forward: language model, caption or labels -> condition -> DiT
             with dist_ctx.autocast():
-                velocity, cross_entropy = model(inputs.condition, x_t, t, dropped, readable[inputs.contexts])
+                velocity, base_velocity, cross_entropy = model(
+                    inputs.condition, x_t, t, dropped, readable[inputs.contexts]
+                )
 
             # ---- loss
-            squared_error = (velocity - (noise - latents)).square().mean(dim=(1, 2))
+            squared_error = (velocity - target).square().mean(dim=(1, 2))
+            if base_velocity is not None:  # RAEv2's base head learns the same
+                base_error = (base_velocity - target).square().mean(dim=(1, 2))
+                squared_error = squared_error + config.base_weight * base_error
             flow_loss = squared_error.sum() / max(1, total_images * config.draws)
             text_loss = cross_entropy / max(1, total_tokens)
             loss = text_loss + flow_weight * flow_loss

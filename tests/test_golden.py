@@ -304,9 +304,9 @@ def test_adaptive_weight(case):
     given, expected = inputs(case), GOLDEN[case]["adaptive"]
     decoder = rae.from_official(official(case, "decoder"), heads=4)
     mean, std = (torch.tensor(GOLDEN["H1"]["config"][name]) for name in ("pix_mean", "pix_std"))
-    model = SimpleNamespace(decoder=decoder, image_std=std.view(3, 1, 1))
+    model = SimpleNamespace(decoder=decoder, output_std=std.view(3, 1, 1))
     last_layer = train_decoder.LastLayer(model)
-    decoded = decoder(given.z) * model.image_std + mean.view(3, 1, 1)
+    decoded = decoder(given.z) * model.output_std + mean.view(3, 1, 1)
     check(decoded, GOLDEN[case]["outputs"]["adaptive_image"], 1e-6)
     images = decoded.detach().requires_grad_()
     l1, gan = F.l1_loss(images, given.target), -discriminator(case)(2 * images - 1).mean()

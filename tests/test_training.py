@@ -205,7 +205,7 @@ def test_optimizers_skip_a_step_that_is_not_finite():
     torch.manual_seed(0)
     matrix, vector = torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.randn(4))
     adamw = torch.optim.AdamW([vector], 0.1, fused=True)
-    optimizers = common.Optimizers(common.Muon([matrix], lr=0.1, weight_decay=0.0), adamw)
+    optimizers = common.Optimizers(common.Muon([matrix], lr=0.1), adamw)
     for is_good in (True, False, True):
         tensors = [matrix, vector, *(x for _, values in optimizers.state() for x in values.values())]
         before = [tensor.detach().clone() for tensor in tensors]
