@@ -370,7 +370,7 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update of a matrix (out, in) is orthogonalised and then scaled by 0.2
     sqrt(max(out, in)), the size of an AdamW update, so that both take the same learning rates (RAEv2).
 
-    Groups may have `parts`, the number of projections that are fused in a matrix and orthogonalised apart, and
+    Groups may have `parts`, the number of projections fused in a matrix, each orthogonalised by itself; and
     `side`, the larger side without padding. `found_inf` of 1 leaves all as it is, as in fused AdamW."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):

@@ -478,8 +478,8 @@ class RAE(nn.Module, Hub, library_name="rae"):
         # from the decoder's output to [0, 1]
         if denormalise is None:
             denormalise = layers is None
-        mean = self.image_mean if denormalise else torch.zeros(3, 1, 1)
-        std = self.image_std if denormalise else torch.ones(3, 1, 1)
+        mean = self.image_mean.clone() if denormalise else torch.zeros(3, 1, 1)
+        std = self.image_std.clone() if denormalise else torch.ones(3, 1, 1)
         self.register_buffer("output_mean", mean, persistent=False)
         self.register_buffer("output_std", std, persistent=False)
 
@@ -1430,10 +1430,9 @@ def text_model_class(source: str) -> type[LatentModel]:
     """CaptionToImage or TextToImage, whichever a folder or hub id holds."""
     import convert
 
-    is_released = source in convert.RELEASED_TEXT_TO_IMAGE or not convert.exists(
-        f"{source}/config.json", None
-    )
-    is_caption = not is_released and "text_encoder" in convert.read_config(source)[0]
+    # the authors' names and files are Scale-RAE's
+    has_config = convert.exists(f"{source}/config.json", None)
+    is_caption = has_config and "text_encoder" in convert.read_config(source)[0]
     return CaptionToImage if is_caption else TextToImage
 
 

@@ -571,7 +571,7 @@ def losses(model, batch, latents, noise, t):
     answers = batch.is_answer
     x_1, x_0, t, context = noise[answers], latents[answers], t[answers], latents[~answers]
     x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * x_1
-    velocity, cross_entropy = model(batch, x_t, t, torch.zeros(len(t), dtype=torch.bool), context)
+    velocity, _, cross_entropy = model(batch, x_t, t, torch.zeros(len(t), dtype=torch.bool), context)
     return cross_entropy, (velocity - (x_1 - x_0)).square().mean(dim=(1, 2))
 
 

@@ -1,8 +1,8 @@
 """RAEv2 against numbers of the authors' own code, with weights made by a formula.
 
-golden_raev2.json holds, for each case, the authors' settings, the official names and shapes of the weights and
-statistics of the outputs. Cases A to C: networks; D and E: losses and the sampler; F and G: latents; H: the
-optimizer; I: sizes. `test_golden.py` explains the error.
+golden_raev2.json holds, for each case, the authors' settings, the official names and shapes of the weights,
+and statistics of the outputs. Cases A to C: networks; D and E: losses and the sampler; F and G: latents;
+H: the optimizer; I: sizes. `test_golden.py` explains the error.
 """
 
 import json

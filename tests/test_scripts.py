@@ -54,11 +54,12 @@ def test_presets_of_stage_2(name, parse):
     config = parse(train_t2i, "--preset", name)
     assert 0 <= train_t2i.learning_rate(config, config.steps - 1) < train_t2i.learning_rate(config, 500) <= 1
     vectors = {"condition_width": rae.DITS[config.dit]["width"]} | rae.DITS[config.dit]
-    size = vectors if config.condition == "text" else rae.class_dit(config.dit, config.num_classes)
+    size = rae.class_dit(config.dit, config.num_classes) if config.condition == "class" else vectors
     with torch.device("meta"):
-        model = rae.DiT((256, 1152), **size)
-        condition_width = model.t_embedder.mlp[2].out_features
-        inputs = {"text": torch.zeros(1, 256, condition_width), "class": torch.zeros(1, dtype=torch.long)}
+        model = rae.build_dit((256, 1152), size)
+        inputs = {"class": torch.zeros(1, dtype=torch.long)}
+        inputs["text"] = torch.zeros(1, 256, model.t_embedder.mlp[2].out_features)
+        inputs["caption"] = rae.Caption(torch.zeros(1, 8, size["width"]), torch.ones(1, 8).bool())
         x, t = torch.zeros(1, 256, 1152), torch.zeros(1)
     assert common.count_flops(model, x, t, inputs[config.condition] if model.y_embedder else None) > 0
 
