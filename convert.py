@@ -46,7 +46,7 @@ def raev2(folder: str, layers: list[int] | None) -> dict:
         "stats": f"{path}/stats.pt",
         "encoder": rae.ENCODERS["dinov3-l"],
     }
-    return parts | {"encoder_size": 256, "layers": layers, "denormalise": False}
+    return parts | {"layers": layers, "denormalise": False}
 
 
 RELEASED = {  # arguments of `RAE.from_pretrained`; the encoder's input size follows from the number of tokens

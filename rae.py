@@ -847,11 +847,18 @@ class DiT(nn.Module, Hub, library_name="rae"):
         return self.final_layer(s, c)
 
 
-class Caption(NamedTuple):
+@dataclass
+class Caption:
     """Text tokens of a frozen language model, padded on the right."""
 
     tokens: Tensor  # (B, K, Z)
     mask: Tensor  # (B, K) bool, False for padding
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def repeat(self, times: int) -> "Caption":
+        return Caption(self.tokens.repeat(times, 1, 1), self.mask.repeat(times, 1))
 
 
 class ContextLabels(LabelCondition):
@@ -1329,12 +1336,14 @@ class ClassToImage(LatentModel, library_name="rae"):
         return to_device(labels, self.device)
 
     def forward(
-        self, labels: Tensor | None, x_t: Tensor, t: Tensor, dropped: Tensor, context_latents: None = None
+        self, condition, x_t: Tensor, t: Tensor, dropped: Tensor, context_latents: None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Velocities of k draws for each label (B,), and a text loss of zero; see `TextToImage.forward`."""
-        if self.num_classes is not None:
-            labels = self.dit.drop_condition(labels.repeat(len(x_t) // max(1, len(labels))), dropped)
-        return *self.velocities(x_t, t, labels), x_t.new_zeros(())
+        """Velocities of k draws for each label or caption, and a text loss of zero; see
+        `TextToImage.forward`."""
+        if self.dit.y_embedder is not None:
+            draws = len(x_t) // max(1, len(condition))
+            condition = self.dit.drop_condition(condition.repeat(draws), dropped)
+        return *self.velocities(x_t, t, condition), x_t.new_zeros(())
 
     @classmethod
     def from_pretrained(
@@ -1359,7 +1368,7 @@ def open_text_encoder(path: str, device: torch.device) -> tuple:
     return tokenizer, model.to(device)
 
 
-class CaptionToImage(LatentModel, library_name="rae"):
+class CaptionToImage(ClassToImage, library_name="rae"):
     """An InContextDiT conditioned on the tokens of a frozen language model (RAEv2, text to image).
 
     text_encoder: folder or hub id of a language model of `transformers`, which keeps its weights.
@@ -1378,9 +1387,8 @@ class CaptionToImage(LatentModel, library_name="rae"):
         alpha: float | None = None,
         prediction: str = "x",
     ):
-        super().__init__(latent_shape, autoencoder, alpha, prediction)
+        super().__init__(dit, latent_shape, autoencoder, alpha, prediction)
         self.text_encoder_path = text_encoder
-        self.dit = build_dit(latent_shape, dit)
 
     def check_prompts(self, texts: list[str]) -> None:
         """Raises ValueError for text that is empty or longer than the DiT's condition."""
@@ -1401,29 +1409,16 @@ class CaptionToImage(LatentModel, library_name="rae"):
         if not truncate:
             self.check_prompts(prompts)
         tokenizer, model = open_text_encoder(self.text_encoder_path, self.device)
+        width = len(self.dit.y_embedder.norm.weight)
+        if model.config.hidden_size != width:
+            path, actual = self.text_encoder_path, model.config.hidden_size
+            raise ValueError(f"{path} has width {actual}, the DiT takes {width}")
         options = {"truncation": True, "max_length": self.dit.y_embedder.count, "return_tensors": "pt"}
         ids = tokenizer(list(prompts), padding=True, **options)
         inputs = {name: to_device(ids[name], self.device) for name in ("input_ids", "attention_mask")}
         with torch.autocast(self.device.type, enabled=False):
             tokens = model(**inputs).last_hidden_state
         return Caption(tokens, inputs["attention_mask"].bool())
-
-    def forward(
-        self, caption: Caption, x_t: Tensor, t: Tensor, dropped: Tensor, context_latents: None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Velocities of k draws for each caption, and a text loss of zero; see `TextToImage.forward`."""
-        draws = len(x_t) // max(1, len(caption.tokens))
-        caption = Caption(caption.tokens.repeat(draws, 1, 1), caption.mask.repeat(draws, 1))
-        return *self.velocities(x_t, t, self.dit.drop_condition(caption, dropped)), x_t.new_zeros(())
-
-    @classmethod
-    def from_pretrained(
-        cls, source: str | Path, autoencoder: str | None = None, revision: str | None = None
-    ) -> "CaptionToImage":
-        """A folder of `save_pretrained` or a hub id."""
-        model = super().from_pretrained(source, revision=revision)
-        model.autoencoder_path = autoencoder or model.autoencoder_path
-        return model
 
 
 def text_model_class(source: str) -> type[LatentModel]:
@@ -1944,6 +1939,7 @@ DITS = {
     "raev2": {"width": 1440, "depth": 28, "heads": 20, "head": (2048, 2, 16)} | IN_CONTEXT,
     "nano": NANO_DIT,
     "nano-in-context": {"width": 256, "depth": 6, "heads": 4} | IN_CONTEXT | {"base_depth": 3},
+    "nano-guide-in-context": {"width": 128, "depth": 4, "heads": 4} | IN_CONTEXT | {"base_depth": 2},
     "nano-DH": NANO_DIT | {"head": (320, 2, 5)},
     "nano-guide": NANO_GUIDE,
     "nano-guide-DH": NANO_GUIDE | {"head": (320, 2, 5)},

@@ -7,6 +7,7 @@ H: the optimizer; I: sizes. `test_golden.py` explains the error.
 
 import json
 import math
+import shutil
 from functools import cache, partial
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from harness import TINY_DIT, TINY_IN_CONTEXT
+from safetensors.torch import load_file
 from test_golden import check, expand, pack, unpack
 
 import common
@@ -122,7 +125,7 @@ def test_in_context_dit(case):
         dropped = dit.drop_condition(y, torch.ones(2).bool())
         assert torch.allclose(dit(x, t, dropped)[0], results["null"][0], atol=1e-5)
         if "full_nomask" in expected:
-            results["full_nomask"] = dit(x, t, y._replace(mask=torch.ones_like(y.mask)))
+            results["full_nomask"] = dit(x, t, rae.Caption(y.tokens, torch.ones_like(y.mask)))
     for name, (out, base) in results.items():
         check_all(unpack(out, patch), expected[name], 5e-6)
         assert (base is None) == (f"{name}_base" not in expected)
@@ -155,9 +158,9 @@ def test_text_encoder(tmp_path, monkeypatch):
     captions = rae.CaptionToImage(str(tmp_path), dit, (16, 24))
     encoder = transformers.AutoModel.from_pretrained(tmp_path)
     monkeypatch.setattr(rae, "open_text_encoder", lambda path, device: (Tokenizer(), encoder.eval()))
-    tokens, found = captions.condition(["", ""], truncate=True)
-    assert torch.equal(found, mask.bool())
-    check_all(tokens, GOLDEN["B2"]["outputs"]["tokens"], 5e-6)
+    caption = captions.condition(["", ""], truncate=True)
+    assert torch.equal(caption.mask, mask.bool())
+    check_all(caption.tokens, GOLDEN["B2"]["outputs"]["tokens"], 5e-6)
 
 
 # -- losses
@@ -446,3 +449,85 @@ def test_sizes():
         padding = sum((m.w3.in_features - m.hidden) * 3 * m.w3.out_features for m in heads)
         assert matrices - padding == in_matrices
     assert rae.default_alpha((256, 1024)) == 8
+
+
+# -- training and sampling with the scripts
+
+
+def train_flags(parts, condition, out):
+    return [
+        *("--condition", condition, "--dit", "nano-in-context", "--prediction", "x", "--out", out),
+        *("--autoencoder", parts / "rae", "--language-model", parts / "language-model", "--batch", 4),
+        *("--data", "nano:objects" if condition == "caption" else "nano:classes", "--workers", 0),
+        *("--muon", 0.01, "--dit-lr", 0.01, "--warmup", 0, "--noise-only-steps", 0, "--draws", 1),
+        *("--steps", 3, "--save-every", 1, "--keep", 9, "--log-every", 1, "--eval-every", 3),
+    ]
+
+
+@pytest.mark.parametrize("condition", ["class", "caption"])
+def test_processes_accumulation_and_resume_agree(condition, world, parts, tmp_path):
+    variants = {
+        "one": (1, []),
+        "two": (2, []),
+        "full": (2, ["--shard", "full"]),
+        "micro": (1, ["--grad-accum", 2]),
+    }
+    runs = [
+        world(size, "train_t2i.py", *train_flags(parts, condition, tmp_path / name), *more)
+        for name, (size, more) in variants.items()
+    ]
+    [run.wait() for run in runs]
+    rows = {
+        name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in variants
+    }
+    for name in variants:
+        for row, expected in zip(rows[name], rows["one"], strict=True):
+            assert row.keys() == expected.keys()
+            for key in {"loss", "grad_norm", "val_loss"} & row.keys():
+                assert row[key] == pytest.approx(expected[key], rel=1e-4), (name, row["step"], key)
+    assert rows["one"][0]["loss"] > rows["one"][2]["loss"] > 0
+
+    shutil.copytree(tmp_path / "one", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/checkpoints/0000003")
+    world(1, "train_t2i.py", "--resume", "--out", tmp_path / "resumed").wait()
+    final, resumed = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "resumed"))
+    assert final.keys() == resumed.keys() and all(torch.equal(final[key], resumed[key]) for key in final)
+
+    prompt = ["a red star"] if condition == "caption" else ["--classes", "3"]
+    flags = ["--n", 1, "--steps", 2, "--guidance", 2, "--internal-guidance", 1.5, "--interval", "0.2,1"]
+    world(
+        1, "sample.py", *prompt, *flags, "--model", tmp_path / "one/model", "--out", tmp_path / "images"
+    ).wait()
+    assert len(list((tmp_path / "images").glob("*.png"))) == 2  # the image and its grid
+
+
+def test_wrong_input(parts, tmp_path, world):
+    config = {"model_type": "dinov3_vit"} | GOLDEN["F1"]["config"]
+    for layers in ([5], [2, 1], [-1], []):
+        with pytest.raises(ValueError, match="increasing numbers from 0 to 4"):
+            rae.Encoder(config, layers=layers)
+    with pytest.raises(ValueError, match="unknown prediction"):
+        rae.ClassToImage(TINY_DIT, (16, 24), prediction="noise")
+    with pytest.raises(ValueError, match="base_depth 3"):
+        rae.InContextDiT((16, 24), **TINY_DIT | TINY_IN_CONTEXT | {"base_depth": 3})
+    dit = TINY_DIT | TINY_IN_CONTEXT | {"num_classes": 10, "base_depth": None}
+    with pytest.raises(ValueError, match="needs a model with a base head"):
+        rae.ClassToImage(dit, (16, 24)).generate([1], internal_guidance=1.5)
+    dit = TINY_DIT | TINY_IN_CONTEXT | {"condition_width": 20}
+    long = rae.Caption(torch.zeros(1, 4, 20), torch.ones(1, 4).bool())
+    with pytest.raises(ValueError, match="4 tokens, this DiT takes up to 3"):
+        rae.build_dit((16, 24), dit)(torch.zeros(1, 16, 24), torch.ones(1), long)
+    model = rae.CaptionToImage(str(parts / "language-model"), dit, (16, 24), str(parts / "rae"))
+    with pytest.raises(ValueError, match="has width 32, the DiT takes 20"):
+        model.condition(["a"])
+    model = rae.CaptionToImage(str(parts / "language-model"), dit | {"condition_width": 32}, (16, 24))
+    with pytest.raises(ValueError, match="limit is 3: shorten it"):
+        model.generate(["a red star beside a blue circle"])
+    assert model.condition(["a red star beside a blue circle"], truncate=True).tokens.shape == (1, 3, 32)
+    velocity = rae.ClassToImage(
+        TINY_DIT | TINY_IN_CONTEXT | {"num_classes": 48}, (16, 24), str(parts / "rae")
+    )
+    velocity.save_pretrained(tmp_path / "velocity")
+    flags = [*train_flags(parts, "class", tmp_path / "run"), "--init", tmp_path / "velocity"]
+    assert "prediction velocity, not x" in world(1, "train_t2i.py", *flags).wait(1)
