@@ -123,7 +123,9 @@ def build_text_to_image(config: Config, dist_ctx: DistContext) -> rae.TextToImag
     with dist_ctx.device:
         model = rae.TextToImage(QWEN[config.language_model], rae.DITS[config.dit], (256, 1152))
     # the nano tokenizer: its ids are in Qwen's vocabulary
-    model.set_tokenizer(transformers.AutoTokenizer.from_pretrained(common.WEIGHTS / "t2i"))
+    model.set_tokenizer(
+        transformers.AutoTokenizer.from_pretrained(common.WEIGHTS / "t2i", trust_remote_code=False)
+    )
     return model.to(dist_ctx.device)
 
 
@@ -248,7 +250,7 @@ def decoder_networks(config: Config, folder: str) -> dict:
     """Flags for the networks: the nano ones, or new ones with random weights, written to the folder."""
     if config.is_nano:
         encoder = str(common.WEIGHTS / "encoder")
-        patch = transformers.AutoConfig.from_pretrained(encoder).patch_size
+        patch = transformers.AutoConfig.from_pretrained(encoder, trust_remote_code=False).patch_size
         sizes = {"decoder": config.decoder, "patch-size": 16, "encoder-size": 16 * patch}
         return {"encoder": encoder, "discriminator": encoder} | (sizes if config.decoder else {})
     dino = transformers.ViTModel(transformers.ViTConfig(**DINO_S8))

@@ -11,6 +11,8 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -101,14 +103,13 @@ def from_official(state_dict: dict[str, Tensor], **options) -> nn.Module:
     - a whole Scale-RAE model -> TextToImage; needs language_model= (config or model of `transformers`); takes
       im_start= and im_end=, ids of the tokens around an image. Set its tokenizer and autoencoder afterwards
 
-    heads= is needed for a decoder whose size is not in `rae.DECODERS`, and for a DiT without RoPE tables.
-    Other sizes are read from the tensors; options such as width= are checked. With the DDT head, heads, width
+    heads= is needed for a decoder whose size is not in `rae.DECODERS`, and for a DiT without RoPE tables;
+    depth= for a DiT whose DDT head is as wide as its backbone, for nothing tells where the head begins. Other
+    sizes are read from the tensors; options such as width= are checked. With the DDT head, heads, width
     and depth are pairs (backbone, head), or one number for both. Raises ValueError for an unknown or damaged
     state dict, naming the first keys that do not fit, and for options that contradict it.
     """
-    # DDP, FSDP and torch_xla add their own prefixes, anywhere in a key
-    wrappers = r"(?<![^.])(_orig_module|module|_fsdp_wrapped_module|_fpw_module)\."
-    weights = {re.sub(wrappers, "", name): tensor for name, tensor in state_dict.items()}
+    weights = unwrapped(state_dict)
     # lists, from JSON, become tuples: these compare equal to the sizes read from the tensors
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     modules = {name.split(".")[0] for name in weights}
@@ -125,6 +126,24 @@ def from_official(state_dict: dict[str, Tensor], **options) -> nn.Module:
         dit = rae.DiT(**released.sizes(options))
         return load_official(dit, released.reshaped(), released.rename, released.rope_tables(dit))
     raise ValueError(f"unknown state dict, no decoder_layers, blocks or dit_blocks: {list(state_dict)[:5]}")
+
+
+# DDP's, torch_xla's, torch.compile's, FSDP's and activation checkpointing's, anywhere in a key
+WRAPPERS = "module _orig_module _orig_mod _fsdp_wrapped_module _fpw_module _checkpoint_wrapped_module".split()
+
+
+def unwrapped(state_dict: dict) -> dict[str, Tensor]:
+    """The weights of a checkpoint, EMA before trained ones, without the prefixes of wrappers."""
+    for name in ("ema", "model", "module", "state_dict"):
+        if isinstance(state_dict.get(name), dict):
+            return unwrapped(state_dict[name])
+    wrappers = rf"(?<![^.])({'|'.join(WRAPPERS)})\."
+    weights = {re.sub(wrappers, "", str(name)): tensor for name, tensor in state_dict.items()}
+    if len(weights) < len(state_dict):
+        raise ValueError(
+            "weights occur with and without a wrapper's prefix, such as module.: keep one of each"
+        )
+    return weights
 
 
 def config_of(model) -> dict | None:
@@ -156,7 +175,7 @@ def check_options(options: dict, sizes: dict, widths: tuple, heads: tuple) -> No
 
 
 def load_official(model: nn.Module, weights: dict, rename=str, rope_tables: dict | None = None) -> nn.Module:
-    """Load released weights strictly; returns the model in eval mode.
+    """Load released weights, `unwrapped`, strictly; returns the model in eval mode.
 
     rename: function, our key -> the released key. rope_tables: what the RoPE tables must be, by released key.
     Raises ValueError with the first keys that do not fit.
@@ -253,7 +272,10 @@ def build_rae(
     tokens, channels = sizes.pop("latent_shape")
     if encoder_size is None:  # one token per patch
         read = transformers.AutoConfig
-        config = read.for_model(**encoder) if isinstance(encoder, dict) else read.from_pretrained(encoder)
+        if isinstance(encoder, dict):
+            config = read.for_model(**encoder)
+        else:
+            config = read.from_pretrained(encoder, trust_remote_code=False)
         encoder_size = math.isqrt(tokens) * getattr(config, "vision_config", config).patch_size
     pixels = list(image_mean or []), list(image_std or [])
     model = rae.RAE(encoder, sizes, encoder_size, *pixels, layers, denormalise)
@@ -354,10 +376,21 @@ class ReleasedDiT:
                 options[name] = (options[name],) * len(self.embedders)
         width = tuple(self.size(f"{name}.proj.weight") for name in self.embedders)
         blocks = count_blocks(self.weights, self.prefix + self.blocks)
-        in_head = sum(self.size(f"{self.blocks}.{i}.norm1.weight") == width[-1] for i in range(blocks))
+        in_head = 0
+        for i in range(blocks if self.ddt_head else 0):
+            # a block of the head has the head's width, and its condition too
+            is_wide = self.size(f"{self.blocks}.{i}.norm1.weight") == width[-1]
+            condition_width = self.size(f"{self.blocks}.{i}.adaLN_modulation.1.weight", 1)
+            in_head += is_wide and condition_width == width[-1]
         depth = (blocks - in_head, in_head) if self.ddt_head else (blocks,)
-        if self.ddt_head and width[0] == width[1]:
-            # widths do not tell where the head begins; it has two blocks in both papers
+        if self.ddt_head and in_head == blocks:
+            # all blocks are alike, and nothing tells where the head begins
+            if "depth" not in options:
+                warnings.warn(
+                    "backbone and DDT head are equally wide: the head is taken to have the two blocks of both "
+                    "papers; for another give depth=(backbone, head)",
+                    stacklevel=2,
+                )
             depth = options.get("depth", (blocks - 2, 2))
         heads = options.get("heads", ())
         if f"{self.prefix}{self.ropes[0]}.freqs_cos" in self.weights:
@@ -565,10 +598,14 @@ def read_scale_rae(source: str, folder: str, config: dict, revision: str | None)
     for option, key in (("width", "hidden_size"), ("depth", "depth"), ("heads", "heads")):
         if config.get(f"diffusion_model_{key}") is not None:
             options[option] = config[f"diffusion_model_{key}"]
-    model = from_official(read_weights(source, revision), language_model=language_model, **options)
+    is_file = source.endswith(".zstd")
+    weights = read_tensors(source, revision) if is_file else read_weights(source, revision)
+    model = from_official(weights, language_model=language_model, **options)
     # with the config, AutoTokenizer does not read config.json, whose model type it does not know
     config_lm = model.language_model.config
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config_lm, revision=revision)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        folder, config=config_lm, revision=revision, trust_remote_code=False
+    )
     if len(tokenizer) > config_lm.vocab_size:
         raise ValueError(f"{folder}: {len(tokenizer)} tokens, but weights for only {config_lm.vocab_size}")
     model.set_tokenizer(tokenizer)
@@ -597,6 +634,7 @@ def read_scale_rae(source: str, folder: str, config: dict, revision: str | None)
 def official_dino(weights: dict[str, Tensor], heads: int | None, changes: dict) -> tuple[rae.Encoder, int]:
     """A DINO of its own release, for the discriminator, and the side of its input in pixels. heads: of its
     attention, if they are not 64 channels wide; changes: of the config."""
+    weights = unwrapped(weights)
     width, patch = (size_of(weights, "patch_embed.proj.weight", axis) for axis in (0, 3))
     side = patch * math.isqrt(size_of(weights, "pos_embed", 1) - 1)  # the first position is the class token's
     config = {
@@ -665,19 +703,20 @@ def read_config(source: str, revision: str | None = None) -> tuple[dict, str]:
 
 
 def read_tensors(path: str, revision: str | None) -> dict[str, Tensor]:
-    """A state dict from a safetensors file or a torch file; the latter may be compressed (`.zstd`)."""
+    """The `unwrapped` weights of a safetensors file or a torch file, which may be compressed (`.zstd`)."""
     path = fetch(path, revision)
     try:
         if path.endswith(".safetensors"):
-            return load_file(path)
-        with decompress(path) if path.endswith(".zstd") else open(path, "rb") as file:
-            # weights_only: unpickling must not run code from a downloaded file
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = load_file(path)
+        else:
+            with decompress(path) if path.endswith(".zstd") else open(path, "rb") as file:
+                # weights_only: unpickling must not run code from a downloaded file
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile, torch, safetensors and zstandard raise their own
         raise ValueError(f"{path} is damaged, or holds more than tensors: {type(error).__name__}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
-    return content
+    return unwrapped(content)
 
 
 def decompress(path: str) -> BinaryIO:
@@ -692,21 +731,41 @@ def decompress(path: str) -> BinaryIO:
     return file
 
 
-def read_weights(source: str, revision: str | None) -> dict[str, Tensor]:
-    """The state dict of a folder or hub id: one file or shards, as `transformers` writes them, or the `.zstd`
-    file of Scale-RAE's trainer, whose path may be given too."""
-    names = ("model.safetensors", "pytorch_model.bin", "model.pth.zstd")
-    for path in [source] if source.endswith(".zstd") else [f"{source}/{name}" for name in names]:
-        if exists(f"{path}.index.json", revision):
-            index = json.loads(Path(fetch(f"{path}.index.json", revision)).read_text())
-            weights = {}
-            for shard in sorted(set(index.get("weight_map", {}).values())):
-                weights |= read_tensors(f"{source}/{shard}", revision)
-            return weights
-        if exists(path, revision):
-            content = read_tensors(path, revision)
-            return content["model"] if isinstance(content.get("model"), dict) else content
+# as `transformers` writes them, and Scale-RAE's trainer
+TRANSFORMERS_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth.zstd")
+
+
+def diffusers_files(folder: str) -> list[str]:
+    """Where diffusers may have put the weights of a folder or hub id: plain files come before variants."""
+    variants = ["fp32", "bf16", "fp16"]
+    if os.path.isdir(folder):  # a variant may have any name
+        pattern = r"diffusion_pytorch_model\.(?:\w+\.index\.)?(\w+)\.(?:safetensors|bin|json)"
+        found = [re.fullmatch(pattern, name) for name in sorted(os.listdir(folder))]
+        variants = [match[1] for match in found if match]
+    stems = ["diffusion_pytorch_model", *(f"diffusion_pytorch_model.{variant}" for variant in variants)]
+    return [f"{stem}.{end}" for stem in stems for end in ("safetensors", "bin")]
+
+
+def find_weights(source: str, names: Sequence[str], revision: str | None = None) -> str:
+    """The first of these files of a folder or hub id, or its index if it is in shards."""
+    for name in names:
+        stem, *variant, end = name.split(".")
+        for file in (".".join([stem, end, "index", *variant, "json"]), name):
+            if exists(f"{source}/{file}", revision):
+                return file
     raise ValueError(f"{source} has no weights: none of {', '.join(names)} is there")
+
+
+def read_weights(source: str, revision: str | None, names: Sequence[str] = TRANSFORMERS_FILES) -> dict:
+    """The state dict of a folder or hub id, from one file or from shards."""
+    file = find_weights(source, names, revision)
+    if not file.endswith(".json"):
+        return read_tensors(f"{source}/{file}", revision)
+    index = json.loads(Path(fetch(f"{source}/{file}", revision)).read_text())
+    weights = {}
+    for shard in sorted(set(index.get("weight_map", {}).values())):
+        weights |= read_tensors(f"{source}/{shard}", revision)
+    return weights
 
 
 def check_config(source: str, config: dict, known: dict) -> None:
@@ -763,7 +822,7 @@ def diffusers_key(name: str) -> str:
 
 def read_diffusers(source: str, config: dict, revision: str | None) -> rae.RAE:
     """An RAE from a folder of `diffusers.AutoencoderRAE`."""
-    weights = read_tensors(f"{source}/diffusion_pytorch_model.safetensors", revision)
+    weights = read_weights(source, revision, diffusers_files(source))
     try:
         encoder, encoder_size = diffusers_encoder(config), config["encoder_input_size"]
         decoder = {ours: config[theirs] for ours, theirs in DIFFUSERS_DECODER.items()}
@@ -781,7 +840,7 @@ def read_diffusers(source: str, config: dict, revision: str | None) -> rae.RAE:
         if value.numel() not in (1, tokens * channels):
             raise ValueError(f"{source}: statistics {tuple(value.shape)}, not {(channels, side, side)}")
         buffer.copy_(value.expand(1, channels, side, side).flatten(2)[0].mT)
-    model.latent_std /= config.get("scaling_factor", 1.0)
+    model.latent_std /= config.get("scaling_factor") or 1.0
     # diffusers recomputes the position table, so files leave it out; one that is there was trained
     weights.setdefault("decoder.decoder_pos_embed", diffusers_table(tokens, decoder["width"]))
     return load_rae(model, weights, "encoder.", diffusers_key)
@@ -854,16 +913,18 @@ def open_rae(source: str, revision: str | None, **options) -> rae.RAE | None:
     if source in RELEASED:
         options = {**RELEASED[source], **options}
         source = options.pop("decoder")
-    config = {} if source.endswith(".pt") else read_config(source, revision)[0]
+    config, subfolder = ({}, "") if source.endswith(".pt") else read_config(source, revision)
     class_name = config.get("_class_name")  # of diffusers
     if not config or (class_name is None and "decoder_hidden_size" in config):
         return read_decoder(source, config, revision, options)
     if options:
         raise ValueError(f"{source} is a whole autoencoder: it has its own {', '.join(options)}")
     if class_name == "AutoencoderRAE":
-        return read_diffusers(source, config, revision)
+        return read_diffusers(os.path.join(source, subfolder), config, revision)
+    if class_name == "AutoencoderKL":
+        raise ValueError(f"{source} is no RAE but diffusers' AutoencoderKL: use open_autoencoder")
     if class_name:
-        raise ValueError(f"{source} is no RAE but diffusers' {class_name}: see open_autoencoder")
+        raise ValueError(f"{source} is diffusers' {class_name}: give an AutoencoderKL or an AutoencoderRAE")
     return None
 
 
@@ -887,8 +948,7 @@ def open_class_to_image(source: str, revision: str | None) -> rae.ClassToImage |
     source, autoencoder = RELEASED_DITS.get(source, (source, None))
     if not source.endswith(".pt"):
         return None
-    weights = read_tensors(source, revision)
-    dit = from_official(weights["ema"] if isinstance(weights.get("ema"), dict) else weights)
+    dit = from_official(read_tensors(source, revision))
     sizes = dict(dit._hub_mixin_config)
     latent_shape = sizes.pop("latent_shape")
     with torch.device("meta"):  # no memory: the DiT exists already

@@ -247,7 +247,7 @@ class Encoder(nn.Module):
         if isinstance(source, dict):
             config = transformers.AutoConfig.for_model(**(source | changes))
         else:
-            config = transformers.AutoConfig.from_pretrained(source)
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         # of SigLIP only the vision tower is used
         config = getattr(config, "vision_config", config)
         if config.model_type not in FAMILIES:
@@ -343,7 +343,7 @@ def check_encoder(source: str, model: nn.Module, report: dict, unused: tuple) ->
 def input_of(source: str, encoder: Encoder) -> tuple[int, list[float], list[float]]:
     """Side in pixels, mean and std of an encoder's input, from its folder's image processor."""
     # DINO's processors resize to `size` and crop to `crop_size`; SigLIP's only resize
-    processor = transformers.AutoImageProcessor.from_pretrained(source)
+    processor = transformers.AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     sizes = [getattr(processor, name, None) or {} for name in ("crop_size", "size")]
     side = next((size["height"] for size in sizes if size.get("height")), encoder.config.image_size)
     side = min(side, encoder.config.image_size)
@@ -572,7 +572,14 @@ class VAE(nn.Module):
         config, subfolder = convert.read_config(source)
         if config.get("_class_name") != "AutoencoderKL":
             raise ValueError(f"{source} is no AutoencoderKL of diffusers but {config.get('_class_name')}")
-        options = {"subfolder": subfolder, "output_loading_info": True, "low_cpu_mem_usage": False}
+        folder = os.path.join(source, subfolder)
+        file = convert.find_weights(folder, convert.diffusers_files(folder))
+        # model.safetensors and model.safetensors.index.json have no variant, model.bf16.safetensors has one
+        variant = [
+            part for part in file.split(".")[1:] if part not in ("safetensors", "bin", "index", "json")
+        ]
+        options = {"subfolder": subfolder, "variant": variant[0] if variant else None}
+        options |= {"output_loading_info": True, "low_cpu_mem_usage": False}
         try:
             self.vae, report = AutoencoderKL.from_pretrained(source, **options)
         except RuntimeError as error:  # weights of another shape
@@ -581,13 +588,20 @@ class VAE(nn.Module):
             raise ValueError(f"{source}: {len(wrong)} keys are missing or unknown: {', '.join(wrong[:5])}")
         self.vae.float().requires_grad_(False).eval()
         config = self.vae.config
-        self.image_size = image_size or min(256, config.sample_size)
+        if (config.in_channels, config.out_channels) != (3, 3):
+            channels = f"{config.in_channels} to {config.out_channels}"
+            raise ValueError(f"{source} is an AutoencoderKL of {channels} channels: give one of RGB images")
+        sample_size = config.sample_size if isinstance(config.sample_size, int) else min(config.sample_size)
+        self.image_size = image_size or min(256, sample_size)
         side, rest = divmod(self.image_size, 2 ** len(config.block_out_channels))
         if rest:
             raise ValueError(f"image_size {self.image_size} is not a multiple of {self.image_size // side}")
         # (256, 64) for FLUX at 256 px
         self.latent_shape = (side * side, 4 * config.latent_channels)
-        self.shift, self.scale = config.shift_factor or 0.0, config.scaling_factor
+        # `force_upcast` is about fp16, whose range the decoder leaves; bf16 has that of fp32
+        shift, scale = latent_scale(source, config)
+        self.register_buffer("shift", shift, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -618,6 +632,26 @@ class VAE(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         self.vae.save_pretrained(folder)
+
+
+def latent_scale(source: str, config) -> tuple[Tensor, Tensor]:
+    """Shift and scale of an AutoencoderKL's latents, (z - shift) * scale: numbers, or vectors (4 C,). As in
+    the pipelines of diffusers, the mean and std of each channel take the place of shift_factor."""
+    shift, factor, channels = config.shift_factor or 0.0, config.scaling_factor or 0.0, config.latent_channels
+    mean, std = config.latents_mean, config.latents_std
+    if mean is None and std is None:
+        shift, scale = torch.tensor(float(shift)), torch.tensor(float(factor))
+    elif shift or not len(mean or ()) == len(std or ()) == channels:
+        raise ValueError(
+            f"{source}: latents_mean and latents_std must be {channels} numbers, no shift_factor"
+        )
+    else:
+        # 2 x 2 values of each channel are neighbours in a token
+        shift = torch.tensor(mean).float().repeat_interleave(4)
+        scale = (factor / torch.tensor(std).float()).repeat_interleave(4)
+    if not (shift.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
+        raise ValueError(f"{source}: config.json scales latents by {config.scaling_factor} / {std or 1}")
+    return shift, scale
 
 
 def open_autoencoder(source: str | Path) -> RAE | VAE:
@@ -1507,12 +1541,18 @@ class TextToImage(LatentModel, library_name="rae"):
         self.read_shape = (latent_shape[0], reader_channels or latent_shape[1])
         self.tokenizer = None  # set by `from_pretrained` if language_model is a config
         self.im_start = self.im_end = None  # its ids of the tokens around an image
+        auto = transformers.AutoModelForCausalLM
         if isinstance(language_model, dict):
             config = transformers.AutoConfig.for_model(**language_model)
-            self.language_model = transformers.AutoModelForCausalLM.from_config(config)
+            self.language_model = auto.from_config(config, trust_remote_code=False)
         else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(language_model)
-            self.language_model = transformers.AutoModelForCausalLM.from_pretrained(language_model)
+            # stated, because otherwise `transformers` asks on the terminal
+            options = {"trust_remote_code": False}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(language_model, **options)
+            model, report = auto.from_pretrained(language_model, output_loading_info=True, **options)
+            if missing := sorted(report["missing_keys"]):  # initialised at random, with a warning only
+                raise ValueError(f"{language_model}: {len(missing)} weights are missing: {missing[:5]}")
+            self.language_model = model
             self.add_image_tokens(tokenizer)
         self.language_model.float()  # files are often bf16
         # instruction-tuned models ship sampling settings and penalties, which decoding here must not inherit
@@ -1544,24 +1584,28 @@ class TextToImage(LatentModel, library_name="rae"):
     # -- tokens
 
     def set_tokenizer(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-        """Raises ValueError for a vocabulary without <im_start> and <im_end>."""
-        vocabulary = tokenizer.get_vocab()
-        if missing := {"<im_start>", "<im_end>"} - vocabulary.keys():
-            raise ValueError(f"the tokenizer has no {' and no '.join(sorted(missing))}")
+        """Raises ValueError for a vocabulary without <im_start> and <im_end>, or without ChatML's tokens."""
+        vocabulary, missing = tokenizer.get_vocab(), []
+        for token in ("<im_end>", "<im_start>", "<|im_end|>", "<|im_start|>"):
+            if tokenizer.encode(token, add_special_tokens=False) != [vocabulary.get(token)]:
+                missing.append(token)
+        if missing:
+            needed = "ChatML's tokens, as Qwen2.5-Instruct has them, and those around an image are needed"
+            raise ValueError(f"the tokenizer has no {' and no '.join(missing)}: {needed}")
         self.tokenizer = tokenizer
         self.im_start, self.im_end = vocabulary["<im_start>"], vocabulary["<im_end>"]
 
     def add_image_tokens(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         """Adds <im_start> and <im_end> (not Qwen's <|im_start|>), initialised to the mean of the other
         embeddings."""
-        added = tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
-        self.set_tokenizer(tokenizer)
         model = self.language_model
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        # rows of tokens that the tokenizer and the table already had are kept; a table may have rows to spare
+        known = min(max(tokenizer.get_vocab().values()) + 1, len(model.get_input_embeddings().weight))
+        tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
+        self.set_tokenizer(tokenizer)
+        model.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1, mean_resizing=False)
         # with tied embeddings both are the same matrix, and the second pass changes nothing
         for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
-            # embeddings of tokens that the tokenizer already had are kept
-            known = len(tokenizer) - added
             with torch.no_grad():
                 embeddings.weight[known:] = embeddings.weight[:known].mean(dim=0)
 
@@ -1727,7 +1771,8 @@ class TextToImage(LatentModel, library_name="rae"):
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: dict | None = None, **kwargs):
         model = super()._from_pretrained(model_id=model_id, config=config, **kwargs)
-        model.set_tokenizer(transformers.AutoTokenizer.from_pretrained(model_id))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
+        model.set_tokenizer(tokenizer)
         return model
 
 

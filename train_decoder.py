@@ -237,7 +237,7 @@ class Backbone(nn.Module):
     @classmethod
     def from_pretrained(cls, source: str, layers: Sequence[int] = ()) -> "Backbone":
         """From a hub id or folder. A DINO gets the tanh GELU that the published discriminators have."""
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         encoder = rae.Encoder(source, DINO_CHANGES if config.model_type == "vit" else {})
         size, mean, std = rae.input_of(source, encoder)
         return cls(encoder, size, mean, std, layers)
@@ -406,7 +406,7 @@ class Discriminator(nn.Module):
             raise ValueError(f"heads={heads}, layers={layers}: this backbone has its own")
         elif isinstance(backbone, str):
             backbone = Backbone.from_pretrained(backbone, layers)
-        return convert.load_official(cls(backbone), heads_dict)
+        return convert.load_official(cls(backbone), convert.unwrapped(heads_dict))
 
     def forward(self, images: Tensor) -> Tensor:
         maps = self.backbone(images)

@@ -283,6 +283,10 @@ def test_geneval_refuses_other_layouts(tmp_path):
     (tmp_path / "00001/samples/00001.png").unlink()
     with pytest.raises(ValueError, match="00000 has 2 images, .*00001 has 1"):
         benchmarks.geneval_images(tmp_path)
+    metadata = benchmarks.read_geneval(tmp_path / "00000")
+    indented = json.dumps(metadata, indent=2) + "\n{}\n"
+    (tmp_path / "00000/metadata.jsonl").write_text(indented, "utf-8-sig")  # with a byte order mark
+    assert benchmarks.read_geneval(tmp_path / "00000") == metadata
     for text in ("{}", "[]", "", "junk"):
         (tmp_path / "00001/metadata.jsonl").write_text(text)
         with pytest.raises(ValueError, match="metadata.jsonl"):
@@ -390,20 +394,72 @@ def test_dpg_end_to_end(blip, tmp_path, capsys):
 # understanding
 
 
-def item(*truth):
-    return Item(None, "?", list(truth))
+def item(*truth, options=()):
+    return Item(None, "?", list(truth), options=list(options))
+
+
+ANIMALS = ["dog", "a cat", "Ice cream", "U.S.A."]
+
+
+@pytest.mark.parametrize(
+    "answers, letter",
+    [
+        (["B", "b", "B.", "(b)", "(B) a cat", "b) cat", "B: cat", "B is right", "**B**",
+          "B. I like that answer", "Answer: B", "answer: (b).", "The answer is B", "a cat", "A cat.",
+          "The answer is a cat"], "B"),
+        (["A", "a.", "Answer: A because", "dog"], "A"),
+        (["The correct option is C, not the cat", "ice cream"], "C"),
+        (["A cat is shown", "a bird", "I see a dog", "The answer is a bird", "Bee", "E", "", "answer"], ""),
+    ],
+)  # fmt: skip
+def test_letters_of_short_answers(answers, letter):
+    assert {benchmarks.option_letter(answer, ANIMALS) for answer in answers} == {letter}
+    scores = [benchmarks.one_letter(answer, item("B", options=ANIMALS)) for answer in answers]
+    assert scores == [letter == "B"] * len(answers)
+    # options that are letters themselves, as in AI2D
+    assert benchmarks.option_letter("(a)", ["C", "B", "A", "D"]) == "A"
+
+
+@pytest.mark.parametrize(
+    "answer, letter",
+    [
+        ("B", "B"), ("(B)", "B"), ("B.", "B"), ("Answer: H", "H"), ("The answer is C!", "C"), ("b", ""),
+        ("(A) is wrong, so it must be (C).", "C"), ("(C) and not A or B", "C"), ("", ""),
+        ("B. pie", "B"), ("It is pie", ""), ("I", "I"), ("It must be the Pie that they made", "C"),
+        ("First a cake, then the pie, and then one more cake", "B"), ("a tart is not among all of these", ""),
+        ("A or B or rather A then", "A"), ("not the one MADE of fruit", "E"),
+    ],
+)  # fmt: skip
+def test_options_of_free_answers(answer, letter):
+    """As MMMU's scorer; "" where that one guesses."""
+    options = ["", "Cake", "pie", *(f"food {number}" for number in range(7))]  # the first was an image
+    assert benchmarks.last_option(answer, options) == letter
+    assert benchmarks.mmmu(answer, item("C", options=options)) == (letter == "C")
+
+
+def test_the_last_answer_of_mmmu_pro():
+    free = "(A) is wrong.\nAnswer: C"
+    scores = [score(free, item("C", options="wxyz")) for score in (benchmarks.mmmu, benchmarks.mmmu_pro)]
+    assert scores == [0, 1]
+    assert (
+        benchmarks.mmmu_pro("Answer: Car, (C)", item("C", options="wxyz")) == 1
+    )  # only one letter of A to D
+    assert benchmarks.mmmu_pro("Answer: A or (C)", item("C", options="wxyz")) == 1  # two: as in MMMU
 
 
 @pytest.mark.parametrize(
     "answer, truth, score",
     [
-        ("B", "B", 1), ("B.", "B", 1), ("(B) a cat", "B", 1), ("B: cat", "B", 1), ("b", "B", 0),
-        ("Bee", "B", 0), ("A", "B", 0), ("", "B", 0), ("The answer is B", "B", 0),
-        ("12", "12", 1), ("Twelve", "12", 0), ("two", "2", 1), ("the cat.", "Cat", 1), ("a dog", "cat", 0),
+        ("7", "7", 1), ("7.0", "7", 1), ("7.004", "7", 1), ("It is 1,234.", "1234", 1), ("1.5e3", "1500", 1),
+        ("x = 3 + 4 = 7", "7", 1), ("The result is 8", "7", 0), ("17", "7", 0), ("-7", "7", 0),
+        ("So the answer is the red blood cell.", "Red blood cell", 1), ("blood", "red blood", 0),
+        ("It is a\nso b", "b", 1), ("vitamin b is good", "b", 0), ("vitamin b", "b", 1), ("", "7", 0),
+        ("It cost 7 and that is all", "7", 0), ("because of 7 men", "7", 1), ("42", "['24', '42']", 1),
+        ("is :", "is :", 1),
     ],
 )  # fmt: skip
-def test_exact_match(answer, truth, score):
-    assert benchmarks.exact(answer, item(truth)) == score
+def test_open_answers(answer, truth, score):
+    assert benchmarks.mmmu(answer, item(*benchmarks.read_list(truth))) == score
 
 
 def test_vqa_soft_accuracy():
@@ -418,16 +474,25 @@ def test_vqa_soft_accuracy():
     [
         ("The  Red, Car!", "red car"), ("1,000", "1000"), ("3.14", "3.14"), ("st. john", "st john"),
         ("dont", "don't"), ("none", "0"), ("half-full", "half full"), ("we were", "we were"),
-        ("route 66.", "route 66"),
+        ("route 66.", "route 66"), ("the\tTwelve\nTEN", "twelve 10"), ("couldn'tve", "couldn't've"),
+        ("couldnt've", "couldn't've"), ("couldntve", "couldntve"), ("hadnt've", "hadn't've"), ("Im", "im"),
+        ("I'm", "i'm"), ("yall'd've", "y'all'd've"), ("somebody'd", "somebodyd"), ("hes", "he's"),
+        ("McDonald's", "mcdonald 's"), ("let's", "let 's"), ("1,000-2,000", "1000 2000"), ("a,b", "ab"),
+        ("what?now", "whatnow"), ("yes/no", "yes no"), ("yes / no", "yes no"), ("- 5-6", "56"),
+        ("$5.00", "$5.00"), (".5", ".5"), ("5.", "5"), ("u.s.a.", "usa"), ("www.x.com", "wwwxcom"),
+        ("a-an-apple", "apple"), ("re:zero", "re:zero"), ("50%", "50%"), ("x@y.z", "x yz"), ("its", "its"),
+        ("." * 33, "."), ("(one)", "1"), ("a 'quoted' word", "'quoted' word"), ("#1", "#1"), ("a - the", ""),
     ],
 )  # fmt: skip
 def test_normalised_answers(text, expected):
+    """As M4C's processor, slips included."""
     assert benchmarks.normalise_answer(text) == expected
 
 
 def test_yes_or_no():
-    answers = ("Yes, it is", "yes", " YES.", "No", "", "yesterday")
-    assert [benchmarks.yes_or_no(answer, item("Yes")) for answer in answers] == [1, 1, 1, 0, 0, 0]
+    answers = ("Yes, it is", "yes", " YES.", "No", "", "(yes)", "not at all", "I say yes")
+    assert [benchmarks.yes_or_no(answer, item("Yes")) for answer in answers] == [1, 1, 1, 0, 0, 1, 0, 0]
+    assert [benchmarks.yes_or_no(answer, item("No")) for answer in answers] == [0, 0, 0, 1, 0, 0, 1, 0]
 
 
 def test_mme_sums_questions_and_images():
@@ -448,7 +513,7 @@ ROWS = {  # two rows each, with the hub's columns
     "seed": [{"question": "how?", "choice_a": "a", "choice_b": "b", "choice_c": "c", "choice_d": "d",
               "answer": "C", "data_type": kind} for kind in ("image", "video")],
     "mmmu": [{"question": "What is <image 1>?", "options": "['x', 'y']", "answer": "B"},
-             {"question": "How many?", "options": "[]", "answer": "7"}],
+             {"question": "How many?", "options": "[]", "answer": "['7', 'seven']"}],
     "mmmu-pro": [{"question": "<image 1> Which?", "options": "['x', 'y', 'z']", "answer": "C"}] * 2,
 }  # fmt: skip
 
@@ -457,14 +522,18 @@ def test_wording_of_the_questions():
     first = {}
     for name, rows in ROWS.items():
         first[name] = benchmarks.QUESTION_SETS[name].read({"image": None, "image_1": "p"} | rows[0])
-    assert first["mme"].question == "Is it red? Please answer yes or no."
+    assert first["mme"].question == f"Is it red? Please answer yes or no.\n{benchmarks.ONE_WORD}"
     assert first["mme"].group == "color/a.jpg"
     assert first["textvqa"].question == f"What brand?\n{benchmarks.ONE_WORD}"
     assert first["ai2d"].question == f"which?\nA. a\nB. b\nC. c\nD. d\n{benchmarks.ONE_LETTER}"
     assert first["ai2d"].truth == ["C"] == first["seed"].truth
     assert first["mmmu"].question == f"What is ?\nA. x\nB. y\n{benchmarks.ONE_LETTER}"
-    open_question = benchmarks.read_mmmu({"image_1": "p"} | ROWS["mmmu"][1]).question
-    assert open_question == f"How many?\n{benchmarks.ONE_WORD}"
+    open_question = benchmarks.read_mmmu({"image_1": "p"} | ROWS["mmmu"][1])
+    assert open_question.question == f"How many?\n{benchmarks.ONE_WORD}"
+    assert (open_question.truth, open_question.options) == (["7", "seven"], [])
+    in_options = {"question": "?", "options": "['<image 2>', 'red <image 3>']", "answer": "B", "image_1": "p"}
+    assert benchmarks.read_mmmu(in_options).options == ["", "red"]
+    assert "<image" not in benchmarks.read_mmmu(in_options).question
 
 
 def test_understanding_end_to_end(parts, tmp_path, monkeypatch, capsys):
@@ -472,9 +541,14 @@ def test_understanding_end_to_end(parts, tmp_path, monkeypatch, capsys):
     for name, rows in ROWS.items():
         column = "image_1" if name.startswith("mmmu") else "image"
         tables[name] = datasets.Dataset.from_list([row | {column: noise(20, 30)} for row in rows])
+    # a list of images, and one that is an error of its row only
+    tables["seed"] = datasets.Dataset.from_list([row | {"image": [noise(20, 30)]} for row in ROWS["seed"]])
+    broken = {"image": [{"bytes": b"junk", "path": None}] * 2}
+    broken = datasets.Dataset.from_dict(broken, datasets.Features(image=datasets.Image()))
+    tables["ai2d"] = datasets.concatenate_datasets([tables["ai2d"].remove_columns("image"), broken], axis=1)
     monkeypatch.setattr(benchmarks, "open_tables", lambda name: [tables[name]])
     command = ["eval.py", "understanding", "--model", parts / "t2i", "--out", tmp_path / "results.json"]
-    run(capsys, *command)
+    assert "ai2d: 2 questions count as wrong, the first because cannot read" in run(capsys, *command)
     results = {name: row["n"] for name, row in read_results(tmp_path / "results.json").items()}
     assert results == {f"understanding/{name}": 1 if name in ("mme", "seed") else 2 for name in ROWS}
     files = tmp_path.glob("results-understanding-*.jsonl")

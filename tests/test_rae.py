@@ -1,10 +1,13 @@
 """The models: published sizes, shapes, conditions, padding, the sampler, encoders, folders."""
 
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
 
 import common
 import rae
@@ -248,3 +251,60 @@ def test_latent_statistics_are_inverted_by_decode_and_saved(tmp_path):
 def test_an_encoder_of_another_family():
     with pytest.raises(ValueError, match="supported: siglip"):
         rae.Encoder({"model_type": "beit", **VISION})
+
+
+# --- language models
+
+
+IMAGE_TOKENS = ["<im_start>", "<im_end>"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "tokens, spare",  # that the tokenizer has beyond the nano one's, and rows of the table beyond its tokens
+    [([], 0), ([], 100), (IMAGE_TOKENS, 0), (IMAGE_TOKENS, 5), (IMAGE_TOKENS[::-1], 0), (IMAGE_TOKENS[:1], 0),
+     (["<a>", *IMAGE_TOKENS, "<b>", "<c>"], 0), (["<a>", "<im_end>", "<b>"], 64), (["<a>", "<b>"], -2),
+     (IMAGE_TOKENS, -2)],
+)  # fmt: skip
+def test_rows_of_tokens_that_a_language_model_has_are_kept(tokens, spare, tied, parts, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(parts / "language-model")
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    config = transformers.AutoConfig.from_pretrained(parts / "language-model")
+    config.vocab_size, config.tie_word_embeddings = len(tokenizer) + spare, tied
+    before = transformers.Qwen2ForCausalLM(config)
+    before.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = rae.TextToImage(str(tmp_path), {"width": 32, "depth": 1, "heads": 2}, (16, 24))
+    vocabulary = model.tokenizer.get_vocab()
+    assert [vocabulary[token] for token in IMAGE_TOKENS] == [model.im_start, model.im_end]
+    known = min(len(tokenizer), config.vocab_size)
+    for table in ("get_input_embeddings", "get_output_embeddings"):
+        old, new = (getattr(lm, table)().weight for lm in (before, model.language_model))
+        assert len(new) == len(vocabulary) and torch.equal(new[:known], old[:known])
+        mean = old[:known].mean(dim=0).expand(len(new) - known, -1)
+        torch.testing.assert_close(new[known:], mean)
+
+
+def test_a_language_model_without_some_of_its_weights(parts, tmp_path):
+    shutil.copytree(parts / "language-model", tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 weights are missing: .*model.norm.weight"):
+        rae.TextToImage(str(tmp_path), {"width": 32, "depth": 1, "heads": 2}, (16, 24))
+
+
+def test_a_tokenizer_without_chat_ml(parts, tmp_path):
+    letters = {letter: number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz_<>|")}
+    import tokenizers
+
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model)
+    tokenizer.add_tokens(["<|im_start|>"])
+    tokenizer.save_pretrained(tmp_path)
+    transformers.AutoModelForCausalLM.from_pretrained(parts / "language-model").save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"has no <\|im_end\|>: ChatML's tokens, as Qwen2.5-Instruct"
+    ) as error:
+        rae.TextToImage(str(tmp_path), {"width": 32, "depth": 1, "heads": 2}, (16, 24))
+    assert "\n" not in str(error.value)

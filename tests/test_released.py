@@ -16,9 +16,11 @@ from einops import rearrange
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
+import benchmarks
 import common
 import convert
 import rae
+import train_decoder
 
 DECODER = {"patch_size": 4, "width": 32, "depth": 2, "heads": 2, "mlp_width": 48}
 RAMP = torch.linspace(-1, 1, 24 * 16).view(24, 4, 4)
@@ -185,6 +187,57 @@ def test_damaged_decoder_files(parts, decoder, tmp_path, hub):
         rae.RAE.from_pretrained(parts / "rae", encoder=str(parts / "encoder"))
 
 
+# -- checkpoints of wrapped models, and files with code
+
+
+def wrap(weights: dict, container: str = "") -> dict:
+    """As saved from inside of DDP, FSDP, torch.compile and activation checkpointing, in some order."""
+    wrapped = {}
+    for number, (name, tensor) in enumerate(weights.items()):
+        inner = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module._orig_module.")[
+            number % 3
+        ]
+        parts = name.rpartition(".")
+        wrapped[f"module._orig_mod.{parts[0]}{parts[1]}{inner}{parts[2]}"] = tensor
+    return {container: wrapped, "step": 3} if container else wrapped
+
+
+def test_prefixes_of_wrappers_are_removed_alike(parts, decoder, tmp_path):
+    path = save(wrap(decoder.state_dict(), "ema"), tmp_path / "model.pt")
+    check_equal(rae.RAE.from_pretrained(path, encoder=str(parts / "encoder"), heads=2).decoder, decoder)
+    discriminator = train_decoder.Discriminator(str(parts / "encoder")).eval()
+    heads = wrap(discriminator.state_dict())
+    check_equal(train_decoder.Discriminator.from_official(heads, discriminator.backbone), discriminator)
+    _, weights, expected = scale_rae("wide")
+    check_equal(from_official(wrap(weights, "state_dict")), expected)
+    dit = {
+        name.removeprefix("diff_head.model."): w for name, w in weights.items() if "diff_head.model" in name
+    }
+    dit = {"ema": wrap(dit), "model": {}, "optimizer": {}}
+    check_equal(rae.from_official(dit), expected.dit)
+    for content in (dit, dit["ema"]):
+        model = rae.ClassToImage.from_pretrained(save(content, tmp_path / "stage2_model.pt"))
+        check_equal(model.dit, expected.dit)
+    with pytest.raises(ValueError, match="keep one of each"):
+        rae.from_official({"module.decoder_layers.0.x": 1, "decoder_layers.0.x": 1})
+
+
+def test_code_of_a_repository_is_never_run_and_never_asked_about(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    ours = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoModel": "code.Model"}
+    ours |= {"AutoTokenizer": ["code.Tokenizer", None], "AutoImageProcessor": "code.Processor"}
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "ours", "auto_map": ours}))
+    for open_it in (lambda: rae.Encoder(str(tmp_path)), lambda: rae.input_of(str(tmp_path), None),
+                    lambda: train_decoder.Backbone.from_pretrained(str(tmp_path)),
+                    lambda: rae.TextToImage(str(tmp_path), {}, (16, 24)),
+                    lambda: benchmarks.Detector(str(tmp_path), torch.device("cpu")),
+                    lambda: convert.build_rae(scale_rae("narrow")[1], str(tmp_path))):  # fmt: skip
+        with pytest.raises((ValueError, OSError)):
+            open_it()
+    assert not (tmp_path / "executed").exists()
+
+
 # -- diffusers
 
 
@@ -302,6 +355,45 @@ def test_damaged_diffusers_folders(tmp_path):
             rae.RAE.from_pretrained(tmp_path)
 
 
+def save_everywhere(model, folder) -> list:
+    """Pipelines and folders of a diffusers model, in one file, in shards and as variants."""
+    layouts = {
+        "plain": {},
+        "shards": {"max_shard_size": "20KB"},
+        "pickles": {"safe_serialization": False},
+        "variant": {"variant": "bf16"},
+        "both": {"variant": "own", "max_shard_size": "20KB"},
+    }
+    for name, options in layouts.items():
+        model.save_pretrained(folder / name / "vae", **options)
+        (folder / name / "model_index.json").write_text(json.dumps({"_class_name": "APipeline"}))
+    assert len(list((folder / "both/vae").glob("*.own-00002-of-*"))) == 1
+    assert len(list((folder / "shards/vae").glob("*-00002-of-*"))) == 1
+    return [path for name in folder.iterdir() for path in (name, name / "vae")]
+
+
+def test_pipelines_shards_and_variants(vae_folder, tmp_path):
+    sizes = {"encoder_hidden_size": 64, "encoder_num_hidden_layers": 1, "encoder_input_size": 224}
+    sizes |= {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4}
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderRAE("mae", **sizes, decoder_intermediate_size=48, patch_size=4)
+    paths = save_everywhere(theirs, tmp_path / "rae")
+    expected = common.load_autoencoder(paths[0], DIST_CTX)
+    for path in paths:
+        check_equal(common.load_autoencoder(path, DIST_CTX), expected)
+    theirs = diffusers.AutoencoderKL.from_pretrained(vae_folder).eval()
+    for path in save_everywhere(theirs, tmp_path / "kl"):
+        check_equal(common.load_autoencoder(path, DIST_CTX).vae, theirs)
+    (path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan"}))
+    for source in (path, path.parent):
+        with pytest.raises(ValueError, match="diffusers' AutoencoderKLWan: give an AutoencoderKL or"):
+            rae.open_autoencoder(source)
+    for name in vae_folder.glob("*.safetensors"):
+        name.unlink()
+    with pytest.raises(ValueError, match="has no weights: none of diffusion_pytorch_model.safetensors"):
+        rae.open_autoencoder(vae_folder)
+
+
 # -- VAE
 
 
@@ -338,6 +430,32 @@ def test_vae_folders(vae_folder, parts, tmp_path):
         save_file(weights | change, path, metadata={"format": "pt"})
         with pytest.raises(ValueError, match="decoder"):
             rae.VAE(vae_folder)
+
+
+@torch.no_grad()
+def test_latents_of_a_vae_are_scaled_as_its_config_says(vae_folder):
+    path, image = vae_folder / "config.json", torch.rand(1, 3, 32, 32)
+    config = json.loads(path.read_text()) | {"shift_factor": None, "sample_size": [32, 32]}
+    mean, std = torch.arange(6.0), torch.arange(1.0, 7.0)
+    z = diffusers.AutoencoderKL.from_pretrained(vae_folder).encode(2 * image - 1).latent_dist.mean
+    scaled = (z - mean[:, None, None]) / std[:, None, None] * 0.36
+    path.write_text(json.dumps(config | {"latents_mean": mean.tolist(), "latents_std": std.tolist()}))
+    model = rae.open_autoencoder(vae_folder)
+    assert model.image_size == 32
+    latents = model.encode(image)
+    torch.testing.assert_close(latents, F.unfold(scaled, 2, stride=2).mT)
+    torch.testing.assert_close(model.decode(latents), model.vae.decode(z).sample / 2 + 0.5)
+    for change, message in (
+        ({"latents_mean": [0.0] * 6}, "must be 6 numbers"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "must be 6 numbers"),
+        ({"latents_mean": [0.0] * 6, "latents_std": [1.0] * 6, "shift_factor": 0.1}, "no shift_factor"),
+        ({"latents_mean": [0.0] * 6, "latents_std": [1.0] * 5 + [0.0]}, "scales latents by"),
+        ({"scaling_factor": None}, "scales latents by None"),
+        ({"in_channels": 4}, "4 to 3 channels|conv_in"),
+    ):
+        path.write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            rae.open_autoencoder(vae_folder)
 
 
 def test_text_to_image_with_a_vae(vae_folder, parts, tmp_path):
@@ -519,6 +637,32 @@ def test_scale_rae_loads_strictly(size):
     table = next(name for name in weights if name.endswith("freqs_sin"))
     with pytest.raises(ValueError, match=table):
         from_official(weights | {table: weights[table].flip(0)})
+
+
+@pytest.mark.parametrize("condition", [{"num_classes": 3}, {"condition_width": 32}, {"condition_width": 20}])
+def test_a_head_as_wide_as_the_backbone(condition):
+    """Where the head begins is told by the width of the condition, or has to be said."""
+    torch.manual_seed(0)
+    is_class = "num_classes" in condition
+    more = {"readd_time": True, "xavier": False} if is_class else {}
+    expected = rae.DiT((16, 24), 32, 2, 2, head=(32, 3, 2), **condition, **more).eval()
+    weights = {}
+    for name, tensor in expected.state_dict().items():
+        module, dot, rest = name.partition(".")
+        if module in ("x_embedder", "s_embedder"):
+            rest = f"proj.{rest}"
+            tensor = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
+            if not is_class:
+                module = {"x": "s", "s": "x"}[module[0]] + module[1:]
+        weights[(module if is_class else module.replace("blocks", "dit_blocks")) + dot + rest] = tensor
+    if condition != {"condition_width": 20}:
+        with pytest.warns(UserWarning, match="give depth="):
+            rae.from_official(weights, heads=2)
+        check_equal(rae.from_official(weights, heads=2, depth=(2, 3)), expected)
+    else:
+        check_equal(rae.from_official(weights, heads=2), expected)
+        with pytest.raises(ValueError, match="depth"):
+            rae.from_official(weights, heads=2, depth=(3, 2))
 
 
 def test_swiglu_of_another_width_is_not_padded():
