@@ -1396,9 +1396,10 @@ class ClassToImage(LatentModel, library_name="rae"):
 @cache
 def open_text_encoder(path: str, device: torch.device) -> tuple:
     """Tokenizer and frozen language model without its output layer; a model and its EMA share them."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, padding_side="right")
+    options = {"trust_remote_code": False}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, padding_side="right", **options)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = transformers.AutoModel.from_pretrained(path).float().requires_grad_(False).eval()
+    model = transformers.AutoModel.from_pretrained(path, **options).float().requires_grad_(False).eval()
     return tokenizer, model.to(device)
 
 

@@ -233,8 +233,9 @@ def build_model(
         if "time_tokens" not in rae.DITS[config.dit]:
             raise ValueError(f"--dit {config.dit} cannot read captions: give raev2 or nano-in-context")
         with common.loading(config.language_model):
-            width = transformers.AutoConfig.from_pretrained(config.language_model).hidden_size
-        dit = rae.DITS[config.dit] | {"condition_width": width, "condition_tokens": rae.CAPTION_TOKENS}
+            encoder = transformers.AutoConfig.from_pretrained(config.language_model, trust_remote_code=False)
+        text = {"condition_width": encoder.hidden_size, "condition_tokens": rae.CAPTION_TOKENS}
+        dit = rae.DITS[config.dit] | text
         model = rae.CaptionToImage(
             config.language_model, dit, latent_shape, config.autoencoder, config.alpha, config.prediction
         )
