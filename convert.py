@@ -387,8 +387,8 @@ class ReleasedDiT:
             # all blocks are alike, and nothing tells where the head begins
             if "depth" not in options:
                 warnings.warn(
-                    "backbone and DDT head are equally wide: the head is taken to have the two blocks of both "
-                    "papers; for another give depth=(backbone, head)",
+                    "backbone and DDT head are equally wide: the head is taken to have two blocks, as in "
+                    "both papers; for another give depth=(backbone, head)",
                     stacklevel=2,
                 )
             depth = options.get("depth", (blocks - 2, 2))
