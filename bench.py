@@ -382,6 +382,8 @@ def summary(name: str, result: dict) -> str:
 
 def main() -> None:
     config = common.parse(Config, __doc__)
+    if config.json:
+        common.check_output(Path(config.json), ".json")
     dist_ctx = common.init_distributed(config.dtype)
     available = available_loops(config.dit)
     if unknown := set(config.loops) - set(available):

@@ -416,8 +416,9 @@ def geneval(config, dist_ctx: common.DistContext) -> list[dict]:
 def clipscore(config, dist_ctx: common.DistContext) -> list[dict]:
     """Mean over a folder of images, each with the prompt in its metadata. config: eval.Config."""
     folder = samples_folder(config, "clipscore")
-    # sample.py writes a grid of all images, and ITEM.png as a grid of the images in ITEM/
-    grids = {folder / "grid.png", *(path.with_suffix(".png") for path in folder.iterdir() if path.is_dir())}
+    # sample.py writes grids of all images, and ITEM.png as a grid of the images in ITEM/
+    grids = {folder / "grid.png", *folder.glob("grid_*.png")}
+    grids |= {path.with_suffix(".png") for path in folder.iterdir() if path.is_dir()}
     paths = sorted(path for path in folder.rglob("*.png") if path not in grids)[: config.limit]
     prompts = [data.open_metadata(str(path)).get("prompt") for path in paths]
     if not paths or None in prompts:

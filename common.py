@@ -2,13 +2,18 @@
 
 import argparse
 import dataclasses
+import fcntl
+import hashlib
 import itertools
 import json
 import math
+import operator
 import os
 import platform
+import re
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -23,7 +28,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
+from typing import ClassVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -50,10 +55,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every data load
 
 
 def flag(default, help: str, **kwargs):
-    """A field of a config dataclass. `at_least` bounds a number; the other options are argparse's."""
+    """A field of a config dataclass. `at_least`, `at_most` and `above` bound a number; the other options are
+    argparse's."""
     return dataclasses.field(default=default, metadata={"help": help, **kwargs})
 
 
+BOUNDS = {  # option of `flag`: what a refusal says, and whether a number is within
+    "at_least": ("at least", operator.ge),
+    "at_most": ("at most", operator.le),
+    "above": ("more than", operator.gt),
+}
 DTYPES = ("auto", "bf16", "fp32")
 SHARDING = ("none", "full", "hybrid")
 
@@ -77,49 +88,73 @@ class TrainConfig:
     keep: int = flag(2, "newest checkpoints to keep", at_least=1)
     wandb: str = flag("", "also log to this Weights & Biases project", metavar="PROJECT")
 
+    given: ClassVar[frozenset] = frozenset()  # names of the flags on the command line
+    resumed: ClassVar[bool] = False  # whether the other values are those of OUT/config.json
+
 
 def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
     """A config from the command line; `manual` is shown by --help. A tuple field is positional."""
     # ---- flags: with SUPPRESS as their default, only those on the command line are returned
-    parser = argparse.ArgumentParser(
-        description=manual, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    base = {}
     if presets:
-        parser.add_argument(
-            "--preset", choices=presets, default="nano", help="values for the flags below (default nano)"
-        )
+        help = "values for the flags below (default nano)"
+        preset.add_argument("--preset", choices=presets, default="nano", help=help)
+        # known first: --help shows its values
+        base = presets[preset.parse_known_args()[0].preset]
+    parser = argparse.ArgumentParser(description=manual, parents=[preset], **options)
     for field in dataclasses.fields(config):
-        add_argument(parser, field)
+        add_argument(parser, field, base.get(field.name, field.default))
     flags = vars(parser.parse_args())
+    flags.pop("preset", None)
     # ---- values: the dataclass's defaults, then --preset's (with --resume OUT/config.json's), then the flags
-    base = (presets or {}).get(flags.pop("preset", ""), {})
     saved = Path(flags.get("out", getattr(config, "out", ""))) / "config.json"
     if flags.get("resume") and saved.is_file():
-        base = json.loads(saved.read_text())
+        try:
+            base = dict(json.loads(saved.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"cannot read {saved}: {one_line(error)}") from error
         if unknown := set(base) - {field.name for field in dataclasses.fields(config)}:
             raise ValueError(f"{saved} has values that this script does not know: {', '.join(unknown)}")
     values = config(**(base | flags))
+    values.given, values.resumed = set(flags), bool(flags.get("resume") and saved.is_file())
     # ---- checks: argparse has not seen the values of a config.json
     for field in dataclasses.fields(config):
-        name, value = "--" + field.name.replace("_", "-"), getattr(values, field.name)
-        choices, least = field.metadata.get("choices"), field.metadata.get("at_least")
-        if choices is not None and value not in choices:
-            raise ValueError(f"{name} {value}: choose from {', '.join(choices)}")
-        if least is not None and value is not None and value < least:
-            raise ValueError(f"{name} {value}: give at least {least}")
+        check_value(field, getattr(values, field.name))
     return values
 
 
-def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-    kwargs = {key: value for key, value in field.metadata.items() if key != "at_least"}
+def check_value(field: dataclasses.Field, value) -> None:
+    """Raises ValueError for a value that its flag cannot have."""
+    name, choices = "--" + field.name.replace("_", "-"), field.metadata.get("choices")
+    types = get_args(field.type) or (field.type,)
+    if isinstance(field.default, tuple):
+        return
+    if not isinstance(value, (*types, int) if float in types else types):
+        raise ValueError(f"{name} {value!r}: give {types[0].__name__}")
+    if choices is not None and value not in choices:
+        raise ValueError(f"{name} {value}: choose from {', '.join(choices)}")
+    if field.name == "out" and not value:
+        raise ValueError("--out is empty: name a folder or file to write to")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} {value}: give a finite number")
+    for option, (words, is_within) in BOUNDS.items():
+        bound = field.metadata.get(option)
+        if bound is not None and value is not None and not is_within(value, bound):
+            raise ValueError(f"{name} {value}: give {words} {bound}")
+
+
+def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, default) -> None:
+    kwargs = {key: value for key, value in field.metadata.items() if key not in BOUNDS}
     # a field with a tuple as its default takes all positional arguments
     if isinstance(field.default, tuple):
         parser.add_argument(field.name, type=str, **kwargs)
         return
     # "int | None" is an int or None
     type_ = get_args(field.type)[0] if get_args(field.type) else field.type
-    if field.default not in (None, ""):
-        kwargs["help"] += f" (default {field.default})"
+    if default not in (None, ""):
+        kwargs["help"] += f" (default {default})"
     # --compile and --no-compile
     if type_ is bool:
         kwargs["action"] = argparse.BooleanOptionalAction
@@ -296,6 +331,21 @@ def global_sum(*values: float) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def from_main(function: Callable, dist_ctx: DistContext):
+    """What the function returns or raises on the main process, on all ranks."""
+    outcome = [None, None]
+    if dist_ctx.is_main:
+        try:
+            outcome[0] = function()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    if dist_ctx.world_size > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise outcome[1]
+    return outcome[0]
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -508,7 +558,7 @@ def writing(path: Path):
     """Turns what a full disk raises into one OSError that names the path."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {path}: {one_line(error)}") from error
 
 
@@ -518,13 +568,16 @@ def check_is_file(path: Path) -> None:
         raise ValueError(f"{path} exists and is not a file: choose another name for the output")
 
 
-def check_output(path: Path) -> None:
-    """Before a long computation: raises ValueError or OSError if the file cannot be written in the end."""
+def check_output(path: Path, suffix: str = "") -> None:
+    """Before a long computation: raises ValueError or OSError if the file cannot be written in the end, or
+    if its name ends in another suffix, because it could replace a file of another kind."""
+    if suffix and path.suffix != suffix:
+        raise ValueError(f"{path} would be a {suffix} file: give it a name that ends in {suffix}")
     check_is_file(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+    # where a missing folder would be made: a command that is refused later leaves none behind
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    with writing(path), tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 @contextmanager
@@ -548,7 +601,34 @@ def replacing(path: Path, folder: bool = False):
         if old.exists() and not path.exists():
             old.rename(path)
         for leftover in (temporary, old):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            is_folder = leftover.is_dir() and not leftover.is_symlink()
+            shutil.rmtree(leftover) if is_folder else leftover.unlink(missing_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder, but not what a link points to. It is renamed first, so that no crash leaves a part of
+    it under its good name."""
+    if not path.is_symlink():
+        doomed = path.with_name(f".{path.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(path.rename(doomed))
+
+
+def free_name(path: Path) -> Path:
+    """The path with a number at its end, which no file has yet."""
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+def file_checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+def check_finite(what: str, *tensors: Tensor) -> None:
+    """Raises ValueError for NaN or infinity, which would become black pixels."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError(f"{what}: the model's result is not finite; check its weights, or try --dtype fp32")
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -702,78 +782,198 @@ def load_model(cls: type, source: str, autoencoder: str, dist_ctx: DistContext) 
 
 
 def fingerprint(model: nn.Module | None) -> str:
-    """The squared norm of all weights, which tells them from others that may come to lie at the same path."""
-    if model is None:
-        return ""
-    # float64 on the CPU: the same number on every device
-    return f"{sum(p.detach().cpu().double().square().sum().item() for p in model.parameters()):.9g}"
+    """A hash of all parameters and buffers, the same on every device; "" for no model. Call it before weights
+    are cast."""
+    return hash_tensors(dict(model.named_parameters()) | dict(model.named_buffers())) if model else ""
+
+
+def hash_tensors(tensors: dict[str, Tensor]) -> str:
+    """A hash of names, shapes and values, the latter as fp32."""
+    total = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {list(tensor.shape)}".encode())
+        total.update(tensor.detach().to("cpu", torch.float32).flatten().numpy())
+    return total.hexdigest()
 
 
 # -----------------------------------------------------------------------------------------------------------
 # a training run: OUT/config.json, metrics.jsonl, losses.png, skipped.log, checkpoints/, model/, samples/
 
+SKIP_WARNING = 0.1  # share of skipped samples that is worth a warning
+
 
 class Run:
-    """The folder of a training run: its log, its checkpoints, and the request to stop."""
+    """The folder of a training run: its log, its checkpoints, and the request to stop. In OUT/checkpoints
+    only complete checkpoints (names of digits, with a state.json) and temporary names are ever removed."""
 
     def __init__(self, config, dist_ctx: DistContext):
-        if not config.out:
-            raise ValueError("--out is empty: name a folder for the run")
         self.out, self.config, self.dist_ctx = Path(config.out), config, dist_ctx
         self.checkpoints, self.metrics = self.out / "checkpoints", self.out / "metrics.jsonl"
         self.stop_signal, self.pending, self.wandb = None, None, None
-        self.skipped_samples, self.flops_per_step = 0, 0
+        self.skipped_samples, self.first_reason, self.has_warned = 0, "", False
+        self.flops_per_step = 0
         # a group of its own: checkpoints are written in a thread, which must not mix with the loop's sums
         self.group = dist.new_group(backend="gloo") if dist_ctx.world_size > 1 else None
-        complete = self.complete_checkpoints()
-        if complete and not config.resume:
-            raise ValueError(f"{self.out} already holds a run: give --resume, or choose another --out")
-        self.source = complete[-1] if complete else None
-        if dist_ctx.world_size > 1:
-            # a file system may show a new folder to one node earlier than to another
-            shared = [self.source]
-            dist.broadcast_object_list(shared)
-            self.source = shared[0]
-        if config.resume not in ("", "auto"):
-            self.source = Path(config.resume)
-            if not (self.source / "state.json").is_file():
-                raise ValueError(f"--resume {self.source}: give auto, or a folder of {self.checkpoints}")
+        # a file system may show a new folder to one node earlier than to another
+        self.sources = from_main(self.open_folder, dist_ctx)
+        self.source = self.sources[0] if self.sources else None
+
+    def open_folder(self) -> list[Path]:
+        """Claims OUT for this run. Returns the checkpoints to resume from, the best first; raises ValueError
+        if OUT is in use, is another run's or holds somebody else's files."""
+        complete, resume = self.complete_checkpoints(), self.config.resume
+        another = "choose another --out"
+        if complete and not resume:
+            raise ValueError(f"{self.out} already holds a run: give --resume, or {another}")
+        # ---- what is not ours: a model folder, a project
+        names = ("config.json", "model", "metrics.jsonl", "losses.png")
+        found = [name for name in names if (self.out / name).exists()]
+        if found and not (complete or self.has_config()):
+            raise ValueError(f"{self.out / found[0]} is there, but not of a run of this script: {another}")
+        if "model" in found and not resume:
+            raise ValueError(f"{self.out / 'model'} is there, but no checkpoint to go on from: {another}")
+        # ---- one run at a time
+        with writing(self.out):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.out / ".lock").open("a")  # open as long as the process runs
+        try:
+            # the lock ends with this process, also if it is killed; data loading processes do not inherit it
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            message = f"another run is writing to {self.out}: wait for its end, or {another}"
+            raise ValueError(message) from error
+        except OSError:
+            pass  # a file system without locks
+        # ---- where to resume
+        if resume in ("", "auto"):
+            return self.numbered_folders()[::-1] if self.complete_checkpoints() else []
+        source = Path(resume)
+        if not (source / "state.json").is_file():
+            raise ValueError(f"--resume {source}: give auto, or a folder of {self.checkpoints}")
+        if source.resolve().parent != self.checkpoints.resolve() and (complete or self.metrics.exists()):
+            raise ValueError(f"--resume {source} is not of {self.out}, which holds another run: {another}")
+        return [source]
+
+    def has_config(self) -> bool:
+        """Whether OUT/config.json is one that `begin` wrote."""
+        try:
+            saved = json.loads((self.out / "config.json").read_text())
+        except (OSError, ValueError):
+            return False
+        known = {field.name for field in dataclasses.fields(self.config)}
+        return isinstance(saved, dict) and "batch" in saved and set(saved) <= known
+
+    def numbered_folders(self) -> list[Path]:
+        """The folders in OUT/checkpoints with the name of a step, in order."""
+        paths = [path for path in self.checkpoints.glob("*") if re.fullmatch(r"\d{7,}", path.name)]
+        return sorted((path for path in paths if path.is_dir()), key=lambda path: int(path.name))
 
     def complete_checkpoints(self) -> list[Path]:
-        return sorted(path for path in self.checkpoints.glob("*") if path.name.isdigit())
+        return [path for path in self.numbered_folders() if (path / "state.json").is_file()]
+
+    def gather(self, value) -> list:
+        """The values of all ranks."""
+        values = [value] * self.dist_ctx.world_size
+        if self.group:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
 
     # -- checkpoints
 
     def load(
-        self, modules: dict[str, nn.Module], optimizers: list[Optimizers], export: nn.Module | None
+        self,
+        modules: dict[str, nn.Module],
+        optimizers: list[Optimizers],
+        export: nn.Module | None,
+        frozen: dict[str, nn.Module | None] | None = None,
+        data=None,
     ) -> dict:
         """Registers what checkpoints hold, and restores it in place from the newest one, if there is any.
-        Returns the step and the positions of the data. export: the main process's unsharded copy of
-        modules["ema"], by way of which `save` writes the model folder."""
+        Returns the step and the positions of the data.
+
+        export: the main process's unsharded copy of modules["ema"], by way of which `save` writes the model
+            folder
+        frozen: other models that the run depends on, by name; after a change of one it cannot be resumed
+        data: what identifies the data, as JSON; after a change the run goes on, and says so
+        """
         self.modules, self.optimizers, self.export = modules, optimizers, export
-        if self.source is None:
-            return {"step": 0, "positions": {}}
+        self.identity = from_main(partial(self.identify, frozen or {}, data), self.dist_ctx)
+        state = {"step": 0, "positions": {}}
+        if self.source:
+            state = self.newest_undamaged()
+            self.restore(state)
+        self.saved_step = state["step"]
+        self.skips_since = (state["step"], self.skipped_samples)
+        return state
+
+    def identify(self, frozen: dict[str, nn.Module | None], data) -> dict:
+        """Hashes of everything that a checkpoint depends on but does not hold."""
+        fixed = {name: p for name, p in self.export.named_parameters() if not p.requires_grad}
+        hashes = {f"frozen {type(self.export).__name__}": hash_tensors(fixed)}
+        hashes |= {name: fingerprint(model) for name, model in frozen.items() if model}
+        return json.loads(json.dumps({"frozen": hashes, "data": data}))
+
+    def newest_undamaged(self) -> dict:
+        """The state of the first of `sources` whose files are as they were written."""
+        for source, before in itertools.zip_longest(self.sources, self.sources[1:]):
+            try:
+                self.source = source
+                return self.verify(source)
+            except ValueError as error:
+                if before is None:
+                    raise
+                if self.dist_ctx.is_main:
+                    print(f"{error}; going back to {before}", file=sys.stderr, flush=True)
+
+    def verify(self, source: Path) -> dict:
+        """The state of a checkpoint. Raises ValueError, on all ranks, if one of its files is damaged."""
+        state, damage = {}, None
+        try:
+            state = json.loads((source / "state.json").read_text())
+            is_old = not {"identity", "checksums"} & state.keys()
+            checksums = {} if is_old else state.pop("checksums")
+            # every rank reads its part of the files
+            for name in sorted(checksums)[self.dist_ctx.rank :: self.dist_ctx.world_size]:
+                actual = state_checksum(state) if name == "state.json" else file_checksum(source / name)
+                if actual != checksums[name]:
+                    raise ValueError(f"{name} is damaged: its checksum differs")
+        except Exception as error:  # from json or the file system
+            damage = one_line(error)
+        for message in self.gather(damage):
+            if message:
+                raise ValueError(f"cannot resume from {source}: {message}")
+        return state
+
+    def restore(self, state: dict) -> None:
+        """Loads `source` into the modules and optimizers. Raises ValueError if it is of another model."""
         import torch.distributed.checkpoint as dcp
 
         try:
-            state = json.loads((self.source / "state.json").read_text())
+            # ---- counters
             self.skipped_samples = state["skipped_samples"]
-            for optimizer, skipped in zip(optimizers, state["skipped_steps"], strict=True):
+            for optimizer, skipped in zip(self.optimizers, state["skipped_steps"], strict=True):
                 optimizer.skipped.fill_(skipped)
-            tensors = training_state(modules, optimizers)
+            # ---- compare names and shapes with the model's, for one clear error
+            tensors = training_state(self.modules, self.optimizers)
             reader = dcp.HuggingFaceStorageReader(self.source)
             metadata = reader.read_metadata().state_dict_metadata
-            # ---- compare names and shapes with the model's, for one clear error
             # The second number is the elements in all chunks: it tells whether any rank's file is missing.
             saved = {k: (v.size, sum(c.sizes.numel() for c in v.chunks)) for k, v in metadata.items()}
             expected = {k: (v.size(), v.numel()) for k, v in tensors.items()}
             wrong = [k for k in expected.keys() | saved.keys() if expected.get(k) != saved.get(k)]
             if wrong:
                 raise ValueError(f"{len(wrong)} tensors do not fit this model, such as {min(wrong)}")
+            # ---- what the checkpoint depends on but does not hold
+            then = state.get("identity", {"frozen": {}, "data": None})
+            for name, value in self.identity["frozen"].items():
+                if then["frozen"].get(name, value) != value:
+                    raise ValueError(f"the weights of the {name} have changed since: put the old ones back")
+            now = self.identity["data"]
+            if then["data"] not in (None, now) and self.dist_ctx.is_main:
+                print(f"the data has changed since {self.source}: {then['data']} then, {now} now", flush=True)
             dcp.load(tensors, storage_reader=reader, no_dist=self.group is None)
         except (Exception, dcp.CheckpointException) as error:  # from json, safetensors or torch
             raise ValueError(f"cannot resume from {self.source}: {one_line(error)}") from error
-        return state
 
     def save(self, step: int, loader) -> None:
         """Writes a checkpoint, the EMA weights as a model folder for the other scripts, and the losses' plot.
@@ -785,31 +985,25 @@ class Run:
         self.check_checkpoint(wait=True)
         path, temporary = self.checkpoints / f"{step:07d}", self.checkpoints / f".{step:07d}.tmp"
         self.count_skipped(loader)
-        positions = [loader.positions]
-        if self.group:
-            positions = [None] * self.dist_ctx.world_size
-            dist.all_gather_object(positions, loader.positions, group=self.group)
+        positions = self.gather(loader.positions)
+        state = {
+            "step": step,
+            "positions": {key: value for part in positions for key, value in part.items()},
+            "skipped_samples": self.skipped_samples,
+            "skipped_steps": [optimizer.skipped.item() for optimizer in self.optimizers],
+            "identity": self.identity,
+        }
         # ---- EMA weights, gathered one at a time into the main process's copy
         exported = self.export.state_dict() if self.dist_ctx.is_main else {}
         for name, tensor in self.modules["ema"].state_dict().items():
             gathered = full_tensor(tensor)
             if self.dist_ctx.is_main:
                 exported[name].copy_(gathered)
-        # ---- main process: state.json, the model folder, the plot
+        # ---- main process: the model folder, the plot
         if self.dist_ctx.is_main:
-            state = {
-                "step": step,
-                "positions": {key: value for part in positions for key, value in part.items()},
-                "skipped_samples": self.skipped_samples,
-                "skipped_steps": [optimizer.skipped.item() for optimizer in self.optimizers],
-            }
             with writing(path):
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
-                with (temporary / "state.json").open("w") as file:
-                    file.write(json.dumps(state) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
             with replacing(self.out / "model", folder=True) as folder:
                 self.export.save_pretrained(folder)
             if self.metrics.exists():
@@ -825,20 +1019,33 @@ class Run:
             no_dist=self.group is None,
         )
         published = Future()
-        self.pending = path, published
+        self.pending, self.saved_step = (path, published), step
         # at once, in the writing thread: a run that dies before its next step keeps the checkpoint
-        future.add_done_callback(partial(self.publish, temporary, path, published))
+        future.add_done_callback(partial(self.publish, temporary, path, state, published))
 
-    def publish(self, temporary: Path, path: Path, published: Future, written: Future) -> None:
-        """Renames a checkpoint that all ranks have written; keeps the newest --keep."""
+    def publish(self, temporary: Path, path: Path, state: dict, published: Future, written: Future) -> None:
+        """Completes and renames a checkpoint that all ranks have written; keeps the newest --keep."""
         try:
             written.result()
+            # every rank reads what it wrote
+            shards = temporary.glob(f"shard-{self.dist_ctx.rank + 1:05d}-*")
+            parts = self.gather({shard.name: file_checksum(shard) for shard in shards})
             if self.dist_ctx.is_main:
-                # of the same step, if an earlier checkpoint is resumed
-                shutil.rmtree(path, ignore_errors=True)
+                checksums = {"state.json": state_checksum(state)}
+                for part in parts:
+                    checksums |= part
+                with (temporary / "state.json").open("w") as file:
+                    file.write(json.dumps(state | {"checksums": checksums}) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                if os.path.lexists(path):
+                    # not ours, or it would be gone (see `forget_after`)
+                    path.rename(free_name(path))
                 temporary.rename(path)
                 for old in self.complete_checkpoints()[: -self.config.keep]:
-                    shutil.rmtree(old)
+                    # the one that was named on the command line stays
+                    if old.resolve() != Path(self.config.resume).resolve():
+                        remove_folder(old)
             published.set_result(None)
         except BaseException as error:
             published.set_exception(error)
@@ -866,21 +1073,28 @@ class Run:
             self.forget_after(step)
             if self.config.wandb:
                 self.wandb = start_wandb(self.config, self.out)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.request_stop)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # nohup ignores SIGHUP
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.request_stop)
         self.start_timer(step)
 
     def forget_after(self, step: int) -> None:
         """Removes log lines and checkpoints beyond the step, and what a killed run left half-written."""
-        for path in self.checkpoints.glob("*"):
-            if not path.name.isdigit() or int(path.name) > step:
-                shutil.rmtree(path)
+        for path in self.complete_checkpoints():
+            if int(path.name) > step:
+                remove_folder(path)
+        for path in self.checkpoints.glob(".*"):
+            if re.fullmatch(r"\.\d{7,}\.(tmp|old)", path.name):
+                shutil.rmtree(path, ignore_errors=True)
         for path in self.out.glob(".model.*"):
+            if not re.fullmatch(r"\.model\.\d+\.(tmp|old)", path.name):
+                continue
             # killed between the two renamings of `replacing`: the old folder is the only complete one
             if path.suffix == ".old" and not (self.out / "model").exists():
                 path.rename(self.out / "model")
             else:
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
         if self.metrics.exists():
             rows = [row for row in read_rows(self.metrics) if row["step"] <= step]
             with replacing(self.metrics) as temporary:
@@ -889,6 +1103,28 @@ class Run:
     def request_stop(self, number: int, frame) -> None:
         # a second one changes nothing: torchrun repeats a Ctrl-C that arrived already
         self.stop_signal = number
+        if number == signal.SIGHUP:
+            # the terminal is gone, or the pipe to it: a log line would raise before the checkpoint is written
+            for descriptor in (1, 2):
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+    def next_batch(self, loader, step: int) -> dict:
+        """The next batch of the loader. If the data of any rank fails, the last complete step is saved."""
+        batch, failure = None, None
+        try:
+            batch = next(loader)
+        except (OSError, ValueError) as error:
+            failure = error
+        [failed] = global_sum(failure is not None)
+        if not failed:
+            return batch
+        if step > self.saved_step:
+            self.save(step, loader)
+        self.check_checkpoint(wait=True)
+        reason = one_line(failure) if failure else "data loading failed on another rank"
+        saved = f" (step {step} is saved: continue with --resume --out {self.out})" if step else ""
+        raise OSError(reason + saved) from failure
 
     def is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.steps
@@ -925,6 +1161,7 @@ class Run:
         row["data_wait"] = loader.waited / (now - began)
         loader.waited = 0.0
         self.count_skipped(loader, write)
+        self.warn_of_skips(step, write)
         row["skipped_samples"] = self.skipped_samples
         row["skipped_steps"] = sum(optimizer.check_skipped() for optimizer in self.optimizers)
         row["time"] = now
@@ -952,11 +1189,26 @@ class Run:
         """Counts the samples that the loader skipped since the last call, and names them in skipped.log."""
         messages, loader.skipped = loader.skipped, []
         if messages:
-            self.out.mkdir(parents=True, exist_ok=True)
+            self.first_reason = self.first_reason or messages[0]
             with (self.out / "skipped.log").open("a") as file:
                 file.writelines(f"{message[:500]}\n" for message in messages)
             write(f"skipped {len(messages)} samples, see {self.out / 'skipped.log'}: {messages[0][:200]}")
         self.skipped_samples += int(global_sum(len(messages))[0])
+
+    def warn_of_skips(self, step: int, write: Callable[[str], None]) -> None:
+        """Says it, once, when many of the samples since the last call were skipped."""
+        first, skipped_before = self.skips_since
+        skipped = self.skipped_samples - skipped_before
+        samples = (step - first) * self.config.batch + skipped
+        if self.has_warned or samples < 20:
+            return
+        self.skips_since = step, self.skipped_samples
+        if skipped > SKIP_WARNING * samples:
+            self.has_warned = True
+            if self.dist_ctx.is_main:
+                reason = self.first_reason or f"see {self.out / 'skipped.log'}"
+                share = f"{skipped} of the last {samples} samples ({skipped / samples:.0%}) were skipped"
+                write(f"warning: {share}, such as: {reason[:200]}")
 
     def finish(self, step: int) -> None:
         """After the loop: waits for the last checkpoint, and says where the model is."""
@@ -981,6 +1233,10 @@ def start_wandb(config, out: Path):
         id_file.write_text(os.urandom(4).hex())
     settings = {"dir": out, "name": out.name, "id": id_file.read_text(), "resume": "allow"}
     return wandb.init(project=config.wandb, config=dataclasses.asdict(config), **settings)
+
+
+def state_checksum(state: dict) -> str:
+    return hashlib.blake2b(json.dumps(state).encode()).hexdigest()[:32]
 
 
 def training_state(modules: dict[str, nn.Module], optimizers: list[Optimizers]) -> dict:

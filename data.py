@@ -4,8 +4,9 @@
 
     nano                           the synthetic world of nano/shapes.py: the domains of NANO_MIXTURE
     nano:DOMAIN                    objects, scenes, text, questions, classes, or a task such as counting
-    path/to/folder                 images; captions in its metadata.jsonl, or one subfolder per class
-    path/to/shards                 .tar files (jpg, png or webp beside txt, cls or json) or .parquet files
+    path/to/folder                 images; captions in its metadata.jsonl or in .txt files beside the images,
+                                   or one subfolder per class
+    path/to/shards                 .tar files (jpg, png, ... beside txt, cls or json) or .parquet files
     path/to/latents                the output of encode.py: latents instead of images
     path/to/file.jsonl             conversations, and paths of their images from the file's folder
     path/to/wds_manifest.json      a list of tars: URLs, or paths from its folder
@@ -21,24 +22,32 @@ number of processes or workers. `Loader` yields the batches of a training run, w
 every sample once, for an evaluation or for statistics. Samples that cannot be used are skipped and reported.
 """
 
+import csv
+import glob
 import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
+import signal
+import sys
 import tarfile
+import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+import torch.distributed as dist
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.Image import Resampling
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -47,18 +56,28 @@ NANO_MIXTURE = {"nano:objects": 0.63, "nano:scenes": 0.135, "nano:text": 0.135, 
 
 CAPTIONS = ("text", "caption", "txt", "prompt")  # columns and file extensions, in order of preference
 LABELS = ("label", "cls")
-IMAGES = ("jpg", "jpeg", "png", "webp")
-# Formats that PIL decodes by itself. EPS, for one, would run Ghostscript on an untrusted file.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Formats that PIL decodes by itself. EPS, for one, would run Ghostscript on an untrusted file. The last ones
+# have weak signatures.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI", "ICO", "TGA")
+IMAGES = ("jpg", "jpeg", "png", "webp", "jpe", "jfif", "mpo", "apng", "gif", "bmp", "dib", "tif", "tiff")
+IMAGES += ("ppm", "pgm", "pbm", "pnm", "pfm", "avif", "jp2", "j2k", "jpx", "qoi", "ico", "tga")
+TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.zstd")
 
 # Limits on untrusted data: one bad file among millions must not end a run.
 MAX_PIXELS = 2**26  # checked before an image is decoded
 MAX_ASPECT = 50  # resizing the short side of a longer strip could exhaust memory
+MAX_SCANNED = 2**31  # pixels times scans of a JPEG: about two seconds
 MAX_FILE = 2**26  # bytes of a file in a tar
+MAX_HEADER = 2**20  # bytes of a long name or of pax attributes in a tar
+MAX_RATIO = 200  # of compression, after the first gigabyte of a tar
 MAX_CAPTION = 1000  # characters; longer captions are cut
 MAX_CONVERSATION = 2**15  # characters; longer ones are skipped
 SPECIAL_TOKEN = r"<\|\w+\|>|<im_\w+>"  # tokens of language models; <image> is text
-MAX_SKIPPED = 100  # unusable samples in a row before a run stops with an error
+MAX_SKIPPED = (
+    100  # unusable samples in a row before a run stops with an error; of a lane, a thousand times that
+)
+MAX_SHARE = 0.1  # of skipped samples before a warning
+MAX_DEATHS = 5  # of worker processes in a row before it does
 TIMEOUT = 300  # seconds without data before it does
 
 # Both are part of what a seed means: with other values the batches of every run change.
@@ -72,11 +91,18 @@ PER_IMAGE = ("image_index", "image", "latents")  # entries of a batch with P <= 
 class SkipSample(ValueError):
     """A sample cannot be used; the message names it and says why."""
 
+    def __str__(self) -> str:
+        return encodable(super().__str__())
+
 
 def hash_seed(*keys: int | str) -> int:
     """A 63-bit seed from several keys, the same on every machine."""
     # A hash, because sums such as seed + index make streams of different seeds overlap.
     return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def short_hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=4).hexdigest()
 
 
 def rng(*keys: int | str) -> np.random.Generator:
@@ -107,14 +133,15 @@ def requested_caption(conversation: list[tuple[str, str]]) -> str | None:
 
 
 def clean(caption: str) -> str:
-    """The caption cut to MAX_CAPTION, without special tokens and <image>."""
+    """The caption cut to MAX_CAPTION, without special tokens, <image> and a byte order mark."""
     # Anything in angle brackets goes: the special tokens of the language model are not known here.
-    return re.sub(r"<\|?\w+\|?>", " ", encodable(caption[:MAX_CAPTION])).strip()
+    caption = encodable(caption.removeprefix("\ufeff")[:MAX_CAPTION])
+    return re.sub(r"<\|?\w+\|?>", " ", caption).strip()
 
 
 def encodable(text: str) -> str:
     """The text with lone surrogates replaced by "?"."""
-    # JSON can contain them, tokenizers raise on them.
+    # JSON and file names can contain them; tokenizers and text files raise on them.
     return text.encode(errors="replace").decode()
 
 
@@ -150,18 +177,23 @@ def parse_conversation(row: dict) -> list[tuple[str, str]]:
 # one sample: its image
 
 
-def open_image(source: str | bytes, name: str = "") -> Image.Image:
-    """An RGB image from a path or from the bytes of a file. Raises SkipSample if it is missing, damaged, too
-    large or too narrow."""
-    name = name or (source if isinstance(source, str) else "image")
+def open_image(source: str | Path | bytes, name: str = "") -> Image.Image:
+    """An RGB image as a viewer shows it, from a path or the bytes of a file: turned as EXIF says, on white, and
+    the first of several. Raises SkipSample if it is missing, damaged, too large or too narrow."""
+    name = name or ("image" if isinstance(source, bytes) else str(source))
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with Image.open(file, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise SkipSample(f"{name} has {width} x {height} pixels, the limit is {MAX_PIXELS:,}")
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                raise SkipSample(f"{name} is a strip of {width} x {height} pixels")
+            check_size(name, image)
+            image.load()
+            # In place, the pixels come first: damaged EXIF data is no reason to lose the image.
+            with suppress(Exception):
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                return scaled_grey(name, image).convert("RGB")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except SkipSample:
         raise
@@ -170,6 +202,34 @@ def open_image(source: str | bytes, name: str = "") -> Image.Image:
     # Decoders raise all sorts of errors on a damaged file.
     except Exception as error:
         raise SkipSample(f"cannot read the image {name}: {type(error).__name__}: {error}") from None
+
+
+def check_size(name: str, image: Image.Image) -> None:
+    """Raises SkipSample for an opened image that would take too much time or memory to decode or resize."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise SkipSample(f"{name} has {width} x {height} pixels, the limit is {MAX_PIXELS:,}")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise SkipSample(f"{name} is a strip of {width} x {height} pixels")
+    if image.format in ("JPEG", "MPO"):
+        # A progressive JPEG may have thousands of scans, a few bytes each, which all go over every pixel.
+        image.fp.seek(0)
+        scans = image.fp.read().count(b"\xff\xda")
+        if scans * width * height > MAX_SCANNED:
+            raise SkipSample(f"{name} has {scans} scans of {width} x {height} pixels")
+
+
+def scaled_grey(name: str, image: Image.Image) -> Image.Image:
+    """8-bit greyscale from 16 or 32 bits: [0, 1] of floats, and [0, 65535] of integers, become [0, 255]. For
+    values beyond, their own range does."""
+    values = np.asarray(image, np.float64)
+    if not np.isfinite(values).all():
+        raise SkipSample(f"{name} has values that are not finite")
+    low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
+    if values.min() < low or values.max() > high:
+        low, high = values.min(), values.max()
+    values = 255 * (values - low) / max(high - low, 1e-12)
+    return Image.fromarray(values.round().astype(np.uint8))
 
 
 def open_metadata(path: str) -> dict[str, str]:
@@ -218,6 +278,8 @@ class Transform:
     crop: str = "centre"  # or "random"
     flip: bool = False  # mirror half of the images
     text_only: bool = False  # keep conversations without an image, which are skipped otherwise
+    captions: bool = False  # skip images without a caption
+    num_classes: int | None = None  # skip images without a label below it
     length: Callable[[list], int] | None = None  # counts the tokens of a conversation
     max_seq_len: int = 0  # conversations with more tokens are skipped
 
@@ -237,20 +299,22 @@ def make_sample(row: dict, transform: Transform, uniform: np.ndarray) -> dict:
     name, caption = row["name"], None
     if "error" in row:
         raise SkipSample(f"{name}: {row['error']}")
+    label = next((row[key] for key in LABELS if key in row), None)
     if "conversations" in row:
         conversation = parse_conversation(row)
     else:
-        caption = clean(next((row[key] for key in CAPTIONS if key in row), ""))
-        conversation = request(caption, uniform[0])
-    check_length(name, conversation, transform)
+        captions = (clean(row[key]) for key in CAPTIONS if key in row)
+        caption = next(filter(None, captions), None)
+        conversation = request(caption or "", uniform[0])
+    check_text(name, caption, label, conversation, transform)
     if row.get("image"):
-        image = transform.pixels(open_image(row["image"], name), *uniform[1:])
-    elif caption is None and transform.text_only:
+        with watched(name):
+            image = transform.pixels(open_image(row["image"], name), *uniform[1:])
+    elif "conversations" in row and transform.text_only:
         # Black, so that workers know the shape of an image; `collate` drops it.
         image = np.zeros((transform.size, transform.size, 3), np.uint8)
     else:
         raise SkipSample(f"{name}: no image")
-    label = next((row[key] for key in LABELS if key in row), None)
     return {"image": image, "caption": caption, "label": label, "conversation": conversation}
 
 
@@ -269,11 +333,20 @@ def sample_or_reason(row: dict, transform: Transform, uniform: np.ndarray) -> di
         return {"skipped": [str(error)]}
 
 
-def check_length(name: str, conversation: list[tuple[str, str]], transform: Transform) -> None:
-    """Raises SkipSample for a conversation of more than max_seq_len tokens, if there is a limit."""
-    if transform.length is None:
-        return
-    length = transform.length(conversation)
+def check_text(
+    name: str, caption: str | None, label: int | None, conversation: list, transform: Transform
+) -> None:
+    """Raises SkipSample without the caption or label that the transform needs, and for more than max_seq_len
+    tokens."""
+    # Conversations, which text_only stands for, need no caption, but may not ask for nothing either.
+    talks = transform.text_only and requested_caption(conversation) != ""
+    if transform.captions and not (caption or talks):
+        raise SkipSample(f"{name}: no caption")
+    if transform.num_classes and label is None:
+        raise SkipSample(f"{name}: no label")
+    if transform.num_classes and not 0 <= label < transform.num_classes:
+        raise SkipSample(f"{name}: label {label}, but the classes are 0 to {transform.num_classes - 1}")
+    length = transform.length(conversation) if transform.length else 0
     if length > transform.max_seq_len:
         raise SkipSample(f"{name}: {length} tokens of conversation, the limit is {transform.max_seq_len}")
 
@@ -295,7 +368,10 @@ class NanoSource:
         if domain not in domains:
             raise ValueError(f"nano has no domain {domain!r}: choose from {', '.join(domains)}")
         self.draw, self.domain, self.size, self.seed = shapes.draw, domain, size, seed
-        self.classes = len(shapes.PAIRS) if domain == "classes" else None
+        self.class_names = (
+            [f"{color} {shape}" for shape, color in shapes.PAIRS] if domain == "classes" else None
+        )
+        self.identity = f"nano:{domain}"
 
     def __getitem__(self, number: int) -> dict:
         first, second = rng(self.seed, number).random(2)
@@ -349,7 +425,8 @@ class ImageSource:
     def __init__(self, name: str, rows: "Folder | JsonLines", transform: Transform, seed: int):
         if not len(rows):
             raise ValueError("it is empty")
-        self.rows, self.classes, self.transform, self.seed = rows, rows.classes, transform, seed
+        self.rows, self.transform, self.seed = rows, transform, seed
+        self.class_names, self.identity = rows.class_names, rows.identity
         self.shuffled = Shuffled(name, len(rows), seed)
 
     def __getitem__(self, number: int) -> dict:
@@ -367,31 +444,143 @@ class ImageSource:
             yield sample_or_reason(self.rows[row], self.transform, uniform) | {"index": (row,)}
 
 
-class Folder:
-    """The rows of a folder of images, read by `datasets`."""
+class Packed(Sequence):
+    """Strings in two arrays. Worker processes share these, but would copy a list by reading it."""
 
-    def __init__(self, path: str):
-        from datasets import Image as ImageColumn
-        from datasets import load_dataset
-
-        rows = load_dataset("imagefolder", data_dir=path, split="train")
-        # `datasets` makes a class of every subfolder, unless there is a metadata.jsonl.
-        self.classes = getattr(rows.features.get("label"), "num_classes", None)
-        self.rows = rows.cast_column("image", ImageColumn(decode=False))
+    def __init__(self, strings: Iterable[str] = ()):
+        encoded = [os.fsencode(string) for string in strings]
+        self.content, self.ends = b"".join(encoded), np.cumsum([len(x) for x in encoded], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.ends)
+
+    def __getitem__(self, row: int) -> str:
+        end, start = self.ends[row], self.ends[row - 1] if row else 0
+        return os.fsdecode(self.content[start:end])
+
+
+LISTED: dict[str, tuple[dict[str, int], Packed]] = {}  # times of directories, and the files in them
+
+
+def list_files(folder: str) -> Packed:
+    """The files below a folder as sorted relative paths, without hidden ones. Links are followed."""
+    # The main process lists for all: 64 that list ImageNet are a load for a network file system.
+    shared = dist.is_available() and dist.is_initialized()
+    try:
+        result = [None] if shared and dist.get_rank() else [walk(folder)]
+    except OSError as error:
+        result = [error]
+    if shared:
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], OSError):
+        raise result[0]
+    return result[0]
+
+
+def walk(folder: str) -> Packed:
+    """See `list_files`. A folder in which nothing was added or removed since is not listed again."""
+    root = os.path.abspath(folder)
+    times, files = LISTED.get(root, ({}, Packed()))
+    if times and all(os.path.isdir(path) and os.stat(path).st_mtime_ns == times[path] for path in times):
+        return files
+    times, paths, seen, directories = {}, [], set(), [root]
+    while directories:
+        directory = directories.pop()
+        # Links may form cycles.
+        real = os.path.realpath(directory)
+        if real in seen:
+            continue
+        seen.add(real)
+        times[directory] = os.stat(directory).st_mtime_ns
+        with os.scandir(directory) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    continue
+                if entry.is_dir():
+                    # Links come last: if they lead to a folder below this one, its own path counts.
+                    directories.insert(0 if entry.is_symlink() else len(directories), entry.path)
+                # A broken link is skipped and named when it is read; a pipe would wait for ever.
+                elif entry.is_file() or entry.is_symlink():
+                    paths.append(entry.path)
+    LISTED[root] = times, Packed(sorted(path[len(root) :].lstrip("/") for path in paths))
+    return LISTED[root][1]
+
+
+def is_image(path: str) -> bool:
+    return path.rpartition(".")[2].lower() in IMAGES
+
+
+class Folder:
+    """The images of a folder: those that metadata files name, with their captions and labels, or all of them,
+    with captions from .txt files beside them. Without metadata, subfolders are classes."""
+
+    def __init__(self, path: str):
+        self.path, files = path, list_files(path)
+        images = [file for file in files if is_image(file)]
+        names = ("metadata.jsonl", "metadata.csv")
+        metadata = [[file for file in files if os.path.basename(file) == name] for name in names]
+        metadata = metadata[0] or metadata[1]
+        self.has_texts = not metadata and any(file.endswith(".txt") for file in files)
+        # ---- say what is not used
+        suffixes = Counter(os.path.splitext(file)[1].lower() for file in files if not is_image(file))
+        for suffix in (".txt", ".jsonl", ".csv"):
+            del suffixes[suffix]
+        if suffixes:
+            most = ", ".join(
+                f"{count:,} {suffix or 'without one'}" for suffix, count in suffixes.most_common(9)
+            )
+            print(f"{path}: passed over by their suffix, because they are no images: {most}", file=sys.stderr)
+        rows = [row for file in metadata for row in read_metadata(path, file)]
+        if metadata:
+            if unnamed := len(set(images).difference(image for image, _ in rows)):
+                print(f"{path}: passed over {unnamed:,} images that no metadata file names", file=sys.stderr)
+            images = [image for image, _ in rows]
+        self.images, self.fields = Packed(images), Packed(json.dumps(fields) for _, fields in rows)
+        self.identity = f"{len(images):,} images ({short_hash(self.images.content)})"
+        # ---- classes
+        classes = {image.partition("/")[0] for image in images if not metadata}
+        in_classes = len(classes) > 1 and all("/" in image for image in images)
+        self.class_names = sorted(classes) if in_classes else None
+        self.labels = {name: label for label, name in enumerate(self.class_names or [])}
+
+    def __len__(self) -> int:
+        return len(self.images)
 
     def __getitem__(self, row: int) -> dict:
-        fields = self.rows[row]
-        path = fields["image"]["path"]
-        return known_fields(fields) | {"image": path, "name": path}
+        image = self.images[row]
+        path = os.path.join(self.path, image)
+        fields = {"image": path, "name": path}
+        if len(self.fields):
+            fields |= json.loads(self.fields[row])
+        if self.class_names:
+            fields["label"] = self.labels[image.partition("/")[0]]
+        if self.has_texts and (text := Path(path).with_suffix(".txt")).is_file():
+            fields["text"] = text.read_text("utf-8-sig", errors="replace")
+        return fields
+
+
+def read_metadata(folder: str, file: str) -> Iterator[tuple[str, dict]]:
+    """Paths from the folder, and fields, of the rows of a metadata.jsonl or metadata.csv in it."""
+    with open(os.path.join(folder, file), encoding="utf-8-sig", errors="replace", newline="") as lines:
+        rows = csv.DictReader(lines) if file.endswith(".csv") else filter(str.strip, lines)
+        for number, row in enumerate(rows, start=1):
+            try:
+                if isinstance(row, str):
+                    row = json.loads(row)
+                else:
+                    row |= {key: int(row[key]) for key in LABELS if (row.get(key) or "").isdecimal()}
+                path = PurePosixPath(row["file_name"])
+                if path.is_absolute() or ".." in path.parts:
+                    raise ValueError(f"file_name leads out of the folder: {path}")
+                yield str(PurePosixPath(file).parent / path), known_fields(row)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                yield file, {"error": f"row {number} is damaged: {type(error).__name__} {error}"}
 
 
 class JsonLines:
     """The rows of a .jsonl of conversations."""
 
-    classes = None
+    class_names = None
 
     def __init__(self, path: Path):
         # Where lines start instead of their text, because a file may have gigabytes. Arrays, because every
@@ -403,6 +592,7 @@ class JsonLines:
                     self.numbers.append(number)
                     self.starts.append(start)
                 start += len(line)
+        self.identity = f"{len(self.starts):,} lines ({short_hash(self.starts.tobytes())})"
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -433,15 +623,18 @@ class LatentFolder:
         self.info = json.loads((folder / "latents.json").read_text())
         # (rows, 1 or 2, N, C) float16; the second view is the mirror image
         self.parts = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))]
-        texts = [path.read_text().splitlines() for path in sorted(folder.glob("*.jsonl"))]
-        self.rows = [json.loads(line) for lines in texts for line in lines]
+        texts = [path.read_text() for path in sorted(folder.glob("*.jsonl"))]
+        self.rows = [json.loads(line) for text in texts for line in text.splitlines()]
         self.ends = np.cumsum([len(part) for part in self.parts])
         if not self.rows or not self.ends[-1] == len(self.rows) == self.info["images"]:
             raise ValueError("the number of latents differs from that of captions: encode again")
         self.views = 2 if transform.flip else 1
         if self.views > self.parts[0].shape[1]:
             raise ValueError("it has no mirror images: encode with --flip, or train without it")
-        self.folder, self.seed, self.transform, self.classes = folder, seed, transform, self.info["classes"]
+        self.folder, self.seed, self.transform = folder, seed, transform
+        self.class_names = self.info.get("class_names")
+        content = short_hash("".join(texts).encode(errors="replace"))
+        self.identity = f"{len(self.rows):,} latents ({content})"
         self.shuffled = Shuffled(str(folder), len(self.rows), seed)
 
     def __getitem__(self, number: int) -> dict:
@@ -451,8 +644,9 @@ class LatentFolder:
 
     def sample(self, row: int, uniform: np.ndarray) -> dict:
         fields = self.rows[row]
-        conversation = fields.get("conversation") or request(fields["caption"], uniform[1])
-        check_length(f"{self.folder}: row {row}", conversation, self.transform)
+        caption, label = fields["caption"], fields["label"]
+        conversation = fields.get("conversation") or request(caption or "", uniform[1])
+        check_text(f"{self.folder}: row {row}", caption, label, conversation, self.transform)
         part = int(np.searchsorted(self.ends, row, side="right"))
         views = self.parts[part][row - self.ends[part]]  # a negative index: from the end of the part
         latents = np.array(views[int(uniform[0] * self.views)])
@@ -471,10 +665,11 @@ class ShardStream:
 
     # Random access is slow in a tar and hopeless over a network. Instead, the shards are dealt anew to the
     # lanes in every epoch, and rows are shuffled within blocks of BLOCK.
-    classes = None  # labels are numbers; no shard says how many classes there are
+    class_names = None  # labels are numbers; no shard says how many classes there are
 
-    def __init__(self, name: str, shards: list[Callable], transform: Transform, seed: int):
-        self.name, self.shards, self.transform, self.seed = name, shards, transform, seed
+    def __init__(self, name: str, shards: dict[str, Callable], transform: Transform, seed: int):
+        self.name, self.shards, self.transform, self.seed = name, list(shards.values()), transform, seed
+        self.identity = f"{len(shards):,} shards ({short_hash(repr([*shards]).encode())})"
 
     def lane(self, lane: int, lanes: int, epoch=0, turn=0, first=0, taken=0) -> Iterator[dict]:
         """The samples of one lane, without end, from a position on. Every sample carries the position after
@@ -490,6 +685,10 @@ class ShardStream:
                         position = (epoch, turn, *sample["position"])
                         yield sample | {"position": position, "skipped": skipped}
                         skipped, empty_epochs = [], 0
+                    elif len(skipped) > 1000 * MAX_SKIPPED:
+                        raise ValueError(
+                            f"{self.name}: {len(skipped):,} unusable samples in a row: {skipped[-1]}"
+                        )
                 turn, first, taken = turn + 1, 0, 0
             epoch, turn, empty_epochs = epoch + 1, 0, empty_epochs + 1
         reason = skipped[-1] if skipped else "its shards are empty"
@@ -530,15 +729,28 @@ class ShardStream:
 
 
 class TailReader:
-    """A file that remembers the last 512 bytes, a block of a tar, read from it."""
+    """A file that remembers the last 512 bytes, a block of a tar, read from it. Raises ValueError for a
+    decompression bomb, with `packed` as the compressed file."""
 
-    def __init__(self, file):
-        self.file, self.tail = file, b""
+    def __init__(self, file, packed):
+        self.file, self.packed, self.tail, self.size = file, packed, b"", 0
 
     def read(self, size: int) -> bytes:
         content = self.file.read(size)
         self.tail = (self.tail + content)[-512:]
+        self.size += len(content)
+        if self.size > 2**30 and self.size > MAX_RATIO * self.packed.tell():
+            raise ValueError(f"{self.size:,} bytes were compressed into {self.packed.tell():,}")
         return content
+
+
+class BoundedHeader(tarfile.TarInfo):
+    """A header in a tar. tarfile reads long names and attributes into memory, whatever their size."""
+
+    def _proc_member(self, tar: tarfile.TarFile):
+        if self.type in (b"x", b"g", b"X", b"L", b"K") and self.size > MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes, the limit is {MAX_HEADER:,}")
+        return super()._proc_member(tar)
 
 
 def tar_rows(url: str) -> Iterator[dict]:
@@ -546,11 +758,18 @@ def tar_rows(url: str) -> Iterator[dict]:
     import fsspec
 
     row: dict = {}
-    with fsspec.open(url, "rb", compression="infer") as file:
-        reader = TailReader(file)
-        with tarfile.open(fileobj=reader, mode="r|") as tar:
+    # Two suffixes that fsspec does not know.
+    compression = {"tgz": "gzip", "zstd": "zstd"}.get(url.rpartition(".")[2], "infer")
+    opened = fsspec.open(url, "rb", compression=compression)
+    with opened as file:
+        reader = TailReader(file, opened.fobjects[0])
+        with tarfile.open(fileobj=reader, mode="r|", tarinfo=BoundedHeader) as tar:
             for member in filter(tarfile.TarInfo.isfile, tar):
+                tar.members = []  # tarfile would keep them all
                 path = PurePosixPath(member.name)
+                # macOS writes its attributes of a file before it.
+                if path.name.startswith("._") or "__MACOSX" in path.parts:
+                    continue
                 stem, _, extension = path.name.partition(".")
                 name = f"{url}: {path.with_name(stem) if stem else path}"
                 if row and row["name"] != name:
@@ -568,6 +787,8 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: PurePosixPa
     """What one file in a tar adds to its row: an image, a text, a label (cls) or several fields (json)."""
     if path.is_absolute() or ".." in path.parts:
         return {"error": "unsafe file name"}
+    if encodable(member.name) != member.name:
+        return {"error": "the file name is not UTF-8"}
     if member.size > MAX_FILE:
         return {"error": f"{path.name} has {member.size:,} bytes, the limit is {MAX_FILE:,}"}
     if extension not in (*IMAGES, *CAPTIONS, "cls", "json"):
@@ -575,28 +796,33 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: PurePosixPa
     content = tar.extractfile(member).read()
     if extension in IMAGES:
         return {"image": content}
+    text = content.decode("utf-8-sig", errors="replace")
     if extension in CAPTIONS:
-        return {"text": content.decode("utf-8", errors="replace")}
+        return {"text": text}
     try:
-        return {"label": int(content)} if extension == "cls" else known_fields(json.loads(content))
+        return {"label": int(text)} if extension == "cls" else known_fields(json.loads(text))
     except (ValueError, AttributeError, RecursionError) as error:
         return {"error": f"damaged {extension}: {error}"}
 
 
-def open_table(name: str, path: str, files: list[str] | None = None) -> list[Callable]:
+def open_table(name: str, path: str, files: list[str] | None = None) -> dict[str, Callable]:
     """The shards of a streamed table, see `ShardStream`; path and files as in `datasets.load_dataset`."""
     from datasets import Image as ImageColumn
     from datasets import load_dataset
 
-    table = load_dataset(path, data_files=files, split="train", streaming=True)
+    # Names of files are patterns there.
+    patterns = files and [glob.escape(file) for file in files]
+    table = load_dataset(path, data_files=patterns, split="train", streaming=True)
     features = table.features or {}
     columns = [key for key, feature in features.items() if isinstance(feature, ImageColumn)]
+    if columns:
+        table = table.cast_column(columns[0], ImageColumn(decode=False))
     # Tables that `datasets` did not write have bytes, or {bytes, path}, in a column with a usual name.
     columns += [key for key in ("image", *IMAGES) if "binary" in str(features.get(key))]
     if not columns:
         raise ValueError(f"no image column, only {', '.join(features) or 'none'}")
-    table = table.cast_column(columns[0], ImageColumn(decode=False))
-    return [partial(table_rows, name, table, shard, columns[0]) for shard in range(table.num_shards)]
+    shards = range(table.num_shards)
+    return {str(shard): partial(table_rows, name, table, shard, columns[0]) for shard in shards}
 
 
 def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
@@ -608,10 +834,14 @@ def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
     for block in table.shard(table.num_shards, shard).iter(BLOCK):  # a list for every column
         for values in zip(*block.values(), strict=True):
             row = dict(zip(block, values, strict=True))
+            result = known_fields(row) | {"name": f"{name}: shard {shard}, row {number}"}
             image = row[column] or {}
-            content = image.get("bytes") or (image.get("path") and xopen(image["path"], "rb").read())
-            row_name = f"{name}: shard {shard}, row {number}"
-            yield known_fields(row) | {"name": row_name, "image": content}
+            if isinstance(image, dict):
+                try:
+                    image = image.get("bytes") or (image.get("path") and xopen(image["path"], "rb").read())
+                except OSError as error:
+                    result["error"] = f"cannot read the image: {error}"
+            yield result | {"image": image}
             number += 1
 
 
@@ -622,8 +852,9 @@ def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
 class Mixture:
     """Several sources with weights: every thousand samples have the exact shares, in a random order.
 
-    classes: number of classes, None if no source knows it
+    classes, class_names: number and names of classes, None if no source knows them
     latents: the latents.json of every source of latents; [] for images
+    identity: what the sources hold, wherever they lie
     """
 
     def __init__(self, sources: list, weights: list[float], seed: int):
@@ -638,11 +869,22 @@ class Mixture:
         self.earlier = np.empty(1000, int)
         for owner, count in enumerate(self.counts):
             self.earlier[self.owners == owner] = np.arange(count)
-        classes = {source.classes for source in sources if source.classes}
+        names = [source.class_names for source in sources if source.class_names]
+        self.class_names = names[0] if names else None
         self.latents = [source.info for source in sources if isinstance(source, LatentFolder)]
-        if len(classes) > 1 or len(self.latents) not in (0, len(sources)):
+        # Latents that were encoded without names of classes may have their number.
+        classes = {len(x) for x in names} | {info["classes"] for info in self.latents if info["classes"]}
+        wrong = len(classes) > 1 or any(x != self.class_names for x in names)
+        if wrong or len(self.latents) not in (0, len(sources)):
             raise ValueError("cannot mix sources with different classes, or latents with images")
         self.classes = classes.pop() if classes else None
+        self.identity = [source.identity for source in sources]
+
+    def need_labels(self, classes: int) -> None:
+        """From now on, samples without the label of one of so many classes are skipped."""
+        for source in self.sources:
+            if not isinstance(source, NanoSource):
+                source.transform = replace(source.transform, num_classes=classes)
 
     def place(self, number: int) -> tuple[int, int]:
         """Which source a sample comes from, and its number there."""
@@ -664,11 +906,9 @@ class Mixture:
                 yield sample | {"index": (owner, *sample["index"])}
 
 
-def open_source(
-    names: str, size: int, seed: int, crop="centre", flip=False, text_only=False, length=None, max_seq_len=0
-) -> Mixture:
-    """The sources of a --data flag, see the top of this file; for the other arguments see `Transform`."""
-    transform = Transform(size, crop, flip, text_only, length, max_seq_len)
+def open_source(names: str, size: int, seed: int, **options) -> Mixture:
+    """The sources of a --data flag, see the top of this file; options of `Transform`."""
+    transform = Transform(size, **options)
     sources, weights = [], []
     for part in names.split(","):
         name, _, text = part.partition("=")
@@ -702,26 +942,42 @@ def open_one(name: str, transform: Transform, seed: int):
         raise ValueError(f"cannot open --data {name}: {type(error).__name__}: {error}") from error
 
 
-def find_shards(name: str, path: Path) -> list[Callable]:
-    """The shards of a manifest, a folder or a hub data set, see `ShardStream`; [] for a folder of images."""
+def find_shards(name: str, path: Path) -> dict[str, Callable]:
+    """The shards of a manifest, folder or hub data set, see `ShardStream`; {} for a folder of images."""
     if path.suffix == ".json" and path.is_file():
-        tars = json.loads(path.read_text())["tars"]
-        return [partial(tar_rows, tar if "://" in tar else str(path.parent / tar)) for tar in tars]
+        tars = json.loads(path.read_text("utf-8-sig"))["tars"]
+        return {tar: partial(tar_rows, tar if "://" in tar else str(path.parent / tar)) for tar in tars}
     if path.is_dir():
-        files = sorted(str(file) for file in path.rglob("*.tar*"))
-        tars = [file for file in files if re.search(r"\.tar(\.\w?z2?)?$", file)]
-        tables = sorted(str(file) for file in path.rglob("*.parquet"))
-        if tables and not tars:
-            return open_table(name, "parquet", tables)
-        return [partial(tar_rows, tar) for tar in tars]
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise ValueError("no data source of that name, see the top of data.py for what there is")
+        files = list_files(name)
+        tars = train_split(name, [file for file in files if file.endswith(TARS)])
+        if tars:
+            return {tar: partial(tar_rows, str(path / tar)) for tar in tars}
+        tables = train_split(name, [file for file in files if file.endswith(".parquet")])
+        return open_table(name, "parquet", [str(path / table) for table in tables]) if tables else {}
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise ValueError("no such folder, and no data source of that name: see the top of data.py")
     from huggingface_hub import HfFileSystem
 
-    # Of tars on the hub only the train split, if file names tell which that is.
-    tars = HfFileSystem().glob(f"datasets/{name}/**/*.tar")
-    tars = [tar for tar in tars if "train" in tar.removeprefix(f"datasets/{name}")] or tars
-    return [partial(tar_rows, f"hf://{tar}") for tar in tars] or open_table(name, name)
+    try:
+        tars = train_split(name, HfFileSystem().glob(f"datasets/{name}/**/*.tar"))
+        return {tar: partial(tar_rows, f"hf://{tar}") for tar in tars} or open_table(name, name)
+    except Exception as error:  # from datasets or the hub
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"no such folder, and no data set of the hub that can be read: {reason}") from error
+
+
+def train_split(name: str, files: list[str]) -> list[str]:
+    """The files without those for validation and tests, if names say that some are for training."""
+    words = [set(re.split("[^a-z]+", file.lower())) for file in files]
+    in_train = [any(word.startswith("train") for word in some) for some in words]
+    in_test = [
+        bool(some & {"test", "testing", "val", "valid", "validation", "dev", "eval"}) for some in words
+    ]
+    if not any(in_train):
+        if files and all(in_test):
+            print(f"{name} has only files for validation or tests: they are used", file=sys.stderr)
+        return files
+    return [file for file, train, test in zip(files, in_train, in_test, strict=True) if train or not test]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -760,16 +1016,40 @@ class Loader(Iterator):
     """
 
     def __init__(self, source: Mixture, batch: int, workers=1, start=0, rank=0, world_size=1, positions=None):
-        lanes = Lanes(source, batch, start, rank, world_size, positions or {})
-        self.positions, self.skipped, self.waited = lanes.positions, [], 0.0
-        self.parts = min(workers, len(lanes.local)) or 1
-        self.loader = iter(make_loader(lanes.batches, self.parts if workers else 0))
+        self.source, self.args, self.step, self.workers = source, (batch, rank, world_size), start, workers
+        self.skipped, self.waited, self.watch, self.deaths = [], 0.0, Watch(max(1, workers)), 0
+        self.recent = torch.zeros(2)  # samples used and skipped, up to a thousand
+        self.positions = positions or {}
+        before = self.positions.get("data", source.identity)
+        if before != source.identity:
+            self.say(f"the data changed since the checkpoint: {before}, now {source.identity}")
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts workers at the current step."""
+        batch, rank, world_size = self.args
+        lanes = Lanes(self.source, batch, self.step, rank, world_size, self.positions)
+        self.positions = lanes.positions | {"data": self.source.identity}
+        self.parts = min(self.workers, len(lanes.local)) or 1
+        self.batches = receive(lanes.batches, self.parts if self.workers else 0, self.watch)
+
+    def say(self, message: str) -> None:
+        if self.args[1] == 0:
+            print(message, file=sys.stderr)
 
     def __next__(self) -> dict:
-        started = time.perf_counter()
-        # DataLoader takes turns between its workers, and every worker makes one part of every batch.
-        with worker_errors():
-            parts = [next(self.loader) for _ in range(self.parts)]
+        started, parts = time.perf_counter(), []
+        while not parts:
+            # DataLoader takes turns between its workers, and every worker makes one part of every batch.
+            try:
+                parts = [next(self.batches) for _ in range(self.parts)]
+            except WorkerDied as error:
+                self.deaths += 1
+                if self.deaths == MAX_DEATHS:
+                    raise
+                print(f"{error}: its work begins again", file=sys.stderr)
+                self.begin()
+        self.step, self.deaths = self.step + 1, 0
         batch = {key: [x for part in parts for x in part[key]] for key in (*PER_SAMPLE, "image_index")}
         key = "latents" if "latents" in parts[0] else "image"
         batch[key] = torch.cat([part[key] for part in parts])
@@ -779,6 +1059,12 @@ class Loader(Iterator):
         for part in parts:
             self.positions |= part["positions"]
             self.skipped += part["skipped"]
+            self.recent += torch.tensor([len(part["index"]), len(part["skipped"])])
+        if self.recent.sum() >= 1000:
+            share = float(self.recent[1] / self.recent.sum())
+            if share > MAX_SHARE:
+                self.say(f"warning: {share:.0%} of the last thousand samples were skipped")
+            self.recent.zero_()
         self.waited += time.perf_counter() - started
         return batch
 
@@ -801,13 +1087,16 @@ class Lanes:
             raise ValueError(f"batch {batch} reads {lanes}: choose another --batch, or write more shards")
         self.source, self.batch, self.start, self.count = source, batch, start, count
         self.local = range(rank * count // world_size, (rank + 1) * count // world_size)
-        self.positions, names = {}, {stream.name for stream in streams}
+        # Streams by their place in the mixture and by what they hold: data may move, or be other data.
+        self.keys = {stream: f"{source.sources.index(stream)} {stream.identity}" for stream in streams}
+        self.positions, names = {}, {key: stream.name for stream, key in self.keys.items()}
         for key, position in positions.items():
-            name, lane, saved_count = key.rsplit("|", 2)
-            # A run may go on with other data.
-            if name not in names:
+            stream, *numbers = key.split("|")
+            if stream not in names:
                 continue
+            lane, saved_count = numbers
             if int(saved_count) != count:
+                name = names[stream]
                 raise ValueError(f"the checkpoint has {name} in {saved_count} lanes: resume with its --batch")
             if int(lane) in self.local:
                 self.positions[key] = position
@@ -827,7 +1116,7 @@ class Lanes:
         source = self.source.sources[owner]
         if not isinstance(source, ShardStream):
             return self.source[number]
-        key = f"{source.name}|{lane}|{self.count}"
+        key = f"{self.keys[source]}|{lane}|{self.count}"
         if key not in streams:
             streams[key] = source.lane(lane, self.count, *self.positions.get(key, ()))
         sample = next(streams[key])
@@ -855,18 +1144,48 @@ class OnePass:
             yield (collate(usable) if usable else {}) | {"skipped": skipped}
 
     def __iter__(self) -> Iterator[dict]:
-        with worker_errors():
-            for batch in make_loader(self.batches, self.workers):
-                self.skipped += batch["skipped"]
-                if "index" in batch:
-                    yield batch
+        for batch in receive(self.batches, self.workers, Watch(max(1, self.workers))):
+            self.skipped += batch["skipped"]
+            if "index" in batch:
+                yield batch
+
+
+class Watch:
+    """Which sample each worker process reads, in shared memory that outlives the worker, and which samples
+    workers died on."""
+
+    def __init__(self, workers: int):
+        self.notes = [multiprocessing.Array("c", 600, lock=False) for _ in range(workers)]
+        self.deaths = Counter()
+
+
+WATCH = None  # in a worker process: its note, and the deaths before it started
+
+
+@contextmanager
+def watched(name: str) -> Iterator[None]:
+    """Notes that this process reads a sample. Raises SkipSample if two workers died meanwhile."""
+    if WATCH is None:
+        yield
+        return
+    note, deaths = WATCH
+    key = encodable(name)[-100:].encode()
+    if deaths[key] > 1:
+        raise SkipSample(f"{name}: two worker processes died on it")
+    note.value = b"%d %s" % (os.getpid(), key)
+    yield
+    note.value = b""
+
+
+class WorkerDied(OSError):
+    """A worker process was killed, mostly for memory, or crashed in a decoder."""
 
 
 class PerWorker(IterableDataset):
     """The batches of `make(worker, workers)` in a worker process, or of `make(0, 1)` in the main one."""
 
-    def __init__(self, make: Callable[[int, int], Iterator[dict]]):
-        self.make = make
+    def __init__(self, make: Callable[[int, int], Iterator[dict]], watch: Watch):
+        self.make, self.watch = make, watch
 
     def __iter__(self) -> Iterator[dict]:
         info = get_worker_info()
@@ -874,25 +1193,43 @@ class PerWorker(IterableDataset):
             return self.make(0, 1)
         # Ctrl-C and torchrun signal the whole process group of the trainer, which stops its workers itself.
         os.setpgrp()
+        global WATCH
+        WATCH = self.watch.notes[info.id], self.watch.deaths
         return self.make(info.id, info.num_workers)
 
 
-def make_loader(make: Callable[[int, int], Iterator[dict]], workers: int) -> DataLoader:
-    """Batches of `workers` processes, made ahead, or of this one (0)."""
-    # Four batches ahead even out slow reads; PyTorch refuses both options without workers.
-    ahead = {"prefetch_factor": 4, "timeout": TIMEOUT} if workers else {}
-    return DataLoader(PerWorker(make), batch_size=None, num_workers=workers, **ahead)
-
-
-@contextmanager
-def worker_errors():
-    """Turns the RuntimeError of a stalled or killed worker into an OSError."""
-    # The main function prints an OSError in one line. Workers are mostly killed for memory.
-    try:
-        yield
-    except RuntimeError as error:
-        reason = f"no data for {TIMEOUT} s" if "timed out" in str(error) else error
-        raise OSError(f"data loading failed: {reason}") from error
+def receive(make: Callable[[int, int], Iterator[dict]], workers: int, watch: Watch) -> Iterator[dict]:
+    """Batches of `workers` processes, made ahead, or of this one (0). Raises WorkerDied, or OSError after
+    TIMEOUT seconds without data: the main function prints an OSError in one line."""
+    # Four batches ahead even out slow reads; PyTorch refuses both options without workers. Only at a timeout
+    # does it look whether a worker is alive.
+    ahead = {"prefetch_factor": 4, "timeout": min(1, TIMEOUT)} if workers else {}
+    loader = DataLoader(PerWorker(make, watch), batch_size=None, num_workers=workers, **ahead)
+    handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    batches, last = iter(loader), time.monotonic()
+    # When a worker dies, PyTorch's handler raises wherever the trainer is, such as in the middle of a step.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            reason = str(error)
+            if "exited unexpectedly" in reason:
+                pids = re.findall(rb"\d+", reason.encode())
+                notes = [note.value.partition(b" ") for note in watch.notes]
+                names = [name for pid, _, name in notes if pid in pids and name]
+                watch.deaths.update(names)
+                raise WorkerDied(f"a data worker died, reading {b', '.join(names).decode()}") from error
+            if "timed out" not in reason:
+                raise OSError(f"data loading failed: {reason}") from error
+            if time.monotonic() < last + TIMEOUT:
+                continue
+            raise OSError(f"data loading failed: no data for {TIMEOUT} s") from error
+        yield batch
+        last = time.monotonic()
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ and OUT/RANK.jsonl with the caption, label and conversation of each row.
 """
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -53,7 +55,10 @@ def encode(
     views = [images, images.flip(3)] if flip else [images]
     with dist_ctx.autocast():
         latents = [autoencoder.encode(data.to_unit(view, dist_ctx.device)) for view in views]
-    return torch.stack(latents, dim=1).half().cpu().numpy()
+    latents = torch.stack(latents, dim=1).half()
+    # also beyond the range of float16
+    common.check_finite("latents in float16", latents)
+    return latents.cpu().numpy()
 
 
 def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
@@ -99,28 +104,41 @@ def main() -> None:
     config = common.parse(Config, __doc__)
     dist_ctx = common.init_distributed(config.dtype)
     out = Path(config.out)
-    temporary = out.with_name(f"{out.name}.tmp")
     if out.exists():
         raise ValueError(f"{out} already exists: choose another --out, or remove it")
+    common.check_output(out)
     autoencoder = common.load_autoencoder(config.autoencoder, dist_ctx)
     source = data.open_source(config.data, autoencoder.image_size, config.seed)
 
-    if dist_ctx.is_main:
-        with common.writing(out):
-            # A killed run may have left one.
+    # A name of this run only: no other folder is ever removed. The sum tells it to the other processes.
+    [number] = common.global_sum(int.from_bytes(os.urandom(4), "big") if dist_ctx.is_main else 0)
+    temporary = out.with_name(f".{out.name}.{int(number)}.tmp")
+    # as Ctrl-C does: the folder of a stopped run is removed; nohup ignores SIGHUP
+    for signal_ in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signal_) is signal.SIG_DFL:
+            signal.signal(signal_, signal.default_int_handler)
+    try:
+        if dist_ctx.is_main:
+            with common.writing(out):
+                temporary.mkdir(parents=True)
+        common.global_sum(0)  # a barrier: the folder exists
+        count = write_part(temporary, config, source, autoencoder, dist_ctx)
+        [total] = common.global_sum(count)  # a barrier: all parts are written
+        if total == 0:
+            raise ValueError(f"--data {config.data} holds no image that can be used")
+        if dist_ctx.is_main:
+            info = {"autoencoder": config.autoencoder, "fingerprint": common.fingerprint(autoencoder)}
+            info |= {"latent_shape": autoencoder.latent_shape, "classes": source.classes}
+            info |= {"class_names": getattr(source, "class_names", None)}
+            info |= {"data": config.data, "images": int(total)}
+            with common.writing(out):
+                (temporary / "latents.json").write_text(json.dumps(info, indent=1) + "\n")
+                temporary.rename(out)
+            size = sum(path.stat().st_size for path in out.iterdir())
+            print(f"{out}: {int(total)} images, {size / 1e6:.0f} MB")
+    finally:
+        if dist_ctx.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-    common.global_sum(0)  # a barrier: the folder exists
-    count = write_part(temporary, config, source, autoencoder, dist_ctx)
-    [total] = common.global_sum(count)  # a barrier: all parts are written
-    if dist_ctx.is_main:
-        info = {"autoencoder": config.autoencoder, "latent_shape": autoencoder.latent_shape}
-        info |= {"classes": source.classes, "data": config.data, "images": int(total)}
-        with common.writing(out):
-            (temporary / "latents.json").write_text(json.dumps(info, indent=1) + "\n")
-            temporary.rename(out)
-        size = sum(path.stat().st_size for path in out.iterdir())
-        print(f"{out}: {int(total)} images, {size / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

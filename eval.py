@@ -22,7 +22,8 @@ rfid-inception is the papers' metric; rfid-encoder needs no download.
 
 fid: as in ADM's evaluator (Dhariwal and Nichol, 2021, guided-diffusion/evaluations). Samples and reference
 are a .npz (images arr_0, statistics mu, sigma, mu_s, sigma_s, or both) or a source of data.py. Samples are
-compared as they are; the images of a reference source are cropped to the same size.
+compared as they are; the images of a reference source are cropped to the same size. The grids of sample.py
+are skipped.
 """
 
 import sys
@@ -208,6 +209,8 @@ class FeatureSums:
         count = int(self.count)
         if count < 2:
             raise ValueError(f"FID needs at least 2 images, but only {count} can be used")
+        if not self.products.isfinite().all():
+            raise ValueError(f"the features of {count} images are not finite: check the network's weights")
         mean = self.total / count
         covariance = (self.products - count * torch.outer(mean, mean)) / (count - 1)
         return Gaussian(mean.numpy(), covariance.numpy(), count)
@@ -282,13 +285,23 @@ class ImageSet(NamedTuple):
     batches: Iterable[tuple[Iterable, Tensor]] = ()  # this process's (sample indices, uint8 (B, 3, H, W))
 
 
-class Uncropped:
-    """Takes the place of data.Transform in a source: whole images, which must be squares of one size."""
+class Whole:
+    """Takes the place of data.Transform in a source: centre crops of `size`, or whole images (None), which
+    must be squares of one size."""
 
-    # cropping or resizing the samples would change the FID; their reference is cropped to their size instead
-    size, text_only, length = None, False, None
+    text_only, captions, num_classes, length, max_seq_len = False, False, None, None, 0
+
+    def __init__(self, size: int | None):
+        self.size, self.crop = size, size is not None
 
     def pixels(self, image: Image.Image, *uniform: float) -> np.ndarray:
+        # older grids have the prompt and seed of an image, but no settings
+        info = image.info.keys()
+        if "grid_of" in info or ({"prompt", "seed"} <= info and "steps" not in info):
+            raise data.SkipSample("a grid of images from sample.py")
+        if self.crop:
+            return data.centre_crop(image, self.size)
+        # cropping or resizing the samples would change the FID
         self.size = self.size or image.width
         if image.size != (self.size, self.size):
             shape = f"{image.width} x {image.height}"
@@ -305,14 +318,14 @@ def open_images(source: str, size: int | None, config: Config, dist_ctx: common.
         return ImageSet(source, statistics, shape[1], npz_batches(source, shape, config, dist_ctx))
     opened = data.open_source(source, size or 48, config.seed)
     limit = config.limit or (256 if source.startswith("nano") else None)  # nano sources are endless
+    transform = Whole(size)
+    for part in opened.sources:
+        part.transform = transform  # nano sources ignore it: they draw at the size they were opened with
     if size is None:
-        whole = Uncropped()
-        for part in opened.sources:
-            part.transform = whole  # nano sources ignore it: they draw at the size they were opened with
         first = next((sample for sample in opened.once(limit, 0, 1) if "image" in sample), None)
         if first is None:
             raise ValueError(f"{source} holds no image that can be used")
-        size = whole.size = len(first["image"])
+        size = transform.size = len(first["image"])
     once = data.OnePass(opened, config.batch, limit, config.workers, dist_ctx.rank, dist_ctx.world_size)
     return ImageSet(source, {}, size, source_batches(source, once))
 
@@ -433,8 +446,12 @@ def recon(config: Config, dist_ctx: common.DistContext) -> list[dict]:
         columns = min(strip.shape[1] for strip in strips)
         rows = torch.cat([strip[:, :columns].flatten(0, 1) for strip in strips])
         grid = common.image_grid(rows / 255, columns, scale=max(1, 128 // model.image_size))
-        common.save_image(Path(config.out).with_suffix(".png"), grid, data=config.data)
+        common.save_image(strip_path(config), grid, data=config.data)
     return results
+
+
+def strip_path(config: Config) -> Path:
+    return Path(config.out).with_suffix(".png")
 
 
 @torch.no_grad()
@@ -455,7 +472,9 @@ def reconstruct(
     for indices, batch in progress:
         original = data.to_unit(batch, dist_ctx.device)
         with dist_ctx.autocast():
-            rounded = common.to_uint8(model.decode(model.encode(original)))
+            decoded = model.decode(model.encode(original))
+        common.check_finite(f"reconstructions of {name}", decoded)
+        rounded = common.to_uint8(decoded)
         # metrics are those of saved 8-bit images, not of the decoder's fp32 output
         decoded = data.to_unit(rounded, dist_ctx.device)
         for key, metric in metrics.items():
@@ -591,6 +610,12 @@ def main() -> None:
     names = config.what or ["recon"]
     if unknown := set(names) - EVALUATIONS.keys():
         raise ValueError(f"unknown evaluation {', '.join(unknown)}: choose from {', '.join(EVALUATIONS)}")
+    common.check_output(Path(config.out), ".json")
+    if "recon" in names:
+        strip = strip_path(config)
+        common.check_output(strip)
+        if strip.exists() and "data" not in data.open_metadata(str(strip)):
+            raise ValueError(f"{strip}, the place of the strip, is not from eval.py: choose another --out")
     dist_ctx = common.init_distributed(config.dtype)
     if dist_ctx.is_main:
         print(dist_ctx)

@@ -1341,6 +1341,7 @@ class ClassToImage(LatentModel, library_name="rae"):
         unconditional.
     latent_shape, autoencoder, alpha: as for `TextToImage`.
     prediction: what the DiT's output is, the velocity or the clean latents "x" (RAEv2).
+    class_names: of the labels, for people to read.
     """
 
     def __init__(
@@ -1350,8 +1351,10 @@ class ClassToImage(LatentModel, library_name="rae"):
         autoencoder: str | None = None,
         alpha: float | None = None,
         prediction: str = "velocity",
+        class_names: list[str] | None = None,
     ):
         super().__init__(latent_shape, autoencoder, alpha, prediction)
+        self.class_names = class_names
         self.dit = build_dit(latent_shape, dit)
 
     @property
@@ -1378,6 +1381,10 @@ class ClassToImage(LatentModel, library_name="rae"):
             draws = len(x_t) // max(1, len(condition))
             condition = self.dit.drop_condition(condition.repeat(draws), dropped)
         return *self.velocities(x_t, t, condition), x_t.new_zeros(())
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self._hub_mixin_config["class_names"] = self.class_names
+        super()._save_pretrained(save_directory)
 
     @classmethod
     def from_pretrained(

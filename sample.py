@@ -15,13 +15,16 @@
     torchrun --nproc-per-node 8 -- sample.py --preset rae-256 --classes all --n 50000 --out fid --npz fid.npz
 
 Writes a PNG per image, with prompt, seed and settings in its metadata, and for up to 256 images a grid with
-one row per prompt. --latents also saves latents, which --ask and --reconstruct accept instead of an image.
+one row per prompt. Its name is the prompt in lower case; if that leaves out anything, such as "!", a hash
+follows. No other file is replaced than the same image. --latents also saves latents, which --ask and
+--reconstruct accept instead of an image.
 Image k of a prompt, or of all class labels, is drawn from seed + k, whatever the batch size and the number of
 processes.
 """
 
 import json
 import re
+import unicodedata
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +68,7 @@ CONFLICTS = {
     "ask": ("best_of", "latents", "guide", "n"),
     "chat": ("best_of", "latents", "guide", "n"),
 }
+PATHS = ("model", "autoencoder", "guide")
 MAX_GRID = 256  # a run of more images makes no grid
 
 
@@ -72,7 +76,7 @@ MAX_GRID = 256  # a run of more images makes no grid
 class Config:
     # what to draw
     prompts: list[str] = flag((), "what to draw; the turns of --ask or --chat", nargs="*", metavar="PROMPT")
-    file: str = flag("", "prompts: a text file, GenEval's .jsonl or DPG-Bench's folder of .txt")
+    file: str = flag("", "prompts: a text file, GenEval's .jsonl or .json, DPG-Bench's folder of .txt")
     classes: str = flag("", "class labels: 3,17 or all; none for an unconditional model")
     n: int | None = flag(None, "images per prompt, or of all classes in total (default 4 each)", at_least=1)
     best_of: int | None = flag(None, "draw this many candidates per prompt, keep the best --n", at_least=1)
@@ -85,14 +89,18 @@ class Config:
     autoencoder: str = flag("", "RAE or VAE: folder or hub id (default: the one that the model names)")
     # sampler
     steps: int = flag(50, "sampling steps", at_least=1)
-    guidance: float = flag(3.0, "guidance scale: classifier-free, or AutoGuidance with --guide; 1 is off")
+    guidance: float = flag(
+        3.0, "guidance scale: classifier-free, or AutoGuidance with --guide; 1 is off", at_least=0
+    )
     guide: str = flag("", "weaker model of the same latents, for AutoGuidance")
     internal_guidance: float = flag(1.0, "scale of the guidance by the base head of a RAEv2 model; 1 is off")
     interval: str = flag("0,1", "guidance interval of t; t = 1 is noise")
-    skip: int | None = flag(None, "also guide, at scale 2, by the model without this block of the DiT")
+    skip: int | None = flag(
+        None, "also guide, at scale 2, by the model without this block of the DiT", at_least=0
+    )
     solver: str = flag("euler", "ODE solver", choices=["euler", "heun"])
     grid: str = flag("full", "timesteps; the others are the papers'", choices=["full", "rae", "scale-rae"])
-    seed: int = flag(0, "seed of the first image of each prompt")
+    seed: int = flag(0, "seed of the first image of each prompt", at_least=0, at_most=2**63)
     # output
     out: str = flag("samples", "output folder")
     latents: bool = flag(False, "also save the latents as NAME.safetensors, fp32 (N, C)")
@@ -114,51 +122,86 @@ class Job(NamedTuple):
     input: str | int
     seed: int
     name: str  # may contain folders
+    class_name: str = ""
 
 
 def benchmark(config: Config) -> str:
     """The benchmark that --file belongs to, whose layout the output follows: geneval, dpg or none."""
     if config.file and Path(config.file).is_dir():
         return "dpg"
-    return "geneval" if config.file.endswith(".jsonl") else "none"
+    return "geneval" if config.file.endswith((".jsonl", ".json")) else "none"
 
 
-def read_lines(path: str) -> list[str]:
-    return [line for line in Path(path).read_text().splitlines() if line.strip()]
+def read_text(path: str | Path) -> str:
+    try:
+        # Files of Windows' Notepad begin with a byte order mark.
+        return Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file in UTF-8: save it as UTF-8") from None
+
+
+def read_geneval(path: str) -> list[dict]:
+    """The prompts of GenEval with their metadata, from JSON lines or any other JSON."""
+    text = read_text(path)
+    try:
+        try:
+            rows = json.loads(text)
+            rows = rows if isinstance(rows, list) else [rows]
+        except ValueError:
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        if all(isinstance(row["prompt"], str) for row in rows):
+            return rows
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f'{path} is not a GenEval file: each row needs a "prompt"')
+
+
+def dpg_files(config: Config) -> list[Path]:
+    # A Mac leaves hidden files, ._NAME, beside those it copies.
+    return sorted(Path(config.file).glob("[!.]*.txt"))
 
 
 def read_prompts(config: Config) -> list[str]:
     """The prompts of the command line and of --file."""
     layout = benchmark(config)
     if layout == "none":
-        return [*config.prompts, *(read_lines(config.file) if config.file else [])]
+        lines = read_text(config.file).split("\n") if config.file else []
+        return [*config.prompts, *(line.strip() for line in lines if line.strip())]
     if config.prompts:
         raise ValueError(f"{config.file} is a whole set of prompts: leave out {config.prompts[0]!r}")
-    if layout == "dpg":
-        files = sorted(Path(config.file).glob("*.txt"))
-        if not files or config.best_of or config.n not in (None, 4):
-            raise ValueError(f"{config.file}: DPG-Bench is a folder of .txt, with --n 4, without --best-of")
-        return [file.read_text().strip() for file in files]
-    try:
-        return [json.loads(line)["prompt"] for line in read_lines(config.file)]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{config.file} is not a GenEval file: each line needs a "prompt"') from None
+    if layout == "geneval":
+        return [row["prompt"] for row in read_geneval(config.file)]
+    files = dpg_files(config)
+    if not files or config.best_of or config.n not in (None, 4):
+        raise ValueError(f"{config.file}: DPG-Bench is a folder of .txt, with --n 4, without --best-of")
+    return [read_text(file).strip() for file in files]
 
 
 def file_name(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
+    """A readable name, different for every prompt, also where file names ignore case."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt.casefold()))
+    name = "-".join(words)[:60].encode()[:180].decode(errors="ignore").strip("-")
+    if name.replace("-", " ") == prompt:
+        return name
+    # Letters in upper case, punctuation or the end are missing. "_" marks the hash: no name has it otherwise.
+    return f"{name or 'image'}_{short_hash(prompt)}"
+
+
+def short_hash(*keys) -> str:
+    return f"{data.hash_seed(*keys):016x}"[:12]
 
 
 def prompt_jobs(config: Config, count: int) -> list[list[Job]]:
     """`count` jobs for each prompt, in the layout of the benchmark or as PROMPT-SEED.png."""
-    layout = benchmark(config)
-    stems = [file_name(prompt) for prompt in config.prompts]
+    layout, prompts = benchmark(config), config.prompts
+    if layout == "none":
+        # A prompt that is given twice would give the same images twice.
+        prompts = list(dict.fromkeys(prompts))
+    stems = [file_name(prompt) for prompt in prompts]
     if layout == "dpg":
-        stems = [file.stem for file in sorted(Path(config.file).glob("*.txt"))]
-    elif len(set(stems)) < len(stems):
-        stems = [f"{i:03d}-{stem}" for i, stem in enumerate(stems)]
+        stems = [file.stem for file in dpg_files(config)]
     groups = []
-    for i, (prompt, stem) in enumerate(zip(config.prompts, stems, strict=True)):
+    for i, (prompt, stem) in enumerate(zip(prompts, stems, strict=True)):
         group = []
         for k in range(count):
             names = {"geneval": f"{i:05d}/samples/{k:05d}", "dpg": f"{stem}/{k}"}
@@ -249,21 +292,27 @@ def draw(config: Config, dist_ctx: DistContext) -> None:
 
     # ---- jobs: mistakes in any input show before the work begins ------------------------------------------
     if config.classes:
-        groups = [class_jobs(config, model.num_classes)]
-        model.condition([job.input for job in groups[0]])
+        jobs = class_jobs(config, model.num_classes)
+        model.condition([job.input for job in jobs])
+        if class_names := getattr(model, "class_names", None):
+            jobs = [job._replace(class_name=class_names[job.input]) for job in jobs]
+        groups = [jobs]
     else:
         model.check_prompts(config.prompts)
         groups = prompt_jobs(config, config.best_of or config.n)
 
     # ---- chunks for this process: batches of jobs, or with --best-of all candidates of a prompt -----------
+    # Other images in the same place are refused now, with and without --resume.
+    jobs = [job for group in groups for job in group][dist_ctx.rank :: dist_ctx.world_size]
+    missing = [job for job in jobs if not is_drawn(job, settings, config)]
+    check_layout(groups, settings, config)
     if config.best_of:
         chunks = groups[dist_ctx.rank :: dist_ctx.world_size]
+        kept = [kept_jobs(group, settings, config) for group in chunks]
         if config.resume:
-            chunks = [group for group in chunks if not kept_jobs(group, settings, config)]
+            chunks = [group for group, old in zip(chunks, kept, strict=True) if not old]
     else:
-        jobs = [job for group in groups for job in group][dist_ctx.rank :: dist_ctx.world_size]
-        if config.resume:
-            jobs = [job for job in jobs if not is_drawn(job, settings, config)]
+        jobs = missing if config.resume else jobs
         chunks = [jobs[start : start + config.batch] for start in range(0, len(jobs), config.batch)]
 
     # ---- draw; threads write the images of a chunk while the next one is drawn ----------------------------
@@ -291,7 +340,7 @@ def draw(config: Config, dist_ctx: DistContext) -> None:
     if dist_ctx.is_main:
         if config.best_of:
             groups = [kept_jobs(group, settings, config) for group in groups]
-        finish(groups, config)
+        finish(groups, settings, config)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -300,6 +349,7 @@ def draw(config: Config, dist_ctx: DistContext) -> None:
 
 def keep_best(group: list[Job], latents: Tensor, model: LatentModel, settings: dict, config: Config):
     """The best --n candidates of a prompt, best first: jobs, latents, scores. Writes the scores of all."""
+    check_result(group[0], latents)
     verdicts = []
     for batch in latents.split(config.batch):
         # A model with a reader cannot read the latents that it draws, so it looks at the images.
@@ -325,8 +375,12 @@ def kept_jobs(group: list[Job], settings: dict, config: Config) -> list[Job]:
     path = Path(config.out) / f"{group[0].name}-scores.json"
     if not path.exists():
         return []
-    scores = json.loads(path.read_text())
-    check_same(path, scores["settings"], describe(group[0], settings))
+    try:
+        scores = json.loads(path.read_text())
+        old = scores["settings"]
+    except (ValueError, KeyError, TypeError):
+        old = {}
+    check_same(path, old, describe(group[0], settings))
     jobs = {row["rank"]: job for row, job in zip(scores["candidates"], group, strict=True)}
     kept = [jobs[rank] for rank in range(config.n)]
     return kept if all(is_drawn(job, settings, config) for job in kept) else []
@@ -343,36 +397,78 @@ def describe_settings(config: Config, model: LatentModel, guide: LatentModel | N
     names += ["best_of", "n", "verifier"] if config.best_of else []
     settings = {name: getattr(config, name) for name in names} | {"dtype": dist_ctx.dtype}
     # A training run may have written other weights to the same path since.
-    return settings | {"weights": common.fingerprint(model), "guide_weights": common.fingerprint(guide)}
+    parts = {"weights": model, "autoencoder_weights": model.autoencoder, "guide_weights": guide}
+    return settings | {name: common.fingerprint(part) for name, part in parts.items()}
 
 
 def describe(job: Job, settings: dict) -> dict[str, str]:
     """The metadata of a job's PNG."""
-    key = "prompt" if isinstance(job.input, str) else "label"
-    return {name: str(value) for name, value in {key: job.input, "seed": job.seed, **settings}.items()}
+    values = {"prompt" if isinstance(job.input, str) else "label": job.input}
+    if job.class_name:
+        values["class"] = job.class_name
+    return {name: str(value) for name, value in {**values, "seed": job.seed, **settings}.items()}
 
 
 def check_same(path: Path, old: dict[str, str], new: dict[str, str]) -> None:
-    """Raises ValueError where --resume would mix images of different settings."""
+    """Raises ValueError where a file would be replaced by another image, or mixed with such images."""
+    if not old:
+        raise ValueError(f"{path} exists and is not from sample.py: choose another --out")
     for name, value in new.items():
-        if old.get(name, "None") != value:
+        # Paths may be spelled in several ways; the weights tell.
+        if name not in PATHS and old.get(name, "None") != value:
             change = f"{name} {old.get(name)}, not {value}"
-            raise ValueError(f"{path} was drawn with {change}: choose another --out, or drop --resume")
+            raise ValueError(f"{path} was drawn with {change}: choose another --out")
+
+
+def exists(path: Path, metadata: dict[str, str]) -> bool:
+    """Whether the image is there already. Raises ValueError if it would replace another file."""
+    # A crash or a full disk may leave an empty file.
+    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+        return False
+    check_same(path, data.open_metadata(str(path)), metadata)
+    return True
 
 
 def is_drawn(job: Job, settings: dict, config: Config) -> bool:
     path = Path(config.out) / f"{job.name}.png"
-    # Empty if the file is missing or damaged.
-    metadata = data.open_metadata(str(path))
-    if not metadata or (config.latents and not path.with_suffix(".safetensors").exists()):
-        return False
-    check_same(path, metadata, describe(job, settings))
-    return True
+    latents = path.with_suffix(".safetensors")
+    if config.latents and latents.exists() and not path.exists():
+        raise ValueError(f"{latents} exists without an image: choose another --out")
+    return exists(path, describe(job, settings)) and (latents.exists() or not config.latents)
+
+
+def geneval_files(config: Config) -> dict[Path, str]:
+    """The files that GenEval's scorer reads beside the images, and their content."""
+    rows = enumerate(read_geneval(config.file))
+    return {Path(config.out) / f"{i:05d}/metadata.jsonl": json.dumps(row) + "\n" for i, row in rows}
+
+
+def dpg_grid(group: list[Job], config: Config) -> Path:
+    """ITEM.png, beside the folder ITEM of its four images."""
+    return Path(config.out) / f"{Path(group[0].name).parent}.png"
+
+
+def check_layout(groups: list[list[Job]], settings: dict, config: Config) -> None:
+    """Raises ValueError if a benchmark's files beside the images would replace others."""
+    if benchmark(config) == "geneval":
+        for path, content in geneval_files(config).items():
+            if path.exists() and path.read_text() != content:
+                raise ValueError(f"{path} is of another prompt: choose another --out")
+    elif benchmark(config) == "dpg":
+        for group in groups:
+            exists(dpg_grid(group, config), describe(group[0], settings))
+
+
+def check_result(job: Job, *tensors: Tensor) -> None:
+    """Raises ValueError for latents or an image with NaN or infinity, which would be a black image."""
+    kind = "prompt" if isinstance(job.input, str) else "label"
+    common.check_finite(f"{kind} {job.input!r}, seed {job.seed}", *tensors)
 
 
 def save(job: Job, image: Tensor, latents: Tensor, settings: dict, config: Config, wait: Callable) -> None:
     """Writes a PNG and, with --latents, the latents."""
     wait()  # until both have arrived from the GPU
+    check_result(job, latents, image)
     path = Path(config.out) / f"{job.name}.png"
     common.save_image(path, image, **describe(job, settings))
     if config.latents:
@@ -386,37 +482,42 @@ def read_images(paths: list[Path]) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
-def finish(groups: list[list[Job]], config: Config) -> None:
+def finish(groups: list[list[Job]], settings: dict, config: Config) -> None:
     """On the main process, once all images are there: grids, a benchmark's files, the .npz."""
     out = Path(config.out)
-    # A killed run leaves half-written files.
-    for leftover in out.rglob(".*.tmp"):
-        leftover.unlink()
     if benchmark(config) == "geneval":
-        for i, line in enumerate(read_lines(config.file)):
-            with common.replacing(out / f"{i:05d}/metadata.jsonl") as temporary:
-                temporary.write_text(line + "\n")
+        for path, content in geneval_files(config).items():
+            with common.replacing(path) as temporary:
+                temporary.write_text(content)
     elif benchmark(config) == "dpg":
-        # ITEM.png has the four images of ITEM/ without gaps: the benchmark cuts it at the middle.
+        # The four images of ITEM/ without gaps: the benchmark cuts the grid at the middle.
         for group in groups:
             images = read_images([out / f"{job.name}.png" for job in group])
             grid = rearrange(images, "(r c) ch h w -> ch (r h) (c w)", r=2)
-            item = Path(group[0].name).parent
-            common.save_image(out / f"{item}.png", grid, prompt=group[0].input)
+            common.save_image(dpg_grid(group, config), grid, **describe(group[0], settings), grid_of=4)
 
-    paths = [out / f"{job.name}.png" for group in groups for job in group]
-    if len(paths) <= MAX_GRID:
-        images = read_images(paths)
-        columns = 8 if config.classes else len(groups[0])
-        grid = common.image_grid(images, columns, scale=max(1, 128 // images.shape[3]))
-        inputs = dict.fromkeys(str(job.input) for group in groups for job in group)
-        common.save_image(out / "grid.png", grid, prompt="\n".join(inputs), seed=config.seed)
-        print(*paths, out / "grid.png", sep="\n")
+    jobs = [job for group in groups for job in group]
+    paths = [out / f"{job.name}.png" for job in jobs]
+    if len(jobs) <= MAX_GRID:
+        grid = save_grid(jobs, settings, 8 if config.classes else len(groups[0]), config)
+        print(*paths, grid, sep="\n")
     else:
         print(f"{len(paths)} images in {out}")
     if config.npz:
         pack(Path(config.npz), paths)
         print(config.npz)
+
+
+def save_grid(jobs: list[Job], settings: dict, columns: int, config: Config) -> Path:
+    """grid.png, or grid_HASH.png if that is a grid of other images. `grid_of` marks grids for eval.py."""
+    images = read_images([Path(config.out) / f"{job.name}.png" for job in jobs])
+    grid = common.image_grid(images, columns, scale=max(1, 128 // images.shape[3]))
+    path, contents = Path(config.out) / "grid.png", short_hash(*[describe(job, settings) for job in jobs])
+    if path.exists() and data.open_metadata(str(path)).get("grid_of") != contents:
+        path = path.with_stem(f"grid_{contents}")
+    inputs = dict.fromkeys(job.class_name or str(job.input) for job in jobs)
+    common.save_image(path, grid, prompt="\n".join(inputs), seed=config.seed, grid_of=contents)
+    return path
 
 
 def pack(npz: Path, paths: list[Path]) -> None:
@@ -458,14 +559,19 @@ def reconstruct(config: Config, dist_ctx: DistContext) -> None:
         if config.reconstruct.endswith(".safetensors"):
             latents = load_latents(config.reconstruct, model.latent_shape)[None].to(dist_ctx.device)
             image, note = model.decode(latents)[0], ""
+            common.check_finite(config.reconstruct, image)
         else:
             original = crop_image(config.reconstruct, model.image_size).to(dist_ctx.device)
             decoded = model.decode(model.encode(original)).clamp(0, 1)
+            common.check_finite(config.reconstruct, decoded)
             psnr = -10 * (decoded - original).square().mean().log10().item()
             image = common.image_grid(torch.cat([original, decoded]), columns=2)
             note = f"  (left original, right reconstruction; PSNR {psnr:.1f} dB)"
     path = Path(config.out) / f"{Path(config.reconstruct).stem}-reconstruction.png"
-    common.save_image(path, image, source=config.reconstruct)
+    metadata = {"source": config.reconstruct, "content": short_hash(Path(config.reconstruct).read_bytes())}
+    metadata |= {"weights": common.fingerprint(model), "dtype": str(dist_ctx.dtype)}
+    exists(path, metadata)
+    common.save_image(path, image, **metadata)
     print(f"{path}{note}")
 
 
@@ -488,11 +594,16 @@ def converse(config: Config, dist_ctx: DistContext) -> None:
             # The model answers in words alone.
             if condition is None:
                 continue
-            job = Job(text, config.seed, f"{turn}-{file_name(text)}-{config.seed}")
+            # The image depends on the turns before, so its name does.
+            name = file_name("\n".join(config.prompts[turn::-1] + ([config.ask] if config.ask else [])))
+            job = Job(text, config.seed, f"{turn}-{name}-{config.seed}")
+            path = Path(config.out) / f"{job.name}.png"
+            exists(path, describe(job, settings))
             noise = draw_noise(job.seed, model.latent_shape)[None]
             latents = model.generate(condition, noise=noise, **sampler)
-            path = Path(config.out) / f"{job.name}.png"
-            common.save_image(path, model.autoencoder.decode(latents)[0], **describe(job, settings))
+            image = model.autoencoder.decode(latents)[0]
+            check_result(job, latents, image)
+            common.save_image(path, image, **describe(job, settings))
             print(path)
 
 
@@ -517,6 +628,12 @@ def main() -> None:
     if config.best_of and config.n > config.best_of:
         raise ValueError(f"--best-of {config.best_of}: give --n of at most that, not {config.n}")
     config.model = config.model or str(common.WEIGHTS / "t2i")
+    if not config.ask:  # which mostly writes nothing
+        common.check_output(Path(config.out) / "grid.png")
+    if config.npz:
+        common.check_output(Path(config.npz), ".npz")
+        if Path(config.npz) == Path(config.out):
+            raise ValueError(f"--npz {config.npz} is the folder of the images: choose another name")
 
     dist_ctx = common.init_distributed(config.dtype)
     if config.reconstruct:

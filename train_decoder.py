@@ -116,12 +116,18 @@ class Config(common.TrainConfig):
     # model
     encoder: str = flag(str(common.WEIGHTS / "encoder"), "frozen encoder: transformers folder or hub id")
     layers: str = flag("", "encoder layers to average, like 11,17,23 counted from 0 (default: only the last)")
-    encoder_size: int | None = flag(None, "side of its input in pixels (default: that of its config)")
+    encoder_size: int | None = flag(
+        None, "side of its input in pixels (default: that of its config)", at_least=1
+    )
     decoder: str = flag("nano", "size of the decoder", choices=rae.DECODERS)
-    patch_size: int | None = flag(None, "side in pixels of a token's output (default: the encoder's patch)")
+    patch_size: int | None = flag(
+        None, "side in pixels of a token's output (default: the encoder's patch)", at_least=1
+    )
     init: str = flag("", "start from this RAE (folder, hub id or name) instead of a new decoder")
     generator: str = flag("", "text-to-image model: decode latents that it regenerated from noised ones")
-    statistics: int = flag(8192, "images to measure latent mean and std on (0: do not normalise; -1: all)")
+    statistics: int = flag(
+        8192, "images to measure latent mean and std on (0: do not normalise; -1: all)", at_least=-1
+    )
     # data
     data: str = flag("nano", "source of images, or several with weights, see data.py")
     crop: str = flag(
@@ -136,18 +142,18 @@ class Config(common.TrainConfig):
     gan_weight: float = flag(0.0, "weight of the adversarial loss (0: no discriminator)", at_least=0)
     adaptive: bool = flag(True, "scale the adversarial gradient to that of the other losses (VQGAN)")
     discriminator: str = flag(str(common.WEIGHTS / "encoder"), "its frozen backbone: folder or hub id")
-    disc_lr: float = flag(2e-4, "peak learning rate of the discriminator")
+    disc_lr: float = flag(2e-4, "peak learning rate of the discriminator", above=0)
     disc_warmup: int = flag(100, "its steps of linear warm-up, before the cosine decay", at_least=0)
     disc_start: int = flag(0, "step at which the discriminator starts to train", at_least=0)
     gan_start: int = flag(0, "step at which the adversarial loss is added", at_least=0)
     # optimization
     steps: int = flag(3000, "optimizer steps", at_least=1)
-    lr: float = flag(1e-3, "peak learning rate")
+    lr: float = flag(1e-3, "peak learning rate", above=0)
     muon: float = flag(0.0, "peak learning rate of Muon for the decoder's matrices (0: AdamW)", at_least=0)
     warmup: int = flag(100, "steps of linear warm-up, before the cosine decay", at_least=0)
-    final_lr: float = flag(0.02, "final learning rate, as a fraction of the peak")
+    final_lr: float = flag(0.02, "final learning rate, as a fraction of the peak", at_least=0, at_most=1)
     clip: float = flag(1.0, "gradient norm to clip to (0: no clipping)", at_least=0)
-    ema: float = flag(0.998, "EMA decay of the weights that are saved")
+    ema: float = flag(0.998, "EMA decay of the weights that are saved", at_least=0, at_most=1)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -189,8 +195,6 @@ def encode(
     with dist_ctx.autocast():
         latents = model.encode(images)
         if generator:
-            if not all(batch["caption"]):
-                raise ValueError(f"{config.data} has images without captions, which --generator needs")
             latents = regenerated(latents, generator, batch["caption"], config.seed, batch["index"], step)
     return images, latents
 
@@ -687,7 +691,7 @@ def main() -> None:
     options = {"crop": config.crop}
     if generator:  # it takes captions of up to 256 tokens
         options["length"] = partial(rae.chat_length, tokenizer=generator.tokenizer, image_tokens=0)
-        options["max_seq_len"] = 256
+        options |= {"max_seq_len": 256, "captions": True}
     source = data.open_source(config.data, model.image_size, config.seed, **options)
     if run.source is None and config.statistics and not (generator or config.init):
         measure_statistics(config, model, run, dist_ctx)
@@ -711,7 +715,8 @@ def main() -> None:
     optimizers = make_optimizers(config, model, discriminator)
     optimizer, disc_optimizer = optimizers[0], optimizers[-1]
     modules = {"model": model, "ema": ema} | ({"discriminator": discriminator} if discriminator else {})
-    state = run.load(modules, optimizers, export)
+    frozen = {"generator": generator, "discriminator": discriminator.backbone if discriminator else None}
+    state = run.load(modules, optimizers, export, frozen, source.identity)
     start = step = state["step"]
     val_source = data.open_source(config.data, model.image_size, config.seed + 1)
     grid_images = data.to_unit(next(data.Loader(val_source, 16, workers=0))["image"], device)
@@ -728,7 +733,7 @@ def main() -> None:
         is_adversarial = discriminator is not None and step >= config.gan_start
         totals = defaultdict(float)  # this rank's part of each loss
         encoded = []
-        for micro_batch in data.micro_batches(next(loader), config.grad_accum):
+        for micro_batch in data.micro_batches(run.next_batch(loader, step), config.grad_accum):
             # ---- latents: frozen encoder, no gradient ------------------------- (B, 3, H, W) -> (B, N, C)
             index = micro_batch["index"]
             images, latents = encode(config, model, generator, micro_batch, step, dist_ctx)

@@ -26,6 +26,7 @@ OUT/samples/.
 import copy
 import itertools
 import math
+import os
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -154,7 +155,7 @@ class Config(common.TrainConfig):
     language_model: str = flag(str(common.WEIGHTS / "language-model"), "transformers folder or hub id")
     reader: str = flag("", "encoder for understanding, if images are generated in a VAE's latents: an RAE")
     dit: str = flag("nano", "size of the DiT", choices=rae.DITS)
-    init: str = flag("", "start from this model (folder, hub id or name), with its --dit and --alpha")
+    init: str = flag("", "start from this model (folder, hub id or name), with its sizes")
     freeze: str = flag(
         "none",
         "frozen part: the language model, or all but the DiT, its connector and the latent queries",
@@ -163,30 +164,38 @@ class Config(common.TrainConfig):
     prediction: str = flag(
         "velocity", "output of the DiT: velocity or clean latents", choices=["velocity", "x"]
     )
-    alpha: float | None = flag(None, "factor of the timestep shift (default: sqrt(N C / 4096))")
+    alpha: float | None = flag(
+        None, "factor of the timestep shift (default: --init's, or sqrt(N C / 4096))", above=0
+    )
     # data
     data: str = flag("", "source of images, or several with weights, see data.py (default: nano)")
     val_data: str = flag("", "held-out source (default: --data with another seed, held out for nano only)")
     eval_every: int = flag(500, "steps between validation losses", at_least=1)
     flip: bool = flag(False, "mirror half of the images")
-    max_seq_len: int = flag(512, "tokens of a conversation, images included; longer ones are skipped")
+    max_seq_len: int = flag(
+        512, "tokens of a conversation, images included; longer ones are skipped", at_least=1
+    )
     # optimization
     steps: int = flag(10_000, "optimizer steps", at_least=1)
-    lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector")
-    dit_lr: float = flag(1e-3, "peak learning rate of the DiT and its connector")
+    lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector", above=0)
+    dit_lr: float = flag(1e-3, "peak learning rate of the DiT and its connector", above=0)
     muon: float = flag(0.0, "peak learning rate of Muon for the DiT's matrices (0: AdamW)", at_least=0)
     warmup: float = flag(200, "steps of linear warm-up; below 1, a fraction of all steps", at_least=0)
     decay_start: int | None = flag(None, "first step of a linear decay (default: cosine decay)", at_least=0)
     decay_end: int | None = flag(None, "and its last step (default: that of the run)", at_least=1)
-    final_lr: float = flag(0.0, "final learning rate, as a fraction of the peak")
+    final_lr: float = flag(0.0, "final learning rate, as a fraction of the peak", at_least=0, at_most=1)
     t_distribution: str = flag(
         "logit-normal", "distribution of t, before the timestep shift", choices=["logit-normal", "uniform"]
     )
     base_weight: float = flag(1.0, "weight of the base head's loss, if the DiT has one", at_least=0)
     draws: int = flag(1, "draws of noise and t per image; the condition is computed once", at_least=1)
     noise_only_steps: int = flag(0, "first steps of a new model at t = 1 only", at_least=0)
-    dropout: float = flag(0.1, "condition dropout: fraction of images trained with the null condition")
-    ema: float = flag(0.999, "EMA decay of the weights that are saved and sampled (0: no EMA)")
+    dropout: float = flag(
+        0.1, "condition dropout: fraction of images trained with the null condition", at_least=0, at_most=1
+    )
+    ema: float = flag(
+        0.999, "EMA decay of the weights that are saved and sampled (0: no EMA)", at_least=0, at_most=1
+    )
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -199,6 +208,7 @@ def build_model(
     latent_shape: tuple[int, int],
     num_classes: int | None,
     reader: rae.RAE | None,
+    class_names: list[str] | None = None,
 ) -> rae.LatentModel:
     """A new model on the CPU, or that of --init, with the parts of --freeze frozen. Raises ValueError for an
     --init of other latents or classes."""
@@ -214,6 +224,10 @@ def build_model(
                 hint = ": give its --reader" if name == "latents to read" else ""
                 raise ValueError(f"--init {config.init} has {name} {actual}, not {expected}{hint}")
         model = init
+        if config.alpha:
+            model.alpha = config.alpha
+        if class_names:
+            model.class_names = class_names
         if config.reader:
             model.reader_path = config.reader
     elif config.condition == "text":
@@ -241,7 +255,8 @@ def build_model(
         )
     else:
         dit = rae.class_dit(config.dit, num_classes)
-        model = rae.ClassToImage(dit, latent_shape, config.autoencoder, config.alpha, config.prediction)
+        names = {"prediction": config.prediction, "class_names": class_names}
+        model = rae.ClassToImage(dit, latent_shape, config.autoencoder, config.alpha, **names)
     for name, parameter in model.named_parameters():
         is_frozen = {
             "none": False,
@@ -392,7 +407,7 @@ def open_data(
     """The training and the validation source. Raises ValueError for latents of another autoencoder, and for a
     reader that does not fit."""
     shape, is_text = autoencoder.latent_shape, config.condition == "text"
-    options = {"flip": config.flip, "text_only": is_text}
+    options = {"flip": config.flip, "text_only": is_text, "captions": is_text}
     if is_text:
         if init:
             tokenizer = init.tokenizer
@@ -408,13 +423,16 @@ def open_data(
     classes = count_classes(config, source)
     if classes and val_source.classes not in (None, classes):
         raise ValueError(f"--val-data {val_name} has {val_source.classes} classes, not {classes}")
+    for part in (source, val_source):
+        part.need_labels(classes)
     infos = [(config.data, info) for info in source.latents]
     infos += [(val_name, info) for info in val_source.latents]
     for name, info in infos:
-        if tuple(info["latent_shape"]) != shape or info["autoencoder"] != config.autoencoder:
+        if tuple(info["latent_shape"]) != shape or not is_of(info, config.autoencoder, autoencoder):
             raise ValueError(
-                f"{name} has latents {tuple(info['latent_shape'])} of {info['autoencoder']}, but "
-                f"--autoencoder {config.autoencoder} has {shape}: give the one that made them"
+                f"{name} has latents {tuple(info['latent_shape'])} of {info['autoencoder']}. That is not "
+                f"--autoencoder {config.autoencoder} with {shape}, or its weights have changed: give the "
+                f"one that made them, or run encode.py again"
             )
     if reader and not (is_text and reader.latent_shape[0] == shape[0]):
         raise ValueError(
@@ -424,6 +442,13 @@ def open_data(
     if reader and source.latents:
         raise ValueError(f"--reader {config.reader} reads images, but {config.data} has latents only")
     return source, val_source
+
+
+def is_of(info: dict, path: str, autoencoder: nn.Module) -> bool:
+    """Whether the autoencoder is the one of a latents.json; an old one names its path only."""
+    if "fingerprint" in info:
+        return info["fingerprint"] == common.fingerprint(autoencoder)
+    return os.path.realpath(info["autoencoder"]) == os.path.realpath(path)
 
 
 def validation_batch(config: Config, source: data.Mixture) -> dict:
@@ -442,23 +467,25 @@ class Validation:
     """Fixed held-out images with fixed noise, for the validation loss; and the inputs of the sample grid."""
 
     def __init__(self, config: Config, model: rae.LatentModel, autoencoder, reader, batch: dict, dist_ctx):
-        self.dist_ctx, self.autoencoder = dist_ctx, autoencoder
-        self.inputs = prepare(config, model, batch)
-        if (
-            config.condition == "text"
-        ):  # the text loss is not asked for: without labels, no logits are computed
-            self.inputs.condition.labels.fill_(rae.IGNORED)
-        latents, readable = encode(config, model, autoencoder, reader, batch, dist_ctx)
-        self.latents, self.contexts = latents[self.inputs.answers].float(), readable[self.inputs.contexts]
-        index = list(range(len(self.latents)))
-        self.noise, *_ = data.flow_draws(model.latent_shape, config.seed + 1, index, dist_ctx.device)
+        self.dist_ctx, self.autoencoder, self.parts = dist_ctx, autoencoder, []
+        order = prepare(config, model, batch).index
+        rows = list(range(len(order)))
+        self.noise, *_ = data.flow_draws(model.latent_shape, config.seed + 1, rows, dist_ctx.device)
+        # ---- inputs, latents to generate, latents to read and noise of every micro-batch
+        for micro_batch in data.micro_batches(batch, config.grad_accum):
+            inputs = prepare(config, model, micro_batch)
+            if not inputs.index:  # asks for no image
+                continue
+            if config.condition == "text":  # the text loss is not needed: without labels, there are no logits
+                inputs.condition.labels.fill_(rae.IGNORED)
+            latents, readable = encode(config, model, autoencoder, reader, micro_batch, dist_ctx)
+            noise = self.noise[[order.index(number) for number in inputs.index]]
+            answers, contexts = latents[inputs.answers].float(), readable[inputs.contexts]
+            self.parts.append((inputs.condition, answers, contexts, noise))
         self.guidance = 1.0 if config.condition == "none" else GRID_GUIDANCE
         if config.condition in ("text", "caption"):
             captions = map(data.requested_caption, batch["conversation"])
             self.grid_inputs = [caption for caption in captions if caption is not None][:16]
-            if not all(self.grid_inputs):
-                source = config.val_data or config.data
-                raise ValueError(f"{source} has images without captions: write them into its metadata.jsonl")
         else:
             classes = getattr(model, "num_classes", None) or 16
             self.grid_inputs = [i * classes // 16 for i in range(16)]
@@ -466,13 +493,16 @@ class Validation:
     @torch.no_grad()
     def losses(self, ema: rae.LatentModel) -> dict[str, float]:
         """Velocity error at each noise level, and their mean."""
-        levels = len(VAL_TIMES)
-        latents, noise = self.latents.repeat(levels, 1, 1), self.noise.repeat(levels, 1, 1)
-        t = torch.tensor(VAL_TIMES, device=noise.device).repeat_interleave(len(self.noise))
-        x_t = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
-        with self.dist_ctx.autocast():
-            velocity, *_ = ema(self.inputs.condition, x_t, t, torch.zeros_like(t).bool(), self.contexts)
-        errors = (velocity - (noise - latents)).square().view(levels, -1).mean(dim=1).tolist()
+        levels, errors = len(VAL_TIMES), 0.0
+        for condition, latents, contexts, noise in self.parts:
+            weight = len(latents) / len(self.noise)
+            latents, noise = latents.repeat(levels, 1, 1), noise.repeat(levels, 1, 1)
+            t = torch.tensor(VAL_TIMES, device=noise.device).repeat_interleave(len(noise) // levels)
+            x_t = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
+            with self.dist_ctx.autocast():
+                velocity, *_ = ema(condition, x_t, t, torch.zeros_like(t).bool(), contexts)
+            errors += weight * (velocity - (noise - latents)).square().view(levels, -1).mean(dim=1)
+        errors = errors.tolist()
         losses = {f"val_loss_{level}": error for level, error in zip(VAL_TIMES, errors, strict=True)}
         return {"val_loss": sum(errors) / levels} | losses
 
@@ -503,11 +533,20 @@ def main() -> None:
     # ---- autoencoder and data ------------------------------------------------------------------------------
     init = None
     if config.init:
+        for name in ("dit", "language_model"):
+            if name in config.given and not config.resumed:
+                flag_name = name.replace("_", "-")
+                raise ValueError(
+                    f"--{flag_name} is for a new model: that of --init {config.init} has its own"
+                )
         classes = {"text": rae.TextToImage, "caption": rae.CaptionToImage}
         cls = classes.get(config.condition, rae.ClassToImage)
         with common.loading(config.init):
             init = cls.from_pretrained(config.init, config.autoencoder).train()
         config.autoencoder = init.autoencoder_path
+        # a preset's alpha is for new models
+        if "alpha" not in config.given and not config.resumed:
+            config.alpha = init.alpha
     config.autoencoder = config.autoencoder or str(common.WEIGHTS / "rae")
     autoencoder = common.load_autoencoder(config.autoencoder, dist_ctx)
     reader = common.load_autoencoder(config.reader, dist_ctx) if config.reader else None
@@ -515,7 +554,9 @@ def main() -> None:
 
     # ---- model -> EMA -> shard -> compile -> optimizer -----------------------------------------------------
     torch.manual_seed(config.seed)
-    model = build_model(config, init, autoencoder.latent_shape, count_classes(config, source), reader)
+    num_classes = count_classes(config, source)
+    class_names = source.class_names if num_classes else None
+    model = build_model(config, init, autoencoder.latent_shape, num_classes, reader, class_names)
     export = copy.deepcopy(model) if dist_ctx.is_main else None  # stays unsharded, to write OUT/model with
     ema = copy.deepcopy(model) if config.ema else model
     val_batch = validation_batch(config, val_source)
@@ -530,12 +571,17 @@ def main() -> None:
     if config.activation_checkpointing:
         common.checkpoint_blocks(model.blocks)
     optimizers = make_optimizers(config, model)
-    state = run.load(modules, [optimizers], export)
+    frozen = {"autoencoder": autoencoder, "reader": reader}
+    state = run.load(modules, [optimizers], export, frozen, source.identity)
     start = step = state["step"]
     validation = Validation(config, model, autoencoder, reader, val_batch, dist_ctx)
     loader = data.Loader(
         source, config.batch, config.workers, start, dist_ctx.rank, dist_ctx.world_size, state["positions"]
     )
+    if class_names and dist_ctx.is_main:
+        shown = [f"{label} {name}" for label, name in enumerate(class_names)]
+        shown = shown if len(shown) <= 20 else [*shown[:10], "...", *shown[-3:]]
+        print(f"{len(class_names)} classes: {', '.join(shown)}")
     flow_weight = 2.0 if is_text else 1.0  # Scale-RAE section 3; RAE has no other loss
     t_mean = 0.0 if config.t_distribution == "logit-normal" else None
 
@@ -545,7 +591,7 @@ def main() -> None:
     for step in bar:
         lr_factor = learning_rate(config, step)
         optimizers.set_lr(lr_factor)
-        micro_batches = data.micro_batches(next(loader), config.grad_accum)
+        micro_batches = data.micro_batches(run.next_batch(loader, step), config.grad_accum)
         prepared = [prepare(config, model, micro_batch) for micro_batch in micro_batches]
         # Loss sums are divided by global token and image counts, and FSDP sums gradients over ranks (see
         # common.shard_model). So any number of ranks and micro-batches, however unequal, gives the gradient

@@ -44,8 +44,10 @@ class Config:
     seeds: int = flag(3, "scaling: number of seeds", at_least=1)
     # sampler
     steps: int = flag(50, "sampler steps", at_least=1)
-    guidance: float = flag(3.0, "scale of classifier-free guidance")
-    skip: int | None = flag(None, "also guide, at scale 2, by the model without this block of its DiT")
+    guidance: float = flag(3.0, "scale of classifier-free guidance", at_least=0)
+    skip: int | None = flag(
+        None, "also guide, at scale 2, by the model without this block of its DiT", at_least=0
+    )
     solver: str = flag("euler", "ODE solver", choices=["euler", "heun"])
     # system
     seed: int = flag(1000, "of the prompts, images and noise; training uses small ones")
@@ -61,7 +63,9 @@ def generate(
     """Latents (B, N, C) and images (B, H, W, 3) uint8, from noise (B, N, C)."""
     with dist_ctx.autocast():
         latents = model.generate(prompts, noise=noise, **sampler)
-        return latents, common.to_uint8(model.autoencoder.decode(latents)).permute(0, 2, 3, 1).numpy()
+        images = model.autoencoder.decode(latents)
+    common.check_finite(f"prompts from {prompts[0]!r}", latents, images)
+    return latents, common.to_uint8(images).permute(0, 2, 3, 1).numpy()
 
 
 @torch.no_grad()
@@ -181,6 +185,7 @@ def main() -> None:
     names = config.what or ["shapes"]
     if unknown := set(names) - EVALUATIONS.keys():
         raise ValueError(f"unknown evaluation {', '.join(unknown)}: choose from {', '.join(EVALUATIONS)}")
+    common.check_output(Path(config.out), ".json")
     dist_ctx = common.init_distributed(config.dtype)
     print(dist_ctx)
     model = common.load_model(rae.TextToImage, config.model, "", dist_ctx)

@@ -33,7 +33,9 @@ class Config:
     images: int = flag(4, "images per prompt", at_least=1)
     batch: int = flag(64, "images at once", at_least=1)
     seed: int = flag(1000, "of the prompts and noise; training uses small ones")
-    skip: int | None = flag(None, "also guide, at scale 2, by the model without this block of its DiT")
+    skip: int | None = flag(
+        None, "also guide, at scale 2, by the model without this block of its DiT", at_least=0
+    )
     dtype: str = flag("auto", "compute dtype; weights are fp32", choices=["auto", "bf16", "fp32"])
     out: str = flag("docs/sampling.png", "the plot; the results are beside it, as .json")
 
@@ -98,6 +100,8 @@ def plot(scores: dict[Setting, dict[str, float]], path: Path) -> None:
 
 def main() -> None:
     config = common.parse(Config, __doc__)
+    common.check_output(Path(config.out), ".png")
+    common.check_output(Path(config.out).with_suffix(".json"))
     dist_ctx = common.init_distributed(config.dtype)
     model = common.load_model(rae.TextToImage, config.model, "", dist_ctx)
     requests = []

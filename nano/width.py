@@ -168,6 +168,8 @@ def plot(results: list[Result], latents: Tensor, path: Path) -> None:
 
 def main() -> None:
     config = common.parse(Config, __doc__)
+    common.check_output(Path(config.out), ".png")
+    common.check_output(Path(config.out).with_suffix(".json"))
     dist_ctx = common.init_distributed("fp32")
     autoencoder = common.load_autoencoder(config.autoencoder, dist_ctx)
     sample = shapes.draw("objects", config.seed, 0, autoencoder.image_size)

@@ -1,7 +1,9 @@
 """Class labels to images: labels of data, latents on disk, training, released files."""
 
+import copy
 import json
 import math
+import os
 import tarfile
 from io import BytesIO
 from types import SimpleNamespace
@@ -155,13 +157,45 @@ def test_latents_on_disk_train_as_on_any_number_of_processes(world, parts, tmp_p
     for name in variants:
         assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-5)
 
-    other = SimpleNamespace(latent_shape=(16, 12), image_size=32)
     config = train_t2i.Config(condition="class", data=str(out), autoencoder=str(parts / "rae"))
-    with pytest.raises(ValueError, match="give the one that made them"):
-        train_t2i.open_data(config, None, other, None)
+    info = json.loads((out / "latents.json").read_text())
+    other = SimpleNamespace(latent_shape=(16, 12), image_size=32)
+    changed = copy.deepcopy(autoencoder)
+    changed.latent_mean += 1
+    for content in (info, {key: value for key, value in info.items() if key != "fingerprint"}):
+        (out / "latents.json").write_text(json.dumps(content))  # older ones have the path alone
+        for path in (f"{parts / 'rae'}/", os.path.relpath(parts / "rae")):
+            config.autoencoder = str(path)
+            train_t2i.open_data(config, None, autoencoder, None)
+        for wrong, name in ((other, "rae"), (changed, "rae" if "fingerprint" in content else "t2i")):
+            config.autoencoder = str(parts / name)
+            with pytest.raises(ValueError, match="give the one that made them"):
+                train_t2i.open_data(config, None, wrong, None)
     (out / "00000.jsonl").write_text("")
     with pytest.raises(ValueError):
         data.open_source(str(out), 32, 0)
+
+
+def test_names_of_classes_are_saved_and_printed(world, parts, tmp_path):
+    for number, name in enumerate(("ant", "bee", "cat")):
+        (tmp_path / "animals" / name).mkdir(parents=True)
+        (tmp_path / "animals" / name / "a.png").write_bytes(png(number))
+    flags = [
+        *FLAGS,
+        "--autoencoder",
+        parts / "rae",
+        "--data",
+        tmp_path / "animals",
+        "--out",
+        tmp_path / "run",
+    ]
+    assert "3 classes: 0 ant, 1 bee, 2 cat" in world(1, "train_t2i.py", *flags, "--steps", 1).wait()
+    model = rae.ClassToImage.from_pretrained(tmp_path / "run/model")
+    assert model.class_names == ["ant", "bee", "cat"]
+    config = json.loads((tmp_path / "run/model/config.json").read_text())
+    del config["class_names"]  # as an older model
+    (tmp_path / "run/model/config.json").write_text(json.dumps(config))
+    assert rae.ClassToImage.from_pretrained(tmp_path / "run/model").class_names is None
 
 
 def test_unconditional_training_saves_the_ema(world, parts, tmp_path):

@@ -472,7 +472,7 @@ def test_unusable_sources_are_refused_when_opened(tmp_path):
         "nowhere": "no data source", "./no/where": "no data source", "nano,nowhere": "no data source",
         "nano:birds": "no domain", "nano:text=x": "above zero", "nano:text=0": "above zero",
         "nano=nan": "above zero", "nano:text=5000,nano:scenes": "differ too much",
-        f"{tmp_path}/empty": "contain any data file", f"{tmp_path}/captions": "no image column",
+        f"{tmp_path}/empty": "it is empty", f"{tmp_path}/captions": "no image column",
         f"{tmp_path}/empty.jsonl": "empty.jsonl.* is empty",
     }  # fmt: skip
     for i, content in enumerate(("{", "[]", "3", "{}", '{"tars": 3}', '{"tars": [3]}', '{"tars": []}')):

@@ -16,6 +16,7 @@ from torch_fidelity import metric_fid, metric_isc, metric_prc
 import common
 import data
 import eval as evaluation
+import rae
 from eval import Config, Features, FeatureSums, Gaussian, frechet_distance
 
 SIZE = 32
@@ -314,6 +315,72 @@ def test_references_are_cropped_and_samples_are_not(tmp_path):
         run_fid(folder, path)
     with pytest.raises(ValueError, match="give both --samples and --reference"):
         run_fid(path, "")
+
+
+def test_fid_of_a_folder_of_sample_takes_the_samples(tmp_path, capsys):
+    images = write_folder(tmp_path / "samples", 8)
+    without = run_fid(images, "nano:objects", limit=12)
+    text = {"prompt": "a star", "seed": 0, "grid": "full", "steps": 50}
+    for image in list(images.iterdir()):
+        pixels = torch.from_numpy(np.array(Image.open(image)))
+        common.save_image(image, pixels.permute(2, 0, 1) / 255, **text)
+    # of today, of an earlier version, of DPG-Bench
+    old = {"prompt": "a star", "seed": 0}
+    for name, grid in (("grid", old | {"grid_of": "12ab"}), ("grid_1", old), ("item", text | {"grid_of": 4})):
+        common.save_image(images / f"{name}.png", torch.rand(3, 82, 166), **grid)
+    assert run_fid(images, "nano:objects", limit=12) == without
+    assert "skipped 3 images: a grid of images from sample.py" in capsys.readouterr().err
+    assert run_fid(images, images)["fid"] == pytest.approx(0, abs=1e-6)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# careless use
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """run(flag, ...): eval.py in this process."""
+
+    def call(*flags) -> None:
+        monkeypatch.setattr("sys.argv", ["eval.py", *map(str, flags)])
+        evaluation.main()
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["photos", "photo.png", "photos/cat.jpg/r.json", "both.json"])
+def test_outputs_are_refused_before_the_work(name, run, tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").write_text("mine")
+    common.save_image(tmp_path / "both.png", torch.zeros(3, 2, 2), camera="mine")
+    monkeypatch.setattr(common, "load_autoencoder", lambda *_: pytest.fail("the work began"))
+    before = sorted(path for path in tmp_path.rglob("*"))
+    with pytest.raises((ValueError, OSError), match=name.removesuffix(".json")):
+        run("--out", tmp_path / name)
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    assert (tmp_path / "photos/cat.jpg").read_text() == "mine"
+
+
+def test_what_is_not_finite_is_not_measured(run, parts, tmp_path):
+    model = rae.RAE.from_pretrained(parts / "rae")
+    torch.nn.init.constant_(model.decoder.decoder_pred.bias, float("nan"))
+    model.save_pretrained(tmp_path / "rae")
+    flags = [
+        "--autoencoder",
+        tmp_path / "rae",
+        "--data",
+        "val=nano:text",
+        "--limit",
+        4,
+        "--out",
+        tmp_path / "r.json",
+    ]
+    with pytest.raises(ValueError, match="reconstructions of val: the model's result is not finite"):
+        run(*flags, "--out", tmp_path / "r.json")
+    assert not list(tmp_path.glob("r.*"))
+    broken = PIXELS._replace(extract=lambda x: tuple(part * float("inf") for part in pixel_features(x)))
+    with pytest.raises(ValueError, match="features of 4 images are not finite"):
+        run_fid(write_npz(tmp_path / "samples.npz", 4), "nano:objects", broken, limit=4)
 
 
 # -----------------------------------------------------------------------------------------------------------

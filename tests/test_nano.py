@@ -326,6 +326,16 @@ def test_shapes_has_floor_and_ceiling(parts, tmp_path, monkeypatch, capsys):
     assert "held-out colors" in capsys.readouterr().out
 
 
+def test_a_model_that_is_not_finite_is_not_scored(parts, tmp_path, monkeypatch):
+    model = rae.TextToImage.from_pretrained(parts / "t2i")
+    torch.nn.init.constant_(model.dit.final_layer.linear.weight, float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    for what in ("shapes", "scaling"):
+        with pytest.raises(ValueError, match="the model's result is not finite"):
+            run(monkeypatch, tmp_path, what, "--model", tmp_path / "model")
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_scaling_lies_between_chance_and_scorer(parts, tmp_path, monkeypatch):
     flags = ["scaling", "--model", parts / "t2i", "--candidates", 8, "--seeds", 2]
     results = run(monkeypatch, tmp_path, *flags)

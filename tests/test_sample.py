@@ -1,9 +1,11 @@
 """sample.py: which images are drawn, from what noise, with what guidance, and into which files."""
 
 import json
+import re
 import sys
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,8 +69,159 @@ def test_images_carry_their_settings(run, parts, tmp_path):
     before = pixels(lines[3])
     run("two rings", "--n", 1, "--seed", 6, *flags)  # alone
     assert np.array_equal(pixels(lines[3]), before) and before.shape == (32, 32, 3)
-    same_name = run("红色的星", "蓝色的圆", "--n", 1, *flags)
-    assert len(set(same_name)) == 3 and all((tmp_path / line).is_file() for line in same_name)
+
+
+def test_names_are_readable_and_differ():
+    names = {
+        "a red star": "a-red-star",
+        "红色的 星": "红色的-星",
+        "une étoile": "une-étoile",
+        "A red star": "a-red-star_",  # differs in nothing else, where file names ignore case
+        "a red star!": "a-red-star_",
+        "a red-star": "a-red-star_",
+        "a red star_": "a-red-star_",
+        " a red star": "a-red-star_",
+        "../red star": "red-star_",
+        "une e\u0301toile": "une-étoile_",
+        "eine Straße": "eine-strasse_",
+        "⭐": "image_",
+        "⭐⭐": "image_",
+        "a star " * 20: "a-star-" * 8 + "a-st_",
+        "a star " * 21: "a-star-" * 8 + "a-st_",
+        "𠀀" * 90: "𠀀" * 45 + "_",
+    }
+    assert len({sample.file_name(prompt) for prompt in names}) == len(names)
+    for prompt, name in names.items():
+        assert re.fullmatch(
+            re.escape(name) + ("[0-9a-f]{12}" if name[-1] == "_" else ""), sample.file_name(prompt)
+        )
+        assert len(sample.file_name(prompt).encode()) <= 200
+    jobs = sample.prompt_jobs(sample.Config(["a star", "a ring", "a star"]), 2)
+    assert [job.name for group in jobs for job in group] == ["a-star-0", "a-star-1", "a-ring-0", "a-ring-1"]
+
+
+def test_no_file_is_replaced_but_by_the_same_image(run, parts, tmp_path):
+    flags = ["--model", parts / "t2i", "--n", 1, "--steps", 1, "--out", tmp_path]
+    image, grid = run("a star", *flags)
+    for name in (".mine.tmp", ".a-star-0.png.9.tmp"):
+        (tmp_path / name).write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run("a star", *flags) == [image, grid]
+    for more in (["--steps", 2], ["--seed", 0, "--guidance", 1], ["--best-of", 2], ["--resume", "--skip", 0]):
+        with pytest.raises(ValueError, match="a-star-0.png was drawn with .*: choose another --out"):
+            run("a star", *flags, *more)
+    # the grid of another image has another name, which stays
+    _, other = lines = run("a ring", *flags)
+    assert re.fullmatch("grid_[0-9a-f]{12}.png", Path(other).name) and run("a ring", *flags) == lines
+    assert {path: path.read_bytes() for path in before} == before
+    assert np.array_equal(pixels(grid), np.kron(pixels(image), np.ones((4, 4, 1))))
+    # somebody's files, and a folder
+    for name, more in (("a-cat-0.png", []), ("a-cat-0.safetensors", ["--latents"]),
+                       ("a-cat-0-scores.json", ["--best-of", 1])):  # fmt: skip
+        (tmp_path / name).write_text("[1]")
+        with pytest.raises(ValueError, match=f"{name} exists"):
+            run("a cat", *flags, *more)
+        assert (tmp_path / name).read_text() == "[1]"
+        (tmp_path / name).unlink()
+    (tmp_path / "a-cat-0.png").mkdir()
+    with pytest.raises(ValueError, match="a-cat-0.png exists"):
+        run("a cat", *flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "a red star|--model|BROKEN",
+        "a red star|--model|BROKEN|--best-of|4",
+        "--chat|a red star|--model|BROKEN",
+        "--reconstruct|in.png|--autoencoder|RAE",
+        "--classes|3|--model|CLASSES",
+    ],
+)
+def test_no_black_images(flags, run, parts, tmp_path, monkeypatch):
+    """A model whose result is not finite ends in an error that names the image."""
+    model, autoencoder = (
+        rae.TextToImage.from_pretrained(parts / "t2i"),
+        rae.RAE.from_pretrained(parts / "rae"),
+    )
+    with torch.no_grad():
+        model.dit.final_layer.linear.weight[0] = np.nan
+        autoencoder.decoder.decoder_pred.weight[0] = np.inf
+    model.save_pretrained(tmp_path / "BROKEN")
+    autoencoder.save_pretrained(tmp_path / "RAE")
+    tiny(4, 0, str(tmp_path / "RAE")).save_pretrained(tmp_path / "CLASSES")
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "in.png")
+    draws = "Here you go:", torch.zeros(1, 16, 20)
+    monkeypatch.setattr(rae.Dialogue, "say", lambda self, text, image: draws)
+    named = {"--classes": "label 3, seed 0", "--reconstruct": "in.png"}.get(
+        flags.split("|")[0], "a red star'"
+    )
+    own = [tmp_path / flag if flag.isupper() or flag == "in.png" else flag for flag in flags.split("|")]
+    with pytest.raises(ValueError, match=f"{named}.*: the model's result is not finite"):
+        run(*own, "--steps", 1, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_prompts_of_any_text_file(run, parts, tmp_path):
+    """Windows' Notepad, JSON of several kinds."""
+    flags = ["--model", parts / "t2i", "--steps", 1, "--n", 1, "--out", tmp_path / "out"]
+    rows = [{"tag": "colors", "prompt": "a red cat"}, {"tag": "colors", "prompt": "ein gr\u00fcner Ring"}]
+    prompts = [row["prompt"] for row in rows]
+    for name, text in (
+        ("1.txt", "a red cat\r\n\r\nein gr\u00fcner Ring \r\n"),
+        ("2.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)),
+        ("3.jsonl", json.dumps(rows, indent=2)),
+        ("4.json", json.dumps(rows)),
+        ("dpg/1.txt", prompts[0]),
+        ("dpg/2.txt", prompts[1]),
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(f"\ufeff{text}".encode())
+        if not name.startswith("dpg"):
+            assert sample.read_prompts(sample.Config(file=str(path))) == prompts
+    (tmp_path / "dpg/._1.txt").write_bytes(b"\x00\x05\x16\x07\xff")  # from a Mac
+    assert sample.read_prompts(sample.Config(file=str(tmp_path / "dpg"))) == prompts
+    run("--file", tmp_path / "3.jsonl", *flags)
+    assert json.loads((tmp_path / "out/00001/metadata.jsonl").read_text()) == rows[1]
+    (tmp_path / "out/00001/metadata.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match="00001/metadata.jsonl is of another prompt"):
+        run("--file", tmp_path / "3.jsonl", *flags)
+    for text, message in (
+        ("a cat".encode("utf-16"), "not a text file in UTF-8"),
+        (b'[{"tag": 1}]', '"prompt"'),
+    ):
+        (tmp_path / "3.jsonl").write_bytes(text)
+        with pytest.raises(ValueError, match=message):
+            run("--file", tmp_path / "3.jsonl", *flags)
+
+
+def print_drawn():
+    save = sample.save
+
+    def logged(job, *args):
+        print(f"drew {job.name}\n", end="", flush=True)
+        save(job, *args)
+
+    sample.save = logged
+
+
+@pytest.mark.parametrize("more", [["--n", 3], ["--n", 1, "--best-of", 2]])
+def test_processes_share_the_work(more, world, parts, tmp_path):
+    flags = ["--model", parts / "t2i", "--steps", 1, "--out", tmp_path / "out", *more]
+    started = world(2, "sample.py", "a star", "a ring", *flags, patch=print_drawn)
+    started.wait()
+    drawn = [re.findall("drew (.*)", log.read_text()) for log in started.logs]
+    assert len(drawn[0]) == len(drawn[1]) == more[1] and not set(drawn[0]) & set(drawn[1])
+
+
+def test_class_names_are_in_the_metadata(run, folders, tmp_path, monkeypatch):
+    names = [f"class {i}" for i in range(8)]
+    monkeypatch.setattr(rae.ClassToImage, "class_names", names, raising=False)
+    flags = ["--model", folders / "MODEL", "--classes", "3,5", "--n", 2, "--steps", 1, "--out", tmp_path]
+    *images, grid = run(*flags)
+    assert [data.open_metadata(path)["class"] for path in images] == ["class 3", "class 5"]
+    assert data.open_metadata(grid)["prompt"] == "class 3\nclass 5"
 
 
 def test_labels_are_balanced():
@@ -84,7 +237,6 @@ def test_images_depend_on_neither_processes_nor_batch_nor_interruption(run, worl
     b.mkdir()
     for i in range(0, 280, 3):  # the first was cut off by a full disk
         (b / f"{i:06d}.png").write_bytes((a / f"{i:06d}.png").read_bytes() if i else b"")
-    (b / ".000001.png.99.tmp").write_bytes(b"half")  # left by a killed run
     before = (b / "000003.png").stat().st_mtime_ns
     flags += ["--npz", tmp_path / "b.npz", "--out", b]
     world(2, "sample.py", *flags, "--batch", 7).wait()
@@ -101,12 +253,22 @@ def test_resume_refuses_images_of_other_settings(run, parts, tmp_path):
     flags = ["--model", tmp_path / "m", "--classes", "1,2", "--n", 2, "--steps", 1, "--out", tmp_path / "o"]
     tiny(4, 0, str(parts / "rae")).save_pretrained(tmp_path / "m")
     run(*flags)
+    before = (tmp_path / "o/000001.png").stat().st_mtime_ns
+    run(*flags, "--resume", "--model", f"{tmp_path}/o/../m/")  # the same model
+    assert (tmp_path / "o/000001.png").stat().st_mtime_ns == before
     run(*flags, "--resume", "--latents")  # draws again, for the latents are missing
     assert load_file(tmp_path / "o/000001.safetensors")["latents"].shape == (16, 24)
     with pytest.raises(ValueError, match="was drawn with skip None, not 0"):
         run(*flags, "--resume", "--skip", 0)
-    tiny(4, 1, str(parts / "rae")).save_pretrained(tmp_path / "m")  # other weights at the same path
+    # other weights at the same path
+    tiny(4, 1, str(parts / "rae")).save_pretrained(tmp_path / "m")
     with pytest.raises(ValueError, match="was drawn with weights"):
+        run(*flags, "--resume")
+    autoencoder = rae.RAE.from_pretrained(parts / "rae")
+    torch.nn.init.ones_(autoencoder.decoder.decoder_pred.weight)
+    autoencoder.save_pretrained(tmp_path / "rae")
+    tiny(4, 0, str(tmp_path / "rae")).save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="was drawn with autoencoder_weights"):
         run(*flags, "--resume")
 
 
@@ -122,9 +284,9 @@ def test_layouts_of_the_benchmarks(run, parts, tmp_path):
         assert sorted(path.name for path in folder.glob("samples/*")) == ["00000.png", "00001.png"]
     with pytest.raises(ValueError, match="with seed 0, not 1"):
         run(*geneval, "--n", 2, "--resume", "--seed", 1)
-    geneval += ["--best-of", 2, "--n", 1]
+    geneval += ["--best-of", 2, "--n", 1, "--out", tmp_path / "best"]
     run(*geneval)
-    with pytest.raises(ValueError, match="scores.json was drawn with seed 0, not 1"):
+    with pytest.raises(ValueError, match="was drawn with seed 0, not 1"):
         run(*geneval, "--resume", "--seed", 1)
     (tmp_path / "dpg").mkdir()
     for item in "ab":
@@ -172,6 +334,10 @@ def test_reconstruct_and_ask(run, parts, tmp_path):
     decoder = ["--autoencoder", parts / "rae", "--out", tmp_path]
     [line] = run("--reconstruct", tmp_path / "in.png", *decoder)
     assert "PSNR" in line and Image.open(tmp_path / "in-reconstruction.png").size == (32 + 2 + 32, 32)
+    assert run("--reconstruct", tmp_path / "in.png", *decoder) == [line]
+    Image.new("RGB", (50, 40), "blue").save(tmp_path / "in.png")
+    with pytest.raises(ValueError, match="in-reconstruction.png was drawn with content"):
+        run("--reconstruct", tmp_path / "in.png", *decoder)
     flags = ["--model", parts / "t2i", "--steps", 2, "--out", tmp_path]
     assert len(run("--ask", tmp_path / "in.png", "what is it?", "and which colour?", *flags)) >= 2
 
@@ -196,6 +362,9 @@ def test_chat_draws_or_answers(run, parts, tmp_path, monkeypatch):
     lines = run("draw a star", *flags)
     assert lines == ["Here you go:", str(tmp_path / "0-draw-a-star-0.png")]
     assert data.open_metadata(lines[1])["prompt"] == "draw a star" and pixels(lines[1]).shape == (32, 32, 3)
+    # the same turn after other turns is another image
+    images = [run(first, "draw a star", *flags)[-1] for first in ("hello", "hi")]
+    assert len(set(images)) == 2 and all(Path(image).is_file() for image in images)
 
 
 def test_every_flag_reaches_the_sampler(run, folders, tmp_path):
@@ -252,7 +421,14 @@ def test_presets_name_what_is_released(name, scale):
         ("", "give a prompt"),
         ("a star| ", "empty prompt"),
         ("--ask|nothing.png|what?", "cannot read the image nothing.png"),
-        ("a star|--steps|1|--out|README.md", "README.md"),  # raised by a writing thread
+        ("a star|--out|README.md", "cannot write README.md"),
+        ("a star|--npz|docs", "a name that ends in .npz"),
+        ("a star|--npz|README.md/images.npz", "cannot write README.md/images.npz"),
+        ("a star|--out|images.npz|--npz|images.npz", "choose another name"),
+        ("a star|--guidance|-1", "at least 0"),
+        ("a star|--guidance|nan", "finite"),
+        ("a star|--skip|-1", "at least 0"),
+        ("a star|--interval|0,nan", "give two numbers"),
         ("a star|--skip|9", "no block 9"),
         ("a star|--interval|0.5", "give two numbers"),
         ("a star|--best-of|2", "at most"),

@@ -1,5 +1,6 @@
 """The scripts from the command line: help, presets, mistakes, and the README's own images."""
 
+import dataclasses
 import importlib
 import json
 import runpy
@@ -71,23 +72,53 @@ def test_flags_override_presets_and_a_resumed_config(parse, tmp_path):
     config = parse(train_decoder, "--out", tmp_path, "--resume", "--steps", 12)
     assert (config.batch, config.steps, config.resume, config.muon) == (7, 12, "auto", 0.0)
     for content, message in (('{"dtype": "fp64"}', "--dtype fp64: choose"), ('{"colour": 1}', "colour"),
-                             ('{"batch": 0}', "--batch 0: give at least 1")):  # fmt: skip
+                             ('{"batch": 0}', "--batch 0: give at least 1"), ("{", "cannot read"),
+                             ('{"batch": "9"}', "--batch '9': give int")):  # fmt: skip
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             parse(train_decoder, "--out", tmp_path, "--resume")
+
+
+@pytest.mark.parametrize("module", [train_decoder, train_t2i])
+def test_numbers_without_a_meaning_are_refused(module, parse):
+    floats = [
+        field.name for field in dataclasses.fields(module.Config) if field.type in (float, float | None)
+    ]
+    wrong = [(name, value) for name in floats for value in ("nan", "inf", "-inf")]
+    wrong += [(name, -0.1) for name in floats] + [
+        ("lr", 0),
+        ("ema", 1.1),
+        ("final_lr", 2),
+        ("steps", 0),
+        ("out", ""),
+    ]
+    wrong += (
+        [("alpha", 0), ("dit_lr", 0), ("dropout", 1.01)] if module is train_t2i else [("encoder_size", 0)]
+    )
+    for name, value in wrong:
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} "):
+            parse(module, f"--{name.replace('_', '-')}={value}")
+
+
+def test_help_shows_the_values_of_the_preset(parse, capsys):
+    for flags, muon in (([], 0.02), (["--preset", "nano-full"], 0.0)):
+        with pytest.raises(SystemExit):
+            parse(train_decoder, *flags, "-h")
+        assert f"decoder's matrices (0: AdamW) (default {muon})" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
     "script, flags, message",
     [
         ("train_t2i.py", ["--data", "nano:text=0"], "above zero"),
-        ("train_t2i.py", ["--data", "IMAGES"], "without captions"),
+        ("train_t2i.py", ["--data", "IMAGES"], "no caption"),
         ("train_t2i.py", ["--autoencoder", "DAMAGED"], "cannot load"),
         ("train_t2i.py", ["--autoencoder", "nowhere/at/all"], "no model at nowhere"),
+        ("train_t2i.py", ["--init", "PARTS/t2i", "--dit", "nano"], "--dit is for a new model"),
         ("train_t2i.py", ["--language-model", "IMAGES"], "no config.json"),
         ("train_decoder.py", ["--gan-weight", 1, "--disc-start", 9], "--gan-start 0"),
         ("train_decoder.py", ["--init", "PARTS/rae", "--patch-size", 4], "to start from has 8"),
-        ("train_decoder.py", ["--generator", "PARTS/t2i", "--data", "IMAGES"], "without captions"),
+        ("train_decoder.py", ["--generator", "PARTS/t2i", "--data", "IMAGES"], "no caption"),
     ],
 )
 def test_mistakes_end_in_one_line(script, flags, message, parts, tmp_path, monkeypatch, capsys):
@@ -98,7 +129,7 @@ def test_mistakes_end_in_one_line(script, flags, message, parts, tmp_path, monke
     flags = [str(flag).replace("PARTS", str(parts)) for flag in flags]
     flags = [str(tmp_path / flag) if flag in ("DAMAGED", "IMAGES") else flag for flag in flags]
     base = ["--out", tmp_path / "out", "--batch", 1, "--workers", 0]
-    if script == "train_t2i.py":
+    if script == "train_t2i.py" and "--init" not in flags:
         base += ["--autoencoder", parts / "rae", "--language-model", parts / "language-model"]
     monkeypatch.setattr(sys, "argv", [script, *map(str, base), *flags])
     monkeypatch.setitem(rae.DITS, "nano", {"width": 32, "depth": 1, "heads": 2, "condition_width": 20})
@@ -107,6 +138,29 @@ def test_mistakes_end_in_one_line(script, flags, message, parts, tmp_path, monke
         common.main(importlib.import_module(script.removesuffix(".py")).main)
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 1 and last.startswith(f"{script}: error: ") and message in last
+
+
+@pytest.mark.parametrize(
+    "module, flag, suffix",
+    [
+        ("eval", "--out", ".json"),
+        ("bench", "--json", ".json"),
+        ("nano.evaluate", "--out", ".json"),
+        ("nano.sampling", "--out", ".png"),
+        ("nano.width", "--out", ".png"),
+    ],
+)
+def test_a_file_is_refused_before_the_work(module, flag, suffix, tmp_path, monkeypatch):
+    """Where a folder is, where a file of another kind may be, and where nothing can be written."""
+    (tmp_path / f"photos{suffix}").mkdir()
+    (tmp_path / "cat.jpg").write_text("mine")
+    monkeypatch.setattr(common, "init_distributed", lambda *_: pytest.fail("the work began"))
+    names = {"photos": "ends in", f"photos{suffix}": "not a file", "cat.jpg": "ends in"}
+    for name, message in (names | {f"cat.jpg/r{suffix}": "cannot write"}).items():
+        monkeypatch.setattr(sys, "argv", [module, flag, str(tmp_path / name)])
+        with pytest.raises((ValueError, OSError), match=message):
+            importlib.import_module(module).main()
+    assert len(list(tmp_path.iterdir())) == 2 and (tmp_path / "cat.jpg").read_text() == "mine"
 
 
 def test_own_images(world, parts, tmp_path):
@@ -146,6 +200,18 @@ def test_a_full_disk_leaves_the_old_file_or_folder(tmp_path):
         pass  # nothing was written: the last rename fails
     assert file.read_text() == (folder / "config.json").read_text() == "good"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image.png", "model"]
+    with pytest.raises(RuntimeError, match="a bug"), common.writing(file):  # which no full disk raises
+        raise RuntimeError("a bug")
+
+
+def test_a_folder_takes_the_place_of_a_link_and_not_of_what_it_leads_to(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/config.json").write_text("good")
+    (tmp_path / "model").symlink_to("disk")
+    with common.replacing(tmp_path / "model", folder=True) as temporary:
+        temporary.mkdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "model"]
+    assert (tmp_path / "disk/config.json").read_text() == "good" and not (tmp_path / "model").is_symlink()
 
 
 def test_a_model_without_one_of_its_tensors_is_refused(parts, tmp_path):

@@ -10,6 +10,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -221,17 +223,23 @@ def test_optimizers_skip_a_step_that_is_not_finite():
 
 
 @pytest.mark.parametrize(
-    "freeze, trained",
+    "freeze, trained, more, alpha",
     [
-        ("language-model", {"dit", "diff_head_projector", "latent_queries", "mm_projector"}),
-        ("all-but-dit", {"dit", "diff_head_projector", "latent_queries"}),
+        (
+            "language-model",
+            {"dit", "diff_head_projector", "latent_queries", "mm_projector"},
+            [],
+            384**0.5 / 64,
+        ),
+        ("all-but-dit", {"dit", "diff_head_projector", "latent_queries"}, ["--alpha", 2], 2),
     ],
 )
-def test_frozen_parts_stay_as_they_are(freeze, trained, world, parts, tmp_path):
-    """Finetuning, in the latents of the model's own autoencoder."""
+def test_frozen_parts_stay_as_they_are(freeze, trained, more, alpha, world, parts, tmp_path):
+    """Finetuning, in the latents of the model's own autoencoder. A preset's alpha is for new models."""
     flags = ["--init", parts / "t2i", "--freeze", freeze, "--data", write_mixed(tmp_path, 9), "--steps", 5]
-    world(1, "train_t2i.py", *flags, *EVERY, "--out", tmp_path / "run").wait()
+    world(1, "train_t2i.py", *flags, *more, *EVERY, "--out", tmp_path / "run").wait()
     config = json.loads((tmp_path / "run/config.json").read_text())
+    assert json.loads((tmp_path / "run/model/config.json").read_text())["alpha"] == config["alpha"] == alpha
     assert Path(config["autoencoder"]).samefile(parts / "rae")
     before, after = load_file(parts / "t2i/model.safetensors"), weights(tmp_path / "run")
     assert {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])} == trained
@@ -283,13 +291,15 @@ def test_validation_loss_is_the_velocity_error_whatever_training_draws(condition
         parameter.add_(0.1 * torch.randn_like(parameter))
     source = data.open_source(config.data, 32, config.seed + 1)
     rows = []
-    for draws, dropout in ((1, 0.1), (3, 0.9)):  # and torch's own generator has moved on
-        config = dataclasses.replace(config, draws=draws, dropout=dropout)
+    for draws, dropout, micro_batches in ((1, 0.1, 1), (3, 0.9, 1), (1, 0.1, 4)):
+        # and torch's own generator has moved on
+        config = dataclasses.replace(config, draws=draws, dropout=dropout, grad_accum=micro_batches)
         batch = next(data.Loader(source, 6, workers=0))
         validation = train_t2i.Validation(config, model.eval(), model.autoencoder, None, batch, CPU)
         rows.append(validation.losses(model))
         torch.rand(1)
-    assert rows[0] == rows[1]
+    assert rows[0] == rows[1] and rows[2] == pytest.approx(rows[0], rel=1e-5)
+    assert len(validation.parts) == 4 and max(len(part[1]) for part in validation.parts) == 2
 
     latents = model.autoencoder.encode(batch["image"] / 255)
     noise, *_ = data.flow_draws((16, 24), config.seed + 1, list(range(6)), CPU.device)
@@ -376,7 +386,7 @@ def test_a_run_writes_everything_and_resumes_bit_for_bit(world, parts, tmp_path)
     pattern = r"step 3/5  loss \S+  text_loss \S+  flow_loss \S+  lr \S+  grad_norm \S+  ms/step \S+  "
     assert re.search(pattern + r"images/s \S+  mfu \S+  ETA 0:00:\d\d  data_wait \S+\n", printed), printed
     assert re.search(r"step 4/5  val_loss \S+  val_loss_0.3 \S+  val_loss_0.6 \S+  val_loss_0.9", printed)
-    files = {"config.json", "metrics.jsonl", "losses.png", "checkpoints", "model", "samples"}
+    files = {".lock", "config.json", "metrics.jsonl", "losses.png", "checkpoints", "model", "samples"}
     assert {path.name for path in whole.iterdir()} == files
     image = Image.open(whole / "losses.png")
     assert image.width > 500 and len(image.convert("RGB").getcolors(2**20)) > 20
@@ -418,10 +428,10 @@ def test_a_discriminator_is_resumed_bit_for_bit_on_two_processes(world, parts, t
 
     next((whole / "checkpoints/0000004").glob("shard-00001*")).unlink()
     flags = ["--out", whole, "--resume", "--steps", 5]
-    assert "do not fit" in world(1, "train_decoder.py", *flags).wait(1)
+    assert "No such file" in world(1, "train_decoder.py", *flags).wait(1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_process_group_saves_and_ends_well(number, world, parts, tmp_path):
     """What a terminal and torchrun do: the data loading processes are in the group too."""
     flags = [*t2i_flags(parts, tmp_path / "out"), "--workers", 1, "--shard", "full"]
@@ -434,6 +444,40 @@ def test_a_signal_to_the_process_group_saves_and_ends_well(number, world, parts,
     [step] = checkpoints(tmp_path / "out")
     assert max(logged(tmp_path / "out", "loss")) == int(step)
     rae.TextToImage.from_pretrained(tmp_path / "out/model")
+
+
+def test_nohup_is_respected(tmp_path, monkeypatch):
+    installed = []
+    monkeypatch.setattr(signal, "signal", lambda number, _: installed.append(number))
+    for ignored in (False, True):
+        installed.clear()
+        monkeypatch.setattr(
+            signal, "getsignal", lambda _, ignored=ignored: signal.SIG_IGN if ignored else None
+        )
+        open_run(tmp_path)[0].begin(0)
+        assert (signal.SIGHUP in installed) != ignored and signal.SIGINT in installed
+
+
+def lose_the_data() -> None:
+    """On the last process alone."""
+    from torch import distributed
+
+    get, calls = data.Loader.__next__, []
+
+    def patched(self):
+        calls.append(1)
+        if len(calls) == 4 and distributed.get_rank() == 1:  # the first is of the sample grid
+            raise OSError("data loading failed: a worker was killed")
+        return get(self)
+
+    data.Loader.__next__ = patched
+
+
+def test_lost_data_ends_in_a_checkpoint_on_all_processes(world, parts, tmp_path):
+    flags = [*decoder_flags(parts, tmp_path), "--steps", 4]
+    printed = world(2, "train_decoder.py", *flags, patch=lose_the_data).wait(1)
+    assert "error: data loading failed: a worker was killed (step 2 is saved: continue with" in printed
+    assert "Traceback" not in printed and checkpoints(tmp_path) == ["0000002"]
 
 
 def signal_while_asking() -> None:
@@ -507,7 +551,6 @@ def die_while_writing() -> None:
 
     def patched(self, temporary: Path, path: Path, *futures) -> None:
         if path.name == "0000004":
-            (temporary / "state.json").unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         publish(self, temporary, path, *futures)
 
@@ -543,21 +586,116 @@ def test_killed_at_random_and_restarted(world, parts, tmp_path):
 # checkpoints
 
 
-def save_checkpoint(out: Path) -> common.Run:
-    run, state = open_run(out)
-    assert state["step"] == 0  # --resume without a checkpoint begins
-    run.save(2, SimpleNamespace(positions={}, skipped=[]))
+def save_checkpoint(out: Path, step: int = 2, **flags) -> common.Run:
+    run, _ = open_run(out, **flags)
+    run.save(step, SimpleNamespace(positions={}, skipped=[]))
     run.check_checkpoint(wait=True)
     return run
 
 
-def open_run(out: Path, width: int = 32, resume: str = "auto") -> tuple[common.Run, dict]:
+def open_run(out: Path, width: int = 32, resume: str = "auto", **loaded) -> tuple[common.Run, dict]:
+    torch.manual_seed(0)
     model = rae.DiT((16, 24), **TINY_DIT | {"width": width})
     trainable = [p for p in model.parameters() if p.requires_grad]
-    run = common.Run(common.TrainConfig(out=str(out), resume=resume), CPU)
+    keep = loaded.pop("keep", 2)
+    run = common.Run(common.TrainConfig(out=str(out), resume=resume, keep=keep), CPU)
     optimizers = common.Optimizers(torch.optim.AdamW(trainable, fused=True))
     modules = {"model": model, "ema": copy.deepcopy(model)}
-    return run, run.load(modules, [optimizers], copy.deepcopy(model))
+    return run, run.load(modules, [optimizers], copy.deepcopy(model), **loaded)
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Of all files; None for folders and links."""
+    found = sorted(folder.rglob("*"))
+    return {str(path): path.read_bytes() if path.is_file() else None for path in found}
+
+
+def test_a_run_removes_its_own_checkpoints_only(tmp_path):
+    folder = tmp_path / "checkpoints"
+    save_checkpoint(tmp_path, 1)
+    own = contents(folder)
+    for name in ("best", "0000001-copy", "00001"):
+        shutil.copytree(folder / "0000001", folder / name)
+    for name in ("0000003/notes.txt", "backup/0000001/state.json", ".DS_Store", "notes.txt", ".0000001.mine"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    (folder / "latest").symlink_to("0000001-copy")
+    (tmp_path / ".model.mine").mkdir()
+    foreign = {path: content for path, content in contents(tmp_path).items() if path not in own}
+    for name in (".0000002.tmp", ".0000001.old"):
+        (folder / name).mkdir()
+    for step in (2, 3, 4):
+        save_checkpoint(tmp_path, step, keep=1).forget_after(step)
+    assert {path.name for path in common.Run.complete_checkpoints(open_run(tmp_path)[0])} == {"0000004"}
+    after = contents(tmp_path)
+    moved = {path.replace("0000003/", "0000003.1/"): content for path, content in foreign.items()}
+    for path, content in moved.items():
+        if content == b"mine" or ".lock" not in path and "model" not in path:
+            assert path in after and after[path] == content or path.endswith("0000003"), path
+    assert (tmp_path / ".model.mine").is_dir()
+    assert not list(folder.glob(".0*.tmp")) and not list(folder.glob(".0*.old"))
+
+
+def test_the_checkpoint_named_by_resume_stays(tmp_path):
+    save_checkpoint(tmp_path, 1)
+    for step in (2, 3):
+        save_checkpoint(tmp_path, step, keep=1, resume=str(tmp_path / "checkpoints/0000001"))
+    assert checkpoints(tmp_path) == ["0000001", "0000003"]
+
+
+def test_a_crash_while_removing_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    (tmp_path / "0000001").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None)  # it never gets far
+    common.remove_folder(tmp_path / "0000001")
+    assert [path.name for path in tmp_path.iterdir()] == [".0000001.old"]
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    for step in (10_000_000, 9_999_999, 500):
+        (tmp_path / f"checkpoints/{step:07d}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/{step:07d}/state.json").write_text("{}")
+    run = common.Run(common.TrainConfig(out=str(tmp_path), resume="auto"), CPU)
+    assert [int(path.name) for path in run.sources] == [10_000_000, 9_999_999, 500]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model/config.json", "metrics.jsonl", "losses.png"])
+@pytest.mark.parametrize("resume", ["", "auto"])
+def test_somebody_elses_folder_is_no_out(name, resume, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('{"dit": {}, "latent_shape": [16, 24]}')
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="not of a run of this script: choose another --out"):
+        common.Run(common.TrainConfig(out=str(tmp_path), resume=resume), CPU)
+    assert contents(tmp_path) == before
+
+
+def test_the_checkpoint_of_one_run_does_not_overwrite_another(tmp_path):
+    save_checkpoint(tmp_path / "one", 1)
+    save_checkpoint(tmp_path / "other", 7)
+    before = contents(tmp_path)
+    source = str(tmp_path / "one/checkpoints/0000001")
+    with pytest.raises(ValueError, match="holds another run: choose another --out"):
+        open_run(tmp_path / "other", resume=source)
+    shutil.rmtree(tmp_path / "other/checkpoints")  # of a finished run the model is left
+    with pytest.raises(ValueError, match="no checkpoint to go on from: choose another --out"):
+        (tmp_path / "other/config.json").write_text('{"batch": 4}')
+        open_run(tmp_path / "other", resume="")
+    assert set(contents(tmp_path / "one").items()) <= set(before.items())
+    assert open_run(tmp_path / "new", resume=source)[1]["step"] == 1
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    take = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    hold = [sys.executable, "-c", f"{take}; print(flush=True); input()", tmp_path / ".lock"]
+    other = subprocess.Popen(hold, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(ValueError, match="another run is writing to"):
+        open_run(tmp_path)
+    other.kill()  # which leaves the file, but no lock
+    other.wait()
+    run, _ = open_run(tmp_path)
+    assert b"BlockingIOError" in subprocess.run(hold, input=b"", capture_output=True).stderr
+    del run
 
 
 class Bomb:
@@ -568,7 +706,7 @@ class Bomb:
         return (os.system, (f"touch {self.path}",))
 
 
-def test_damaged_and_foreign_checkpoints_are_refused_and_no_pickle_is_run(tmp_path):
+def test_foreign_checkpoints_are_refused_and_no_pickle_is_run(tmp_path):
     save_checkpoint(tmp_path)
     assert open_run(tmp_path)[1]["step"] == 2
     for kwargs, message in (({"width": 64}, "tensors do not fit"), ({"resume": ""}, "already holds a run"),
@@ -576,6 +714,9 @@ def test_damaged_and_foreign_checkpoints_are_refused_and_no_pickle_is_run(tmp_pa
         with pytest.raises(ValueError, match=message):
             open_run(tmp_path, **kwargs)
     [file] = (tmp_path / "checkpoints/0000002").glob("*.safetensors")
+    state = json.loads(file.with_name("state.json").read_text())
+    del state["checksums"], state["identity"]  # as older checkpoints
+    file.with_name("state.json").write_text(json.dumps(state))
     bomb, good = pickle.dumps(Bomb(tmp_path / "exploded")), file.read_bytes()
     file.with_name(".metadata").write_bytes(bomb)
     for content in (good[:-10], b"", b"PK junk", bomb):
@@ -585,6 +726,49 @@ def test_damaged_and_foreign_checkpoints_are_refused_and_no_pickle_is_run(tmp_pa
     assert not (tmp_path / "exploded").exists()
     pickle.loads(bomb)
     assert (tmp_path / "exploded").exists()
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, Path.unlink])
+@pytest.mark.parametrize("name", ["state.json", "*.safetensors"])
+def test_a_damaged_checkpoint_is_found_and_the_one_before_is_used(name, damage, tmp_path, capsys):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step)
+    newest = tmp_path / "checkpoints/0000002"
+    [file] = newest.glob(name)
+    damage(file)
+    run, state = open_run(tmp_path)
+    assert state["step"] == 1 and run.source.name == "0000001"
+    assert re.search("cannot resume from .*0000002: .*; going back to .*0000001", capsys.readouterr().err)
+    with pytest.raises(
+        ValueError, match="give auto" if not file.exists() and name == "state.json" else "0000002: "
+    ):
+        open_run(tmp_path, resume=str(newest))
+    save_checkpoint(tmp_path, 2)  # in its place
+    assert open_run(tmp_path)[1]["step"] == 2
+
+
+def test_what_a_checkpoint_depends_on_is_known_by_its_content(tmp_path, capsys):
+    autoencoder = torch.nn.BatchNorm1d(4)
+    save_checkpoint(tmp_path, frozen={"autoencoder": autoencoder, "reader": None}, data=["10 images (ab)"])
+    same = copy.deepcopy(autoencoder).double()
+    open_run(tmp_path, frozen={"autoencoder": same}, data=["10 images (ab)"])
+    assert "changed" not in capsys.readouterr().out
+    open_run(tmp_path, frozen={"autoencoder": same}, data=["11 images (cd)"])
+    expected = "['10 images (ab)'] then, ['11 images (cd)'] now"
+    assert "the data has changed since" in (printed := capsys.readouterr().out) and expected in printed
+    autoencoder.running_mean += 1e-3  # a buffer
+    with pytest.raises(ValueError, match="the weights of the autoencoder have changed since"):
+        open_run(tmp_path, frozen={"autoencoder": autoencoder})
 
 
 def test_a_full_disk_ends_the_run(tmp_path, monkeypatch):
@@ -597,6 +781,19 @@ def test_a_full_disk_ends_the_run(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="cannot write .*0000002: .*No space left"):
         save_checkpoint(tmp_path)
     assert checkpoints(tmp_path) == [".0000002.tmp"]
+
+
+def test_many_skipped_samples_are_worth_a_warning(tmp_path):
+    config = common.TrainConfig(out=str(tmp_path), batch=16)
+    for skipped, warned in ((1, 0), (3, 1)):
+        run, lines = common.Run(config, CPU), []
+        run.skips_since = (0, 0)
+        for step in (1, 2, 3, 4, 5, 6):
+            run.count_skipped(SimpleNamespace(skipped=["a.png: no image"] * skipped), lines.append)
+            run.warn_of_skips(step, lines.append)
+        warnings = [line for line in lines if line.startswith("warning: ")]
+        assert len(warnings) == warned
+    assert warnings == ["warning: 6 of the last 38 samples (16%) were skipped, such as: a.png: no image"]
 
 
 # -----------------------------------------------------------------------------------------------------------
