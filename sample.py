@@ -294,9 +294,8 @@ def draw(config: Config, dist_ctx: DistContext) -> None:
     if config.classes:
         jobs = class_jobs(config, model.num_classes)
         model.condition([job.input for job in jobs])
-        if class_names := getattr(model, "class_names", None):
-            jobs = [job._replace(class_name=class_names[job.input]) for job in jobs]
-        groups = [jobs]
+        names = dict(enumerate(model.class_names or []))
+        groups = [[job._replace(class_name=names.get(job.input, "")) for job in jobs]]
     else:
         model.check_prompts(config.prompts)
         groups = prompt_jobs(config, config.best_of or config.n)

@@ -44,7 +44,8 @@ def test_latents_know_their_autoencoder_and_nothing_else_is_touched(run, parts, 
 def test_a_stopped_run_leaves_nothing(number, world, parts, tmp_path):
     flags = ["--autoencoder", parts / "rae", "--limit", 20_000, "--out", tmp_path / "latents"]
     started = world(1, "encode.py", *flags)
-    while not list(tmp_path.glob(".latents.*/*.npy")):
+    # until rows are there: a signal in the middle of forking a data loading process would be lost
+    while not any(path.stat().st_size > 1000 for path in tmp_path.glob(".latents.*/*.npy")):
         time.sleep(0.01)
     started.signal(number)
     assert "interrupted" in started.wait(code=1)

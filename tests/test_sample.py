@@ -215,11 +215,12 @@ def test_processes_share_the_work(more, world, parts, tmp_path):
     assert len(drawn[0]) == len(drawn[1]) == more[1] and not set(drawn[0]) & set(drawn[1])
 
 
-def test_class_names_are_in_the_metadata(run, folders, tmp_path, monkeypatch):
-    names = [f"class {i}" for i in range(8)]
-    monkeypatch.setattr(rae.ClassToImage, "class_names", names, raising=False)
-    flags = ["--model", folders / "MODEL", "--classes", "3,5", "--n", 2, "--steps", 1, "--out", tmp_path]
-    *images, grid = run(*flags)
+def test_class_names_are_in_the_metadata(run, folders, tmp_path):
+    model = rae.ClassToImage.from_pretrained(folders / "MODEL")
+    model.class_names = [f"class {i}" for i in range(8)]
+    model.save_pretrained(tmp_path / "model")
+    flags = ["--model", tmp_path / "model", "--classes", "3,5", "--n", 2, "--steps", 1]
+    *images, grid = run(*flags, "--out", tmp_path / "out")
     assert [data.open_metadata(path)["class"] for path in images] == ["class 3", "class 5"]
     assert data.open_metadata(grid)["prompt"] == "class 3\nclass 5"
 
