@@ -1383,7 +1383,8 @@ class ClassToImage(LatentModel, library_name="rae"):
         return *self.velocities(x_t, t, condition), x_t.new_zeros(())
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        self._hub_mixin_config["class_names"] = self.class_names
+        if self.class_names:
+            self._hub_mixin_config["class_names"] = self.class_names
         super()._save_pretrained(save_directory)
 
     @classmethod

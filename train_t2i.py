@@ -545,8 +545,9 @@ def main() -> None:
             init = cls.from_pretrained(config.init, config.autoencoder).train()
         config.autoencoder = init.autoencoder_path
         # a preset's alpha is for new models
-        if "alpha" not in config.given and not config.resumed:
-            config.alpha = init.alpha
+        for name in ("alpha", "prediction"):
+            if name not in config.given and not config.resumed:
+                setattr(config, name, getattr(init, name))
     config.autoencoder = config.autoencoder or str(common.WEIGHTS / "rae")
     autoencoder = common.load_autoencoder(config.autoencoder, dist_ctx)
     reader = common.load_autoencoder(config.reader, dist_ctx) if config.reader else None
@@ -572,6 +573,8 @@ def main() -> None:
         common.checkpoint_blocks(model.blocks)
     optimizers = make_optimizers(config, model)
     frozen = {"autoencoder": autoencoder, "reader": reader}
+    if config.condition == "caption":
+        frozen["language model"] = rae.open_text_encoder(model.text_encoder_path, device)[1]
     state = run.load(modules, [optimizers], export, frozen, source.identity)
     start = step = state["step"]
     validation = Validation(config, model, autoencoder, reader, val_batch, dist_ctx)
