@@ -529,6 +529,6 @@ def test_wrong_input(parts, tmp_path, world):
         TINY_DIT | TINY_IN_CONTEXT | {"num_classes": 48}, (16, 24), str(parts / "rae")
     )
     velocity.save_pretrained(tmp_path / "velocity")
-    flags = train_flags(parts, "class", tmp_path / "run")
-    flags[flags.index("--dit") : flags.index("--dit") + 2] = ["--init", tmp_path / "velocity"]
+    flags = ["--condition", "class", "--init", tmp_path / "velocity", "--prediction", "x"]
+    flags += ["--autoencoder", parts / "rae", "--data", "nano:classes", "--out", tmp_path / "run"]
     assert "prediction velocity, not x" in world(1, "train_t2i.py", *flags).wait(1)
