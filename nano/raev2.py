@@ -63,7 +63,7 @@ def train(name: str, seed: int, config: Config) -> Path:
         *("train_t2i.py", "--preset", "nano-class", "--data", f"{config.out}/latents", "--resume"),
         *("--val-data", "nano:classes", "--seed", str(seed), "--steps", str(config.steps)),
         *("--save-every", str(config.steps), "--eval-every", str(config.steps), "--out", str(folder)),
-        *("--batch", "64", "--draws", "2", "--warmup", "50", *ARMS[name]),
+        *("--batch", "64", "--draws", "1", "--warmup", "50", "--dtype", "bf16", *ARMS[name]),
     )
     return folder
 
