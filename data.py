@@ -41,7 +41,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -73,12 +73,11 @@ MAX_RATIO = 200  # of compression, after the first gigabyte of a tar
 MAX_CAPTION = 1000  # characters; longer captions are cut
 MAX_CONVERSATION = 2**15  # characters; longer ones are skipped
 SPECIAL_TOKEN = r"<\|\w+\|>|<im_\w+>"  # tokens of language models; <image> is text
-MAX_SKIPPED = (
-    100  # unusable samples in a row before a run stops with an error; of a lane, a thousand times that
-)
-MAX_SHARE = 0.1  # of skipped samples before a warning
-MAX_DEATHS = 5  # of worker processes in a row before it does
+MAX_SKIPPED = 100  # unusable samples in a row before a run stops with an error
+MAX_STREAM = 100_000  # unusable samples in a row of shards before it does
+MAX_DEATHS = 10  # worker processes that die for one batch before it does
 TIMEOUT = 300  # seconds without data before it does
+CHECK = 1  # seconds without data before it looks whether its worker processes are alive
 
 # Both are part of what a seed means: with other values the batches of every run change.
 DRAWS = 4  # uniform numbers per sample: wording of the request, crop x, crop y, flip
@@ -99,6 +98,13 @@ def hash_seed(*keys: int | str) -> int:
     """A 63-bit seed from several keys, the same on every machine."""
     # A hash, because sums such as seed + index make streams of different seeds overlap.
     return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), "little") >> 1
+
+
+@cache
+def say(message: str) -> None:
+    """Prints a warning, once and on the main process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
 
 
 def short_hash(content: bytes) -> str:
@@ -178,8 +184,8 @@ def parse_conversation(row: dict) -> list[tuple[str, str]]:
 
 
 def open_image(source: str | Path | bytes, name: str = "") -> Image.Image:
-    """An RGB image as a viewer shows it, from a path or the bytes of a file: turned as EXIF says, on white, and
-    the first of several. Raises SkipSample if it is missing, damaged, too large or too narrow."""
+    """An RGB image as a viewer shows it, from a path or the bytes of a file: turned as EXIF says, on white,
+    and the first of several. Raises SkipSample if it is missing, damaged, too large or too narrow."""
     name = name or ("image" if isinstance(source, bytes) else str(source))
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
@@ -447,7 +453,7 @@ class ImageSource:
 class Packed(Sequence):
     """Strings in two arrays. Worker processes share these, but would copy a list by reading it."""
 
-    def __init__(self, strings: Iterable[str] = ()):
+    def __init__(self, strings: Iterable[str]):
         encoded = [os.fsencode(string) for string in strings]
         self.content, self.ends = b"".join(encoded), np.cumsum([len(x) for x in encoded], dtype=np.int64)
 
@@ -459,10 +465,10 @@ class Packed(Sequence):
         return os.fsdecode(self.content[start:end])
 
 
-LISTED: dict[str, tuple[dict[str, int], Packed]] = {}  # times of directories, and the files in them
+LISTED: dict[str, tuple[dict[str, int], list[str]]] = {}  # times of directories, and the files in them
 
 
-def list_files(folder: str) -> Packed:
+def list_files(folder: str) -> list[str]:
     """The files below a folder as sorted relative paths, without hidden ones. Links are followed."""
     # The main process lists for all: 64 that list ImageNet are a load for a network file system.
     shared = dist.is_available() and dist.is_initialized()
@@ -477,10 +483,10 @@ def list_files(folder: str) -> Packed:
     return result[0]
 
 
-def walk(folder: str) -> Packed:
+def walk(folder: str) -> list[str]:
     """See `list_files`. A folder in which nothing was added or removed since is not listed again."""
     root = os.path.abspath(folder)
-    times, files = LISTED.get(root, ({}, Packed()))
+    times, files = LISTED.get(root, ({}, []))
     if times and all(os.path.isdir(path) and os.stat(path).st_mtime_ns == times[path] for path in times):
         return files
     times, paths, seen, directories = {}, [], set(), [root]
@@ -502,12 +508,8 @@ def walk(folder: str) -> Packed:
                 # A broken link is skipped and named when it is read; a pipe would wait for ever.
                 elif entry.is_file() or entry.is_symlink():
                     paths.append(entry.path)
-    LISTED[root] = times, Packed(sorted(path[len(root) :].lstrip("/") for path in paths))
+    LISTED[root] = times, sorted(path[len(root) :].lstrip("/") for path in paths)
     return LISTED[root][1]
-
-
-def is_image(path: str) -> bool:
-    return path.rpartition(".")[2].lower() in IMAGES
 
 
 class Folder:
@@ -516,24 +518,25 @@ class Folder:
 
     def __init__(self, path: str):
         self.path, files = path, list_files(path)
-        images = [file for file in files if is_image(file)]
-        names = ("metadata.jsonl", "metadata.csv")
-        metadata = [[file for file in files if os.path.basename(file) == name] for name in names]
-        metadata = metadata[0] or metadata[1]
-        self.has_texts = not metadata and any(file.endswith(".txt") for file in files)
+        images = [file for file in files if file.rpartition(".")[2].lower() in IMAGES]
+        others = sorted(set(files).difference(images))
+        lines = [file for file in others if os.path.basename(file) == "metadata.jsonl"]
+        metadata = lines or [file for file in others if os.path.basename(file) == "metadata.csv"]
+        suffixes = Counter(os.path.splitext(file)[1].lower() for file in others)
+        self.has_texts = bool(suffixes[".txt"]) and not metadata
+        rows = [row for file in metadata for row in read_metadata(path, file)]
         # ---- say what is not used
-        suffixes = Counter(os.path.splitext(file)[1].lower() for file in files if not is_image(file))
         for suffix in (".txt", ".jsonl", ".csv"):
             del suffixes[suffix]
         if suffixes:
             most = ", ".join(
-                f"{count:,} {suffix or 'without one'}" for suffix, count in suffixes.most_common(9)
+                [f"{count:,} {suffix or 'no suffix'}" for suffix, count in suffixes.most_common(9)]
             )
-            print(f"{path}: passed over by their suffix, because they are no images: {most}", file=sys.stderr)
-        rows = [row for file in metadata for row in read_metadata(path, file)]
+            say(f"{path}: passed over files that are no image of a known format: {most}")
         if metadata:
-            if unnamed := len(set(images).difference(image for image, _ in rows)):
-                print(f"{path}: passed over {unnamed:,} images that no metadata file names", file=sys.stderr)
+            unnamed = len(set(images).difference(image for image, _ in rows))
+            if unnamed:
+                say(f"{path}: passed over {unnamed:,} images that no metadata file names")
             images = [image for image, _ in rows]
         self.images, self.fields = Packed(images), Packed(json.dumps(fields) for _, fields in rows)
         self.identity = f"{len(images):,} images ({short_hash(self.images.content)})"
@@ -685,9 +688,9 @@ class ShardStream:
                         position = (epoch, turn, *sample["position"])
                         yield sample | {"position": position, "skipped": skipped}
                         skipped, empty_epochs = [], 0
-                    elif len(skipped) > 1000 * MAX_SKIPPED:
+                    elif len(skipped) == MAX_STREAM:
                         raise ValueError(
-                            f"{self.name}: {len(skipped):,} unusable samples in a row: {skipped[-1]}"
+                            f"{self.name}: {MAX_STREAM} unusable samples in a row: {skipped[-1]}"
                         )
                 turn, first, taken = turn + 1, 0, 0
             epoch, turn, empty_epochs = epoch + 1, 0, empty_epochs + 1
@@ -739,7 +742,7 @@ class TailReader:
         content = self.file.read(size)
         self.tail = (self.tail + content)[-512:]
         self.size += len(content)
-        if self.size > 2**30 and self.size > MAX_RATIO * self.packed.tell():
+        if self.size > 16 * MAX_FILE and self.size > MAX_RATIO * self.packed.tell():
             raise ValueError(f"{self.size:,} bytes were compressed into {self.packed.tell():,}")
         return content
 
@@ -970,12 +973,11 @@ def train_split(name: str, files: list[str]) -> list[str]:
     """The files without those for validation and tests, if names say that some are for training."""
     words = [set(re.split("[^a-z]+", file.lower())) for file in files]
     in_train = [any(word.startswith("train") for word in some) for some in words]
-    in_test = [
-        bool(some & {"test", "testing", "val", "valid", "validation", "dev", "eval"}) for some in words
-    ]
+    others = {"test", "testing", "val", "valid", "validation", "dev", "eval"}
+    in_test = [bool(some & others) for some in words]
     if not any(in_train):
         if files and all(in_test):
-            print(f"{name} has only files for validation or tests: they are used", file=sys.stderr)
+            say(f"{name} has only files for validation or tests: they are used")
         return files
     return [file for file, train, test in zip(files, in_train, in_test, strict=True) if train or not test]
 
@@ -1018,24 +1020,16 @@ class Loader(Iterator):
     def __init__(self, source: Mixture, batch: int, workers=1, start=0, rank=0, world_size=1, positions=None):
         self.source, self.args, self.step, self.workers = source, (batch, rank, world_size), start, workers
         self.skipped, self.waited, self.watch, self.deaths = [], 0.0, Watch(max(1, workers)), 0
-        self.recent = torch.zeros(2)  # samples used and skipped, up to a thousand
         self.positions = positions or {}
-        before = self.positions.get("data", source.identity)
-        if before != source.identity:
-            self.say(f"the data changed since the checkpoint: {before}, now {source.identity}")
         self.begin()
 
     def begin(self) -> None:
         """Starts workers at the current step."""
         batch, rank, world_size = self.args
         lanes = Lanes(self.source, batch, self.step, rank, world_size, self.positions)
-        self.positions = lanes.positions | {"data": self.source.identity}
+        self.positions = lanes.positions
         self.parts = min(self.workers, len(lanes.local)) or 1
         self.batches = receive(lanes.batches, self.parts if self.workers else 0, self.watch)
-
-    def say(self, message: str) -> None:
-        if self.args[1] == 0:
-            print(message, file=sys.stderr)
 
     def __next__(self) -> dict:
         started, parts = time.perf_counter(), []
@@ -1059,12 +1053,6 @@ class Loader(Iterator):
         for part in parts:
             self.positions |= part["positions"]
             self.skipped += part["skipped"]
-            self.recent += torch.tensor([len(part["index"]), len(part["skipped"])])
-        if self.recent.sum() >= 1000:
-            share = float(self.recent[1] / self.recent.sum())
-            if share > MAX_SHARE:
-                self.say(f"warning: {share:.0%} of the last thousand samples were skipped")
-            self.recent.zero_()
         self.waited += time.perf_counter() - started
         return batch
 
@@ -1091,10 +1079,9 @@ class Lanes:
         self.keys = {stream: f"{source.sources.index(stream)} {stream.identity}" for stream in streams}
         self.positions, names = {}, {key: stream.name for stream, key in self.keys.items()}
         for key, position in positions.items():
-            stream, *numbers = key.split("|")
+            stream, lane, saved_count = key.rsplit("|", 2)
             if stream not in names:
                 continue
-            lane, saved_count = numbers
             if int(saved_count) != count:
                 name = names[stream]
                 raise ValueError(f"the checkpoint has {name} in {saved_count} lanes: resume with its --batch")
@@ -1158,6 +1145,18 @@ class Watch:
         self.notes = [multiprocessing.Array("c", 600, lock=False) for _ in range(workers)]
         self.deaths = Counter()
 
+    def blame(self) -> str:
+        """Counts and returns the samples of dead workers."""
+        names, deadline = [], time.monotonic() + 2
+        # A process that is killed takes a moment to end.
+        while not names and time.monotonic() < deadline:
+            alive = {child.pid for child in multiprocessing.active_children()}
+            notes = [note.value.decode(errors="replace").partition(" ") for note in self.notes]
+            names = [name for pid, _, name in notes if name and int(pid) not in alive]
+            time.sleep(0.01)
+        self.deaths.update(names)
+        return ", ".join(names) or "no image"
+
 
 WATCH = None  # in a worker process: its note, and the deaths before it started
 
@@ -1169,12 +1168,14 @@ def watched(name: str) -> Iterator[None]:
         yield
         return
     note, deaths = WATCH
-    key = encodable(name)[-100:].encode()
+    key = encodable(name)[-100:]
     if deaths[key] > 1:
         raise SkipSample(f"{name}: two worker processes died on it")
-    note.value = b"%d %s" % (os.getpid(), key)
-    yield
-    note.value = b""
+    note.value = f"{os.getpid()} {key}".encode()
+    try:
+        yield
+    finally:
+        note.value = b""
 
 
 class WorkerDied(OSError):
@@ -1203,9 +1204,11 @@ def receive(make: Callable[[int, int], Iterator[dict]], workers: int, watch: Wat
     TIMEOUT seconds without data: the main function prints an OSError in one line."""
     # Four batches ahead even out slow reads; PyTorch refuses both options without workers. Only at a timeout
     # does it look whether a worker is alive.
-    ahead = {"prefetch_factor": 4, "timeout": min(1, TIMEOUT)} if workers else {}
+    ahead = {"prefetch_factor": 4, "timeout": min(CHECK, TIMEOUT)} if workers else {}
     loader = DataLoader(PerWorker(make, watch), batch_size=None, num_workers=workers, **ahead)
     handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    for note in watch.notes:
+        note.value = b""
     batches, last = iter(loader), time.monotonic()
     # When a worker dies, PyTorch's handler raises wherever the trainer is, such as in the middle of a step.
     if threading.current_thread() is threading.main_thread():
@@ -1215,14 +1218,14 @@ def receive(make: Callable[[int, int], Iterator[dict]], workers: int, watch: Wat
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
             reason = str(error)
-            if "exited unexpectedly" in reason:
-                pids = re.findall(rb"\d+", reason.encode())
-                notes = [note.value.partition(b" ") for note in watch.notes]
-                names = [name for pid, _, name in notes if pid in pids and name]
-                watch.deaths.update(names)
-                raise WorkerDied(f"a data worker died, reading {b', '.join(names).decode()}") from error
+            # A dead worker's batches cannot be received: it would hand over their shared memory.
+            lost = isinstance(error, (ConnectionError, FileNotFoundError, EOFError))
+            if "exited unexpectedly" in reason or (lost and "Caught" not in reason):
+                raise WorkerDied(f"a data worker died, reading {watch.blame()}") from error
+            if not isinstance(error, RuntimeError):
+                raise
             if "timed out" not in reason:
                 raise OSError(f"data loading failed: {reason}") from error
             if time.monotonic() < last + TIMEOUT:

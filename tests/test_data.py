@@ -1,10 +1,14 @@
 """Sources and batches: a sample depends on the seed and its number only, and unusable files are skipped."""
 
+import gzip
 import io
 import itertools
 import json
 import os
 import random
+import re
+import shutil
+import signal
 import struct
 import tarfile
 import time
@@ -13,8 +17,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+import zstandard
 from datasets import Dataset
 from PIL import Image
 
@@ -266,6 +273,333 @@ def test_random_numbers_depend_on_the_sample_and_not_on_its_batch():
 
 
 # -----------------------------------------------------------------------------------------------------------
+# pixels as a viewer shows them
+
+
+def encoded(image: Image.Image | np.ndarray, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_images_are_turned_as_exif_says(format):
+    seen = np.zeros((60, 40, 3), np.uint8)
+    seen[:30, :, 0] = seen[30:, :, 2] = 255  # red above blue
+    turn = Image.Transpose
+    stored = {1: None, 2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM,
+              5: turn.TRANSPOSE, 6: turn.ROTATE_90, 7: turn.TRANSVERSE, 8: turn.ROTATE_270}  # fmt: skip
+    for number, method in stored.items():
+        exif, image = Image.Exif(), Image.fromarray(seen)
+        exif[0x0112] = number
+        content = encoded(image if method is None else image.transpose(method), format, exif=exif)
+        pixels = np.asarray(data.open_image(content)).astype(int)
+        assert pixels.shape == seen.shape and abs(pixels - seen)[[2, -3]].max() < 40, number
+    # Damaged EXIF data are no reason to lose an image.
+    damaged = encoded(seen, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
+    assert data.open_image(damaged).size == (40, 60)
+
+
+def test_transparency_is_white():
+    hidden = np.random.default_rng(0).integers(0, 255, (8, 8, 4), dtype=np.uint8)
+    hidden[..., 3] = 0
+    hidden[2:6, 2:6] = (255, 0, 0, 255)
+    hidden[0, 0] = (0, 0, 0, 128)
+    rgba = Image.fromarray(hidden)
+    grey = Image.fromarray(np.full((8, 8), 77, np.uint8))
+    palette = Image.fromarray(hidden[..., :3]).quantize(8)
+    for content, inside in (
+        (encoded(rgba, "PNG"), (255, 0, 0)),
+        (encoded(rgba, "WEBP", lossless=True, exact=True), (255, 0, 0)),
+        (encoded(rgba.convert("LA"), "PNG"), (76, 76, 76)),
+        (encoded(palette, "PNG", transparency=palette.getpixel((7, 7))), (255, 0, 0)),
+        (encoded(rgba.convert("PA"), "TIFF"), (255, 0, 0)),
+    ):
+        image = data.open_image(content)
+        assert image.mode == "RGB" and image.getpixel((7, 7)) == (255, 255, 255)
+        assert max(abs(a - b) for a, b in zip(image.getpixel((3, 3)), inside, strict=True)) <= 1
+    assert data.open_image(encoded(rgba, "PNG")).getpixel((0, 0)) == (127, 127, 127)
+    # one colour of an image without alpha
+    assert data.open_image(encoded(grey, "PNG", transparency=77)).getpixel((0, 0)) == (255, 255, 255)
+    assert data.open_image(encoded(grey.convert("RGB"), "PNG", transparency=(77, 77, 77))).getextrema()[
+        0
+    ] == (255, 255)
+    opaque = encoded(Image.fromarray(hidden[..., :3]).convert("RGBA"), "PNG")
+    np.testing.assert_array_equal(np.asarray(data.open_image(opaque)), hidden[..., :3])
+
+
+def test_deep_greyscale_is_scaled():
+    ramp = np.linspace(0, 1, 256).reshape(16, 16)
+    expected = np.arange(256).reshape(16, 16)
+    for values, formats in (
+        ((ramp * 65535).astype(np.uint16), ("PNG", "TIFF", "PPM", "JPEG2000")),
+        ((ramp * 65535).astype(np.int32), ("TIFF",)),
+        ((ramp * 2e9 - 1e9).astype(np.int32), ("TIFF",)),
+        (ramp.astype(np.float32), ("TIFF",)),
+        ((ramp * 9000 - 70).astype(np.float32), ("TIFF",)),
+    ):
+        for format in formats:
+            pixels = np.asarray(data.open_image(encoded(values, format)))
+            assert pixels.shape == (16, 16, 3) and abs(pixels[..., 1] - expected).max() <= 1, (
+                values.dtype,
+                format,
+            )
+    half = np.full((8, 8), 0.5, np.float32)
+    assert data.open_image(encoded(half, "TIFF")).getpixel((0, 0)) == (128, 128, 128)
+    half[0, 0] = np.nan
+    with pytest.raises(data.SkipSample, match="not finite"):
+        data.open_image(encoded(half, "TIFF"))
+
+
+def test_formats_and_modes():
+    image = Image.new("RGB", (40, 60), (200, 30, 90))
+    for format in (
+        "JPEG",
+        "PNG",
+        "WEBP",
+        "GIF",
+        "BMP",
+        "TIFF",
+        "PPM",
+        "AVIF",
+        "JPEG2000",
+        "QOI",
+        "ICO",
+        "TGA",
+    ):
+        pixel = data.open_image(encoded(image, format)).getpixel((20, 20))
+        assert max(abs(a - b) for a, b in zip(pixel, (200, 30, 90), strict=True)) < 6, format
+    frames = {"save_all": True, "append_images": [Image.new("RGB", (40, 60))] * 2}
+    for format in ("GIF", "PNG", "WEBP", "TIFF", "AVIF"):
+        assert data.open_image(encoded(image, format, **frames)).getpixel((20, 20))[0] > 190
+    cmyk = data.open_image(encoded(image.convert("CMYK"), "JPEG")).getpixel((20, 20))
+    assert max(abs(a - b) for a, b in zip(cmyk, (200, 30, 90), strict=True)) < 6
+    assert data.open_image(encoded(Image.new("1", (8, 8), 1), "PNG")).getpixel((0, 0)) == (255, 255, 255)
+    for format in ("EPS", "PDF"):
+        with pytest.raises(data.SkipSample, match="not one of JPEG"):
+            data.open_image(encoded(image, format))
+
+
+def test_a_jpeg_of_many_scans_is_skipped(tmp_path, monkeypatch):
+    content = encoded(Image.new("L", (512, 512), 128), "JPEG", progressive=True)
+    first, end = content.rfind(b"\xff\xda"), content.rfind(b"\xff\xd9")
+    (tmp_path / "x.jpg").write_bytes(content[:first] + content[first:end] * 9000 + content[end:])
+    data.open_image(content)
+    with pytest.raises(data.SkipSample, match="scans of 512 x 512"):
+        data.open_image(tmp_path / "x.jpg")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# folders
+
+
+def names_in(path: Path) -> list[str]:
+    folder = data.Folder(str(path))
+    return [os.path.relpath(folder[row]["image"], path) for row in range(len(folder))]
+
+
+def write_images(root: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(number))
+
+
+def test_a_folder_has_every_image_whatever_its_name(tmp_path, capsys):
+    names = ["ILSVRC2012_val_1.JPEG", "COCO_val2014_1.jpg", "test-drive.png", "a photo of a train.PNG",
+             "[1]?*.gif", "x.avif"]  # fmt: skip
+    for folder in ("pictures [2024]", "what?", "star*", "val"):
+        write_images(tmp_path / folder, *names)
+        assert names_in(tmp_path / folder) == sorted(names)
+        source = data.open_source(str(tmp_path / folder), SIZE, 0)
+        assert sum("image" in sample for sample in source.once(None, 0, 1)) == len(names)
+        assert source.class_names is None
+    assert capsys.readouterr().err == ""
+    write_images(
+        tmp_path / "val",
+        ".hidden.png",
+        "._x.avif",
+        ".DS_Store",
+        "__MACOSX/x.png",
+        "a.heic",
+        "b.heic",
+        "c.svg",
+    )
+    assert names_in(tmp_path / "val") == sorted(names)
+    assert capsys.readouterr().err.count("2 .heic, 1 .svg") == 1
+
+
+def test_subfolders_are_classes(tmp_path):
+    write_images(tmp_path / "classes", "truck/a.png", "train/b.png", "car/deep/er/c.png", "car/d.png")
+    source = data.open_source(str(tmp_path / "classes"), SIZE, 0)
+    assert source.class_names == ["car", "train", "truck"] and source.classes == 3
+    rows = [source.sources[0].rows[i] for i in range(4)]
+    assert [(Path(row["image"]).name, row["label"]) for row in rows] == [
+        ("d.png", 0), ("c.png", 0), ("b.png", 1), ("a.png", 2)
+    ]  # fmt: skip
+    # An image without a class: there are none.
+    write_images(tmp_path / "classes", "e.png")
+    assert data.Folder(str(tmp_path / "classes")).class_names is None
+    write_images(tmp_path / "others", "bus/a.png", "car/b.png", "van/b.png")
+    write_images(tmp_path / "same", "bus/a.png", "car/b.png", "van/b.png")
+    data.open_source(f"{tmp_path}/others,{tmp_path}/same", SIZE, 0)
+    (tmp_path / "same/van").rename(tmp_path / "same/tram")
+    with pytest.raises(ValueError, match="different classes"):
+        data.open_source(f"{tmp_path}/others,{tmp_path}/same", SIZE, 0)
+    assert data.open_source("nano:classes", SIZE, 0).class_names[:1] == ["red circle"]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    write_images(tmp_path / "real", "ant/0.png", "bee/1.png")
+    write_images(tmp_path / "some", "dog/2.png")
+    (tmp_path / "some/ant").symlink_to(tmp_path / "real/ant")
+    (tmp_path / "some/aaa").symlink_to(tmp_path / "some/dog")
+    (tmp_path / "some/dog/circle").symlink_to(tmp_path / "some")
+    (tmp_path / "some/dog/gone.png").symlink_to(tmp_path / "nothing")
+    assert names_in(tmp_path / "some") == ["ant/0.png", "dog/2.png", "dog/gone.png"]
+    [skipped] = [s for s in data.open_source(f"{tmp_path}/some", SIZE, 0).once(None, 0, 1) if "skipped" in s]
+    assert "gone.png" in skipped["skipped"][0]
+    write_tar(tmp_path / "elsewhere/0.tar", {"0.png": png(0)})
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/part").symlink_to(tmp_path / "elsewhere")
+    assert len(one_pass(data.open_source(f"{tmp_path}/shards", SIZE, 0))) == 1
+
+
+def test_a_folder_is_listed_once_until_it_changes(tmp_path, monkeypatch):
+    write_images(tmp_path, *(f"{c}/{i}.png" for c in range(5) for i in range(9)))
+    real, listed = os.scandir, []
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or real(path))
+    for _ in range(3):
+        assert len(data.open_source(str(tmp_path), SIZE, 0).sources[0].rows) == 45
+    assert len(listed) == 6
+    write_images(tmp_path, "3/new.png")
+    assert len(data.Folder(str(tmp_path))) == 46
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "txt"])
+def test_captions_of_folders(kind, tmp_path, capsys):
+    write_images(tmp_path, "a/1.png", "a/2.png", "3.x.png", "extra.png", *(["x.md"] if kind == "txt" else []))
+    if kind == "jsonl":
+        rows = [{"file_name": "1.png", "text": "one"}, {"file_name": "2.png", "text": "two", "label": 4}]
+        (tmp_path / "a/metadata.jsonl").write_bytes(
+            b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(row).encode() for row in rows)
+        )
+        (tmp_path / "metadata.jsonl").write_text('{"file_name": "3.x.png", "text": "three"}\n')
+    elif kind == "csv":
+        text = "\ufefffile_name,text,label\r\na/1.png,one,\r\na/2.png,two,4\r\n3.x.png,three,\r\n"
+        (tmp_path / "metadata.csv").write_bytes(text.encode())
+    else:
+        for name, text in (("a/1.txt", "\ufeffone"), ("a/2.txt", "two\r\n"), ("3.x.txt", " three")):
+            (tmp_path / name).write_text(text)
+    samples = list(data.open_source(str(tmp_path), SIZE, 0, captions=True).once(None, 0, 1))
+    found = {sample["caption"]: sample["label"] for sample in samples if "image" in sample}
+    assert found == {"one": None, "two": None if kind == "txt" else 4, "three": None}
+    message = capsys.readouterr().err
+    if kind == "txt":
+        assert "1 .md" in message and [s["skipped"][0] for s in samples if "skipped" in s][0].endswith(
+            "no caption"
+        )
+    else:
+        assert "1 images that no metadata file names" in message
+
+
+def test_damaged_rows_of_metadata_are_skipped(tmp_path):
+    write_images(tmp_path, "1.png")
+    rows = [{"file_name": "1.png"}, "{", "3", {"file_name": 3}, {"text": "x"}, {"file_name": "../1.png"},
+            {"file_name": "/etc/passwd"}]  # fmt: skip
+    write_lines(tmp_path / "metadata.jsonl", rows)
+    samples = list(data.open_source(str(tmp_path), SIZE, 0).once(None, 0, 1))
+    assert sum("image" in sample for sample in samples) == 1
+    reasons = [reason for sample in samples for reason in sample.get("skipped", [])]
+    assert all(any(f"row {n} is damaged" in reason for reason in reasons) for n in range(2, 8))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# tables and tars of other programs
+
+
+def captions_in(path: Path, **options) -> list:
+    return sorted(one_pass(data.open_source(str(path), SIZE, 0, **options)).values())
+
+
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view", "struct"])
+def test_columns_of_other_programs(kind, tmp_path):
+    struct = pyarrow.struct([("bytes", pyarrow.large_binary()), ("path", pyarrow.large_string())])
+    type = struct if kind == "struct" else getattr(pyarrow, kind)()
+    cells = [{"bytes": png(i), "path": None} if kind == "struct" else png(i) for i in range(3)]
+    table = {
+        "image": pyarrow.array(cells, type),
+        "text": pyarrow.array(["a", "b", None], pyarrow.large_string()),
+    }
+    (tmp_path / "[1]").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "[1]/0.parquet")
+    assert captions_in(tmp_path / "[1]", captions=True) == ["a", "b"]
+
+
+def test_only_the_train_split_of_a_local_copy(tmp_path, capsys):
+    for split in ("train", "validation", "test", "extra"):
+        files = {"0.png": png(0), "0.txt": split.encode()}
+        write_tar(tmp_path / f"tars/{split}-0000.tar", files)
+        write_tar(tmp_path / f"folders/{split}/0.tar", files)
+        write_parquet(
+            tmp_path / f"tables/data/{split}-0.parquet", image=[{"bytes": png(0), "path": None}], text=[split]
+        )
+    for name in ("tars", "folders", "tables"):
+        assert captions_in(tmp_path / name) == ["extra", "train"]
+    capsys.readouterr()
+    assert captions_in(tmp_path / "folders/test") == ["test"]
+    assert capsys.readouterr().err == ""
+    (tmp_path / "tars/train-0000.tar").unlink()
+    (tmp_path / "tars/extra-0000.tar").unlink()
+    assert captions_in(tmp_path / "tars") == ["test", "validation"]
+    assert "only files for validation or tests" in capsys.readouterr().err
+
+
+def test_tars_of_other_programs(tmp_path):
+    members = {}
+    for i in range(3):
+        for name, content in ((f"{i}.jpg", png(i)), (f"{i}.txt", f"\ufeffcaption {i}".encode())):
+            members |= {
+                f"./._{name}": b"\0\5\26\7" + bytes(80),
+                f"__MACOSX/{name}": b"x",
+                f"./{name}": content,
+            }
+    members |= {"3.webp": png(3), "3.json": '\ufeff{"caption": "caption 3"}'.encode()}
+    members |= {"\udcff.png": png(4), "\udcff.txt": b"x"}  # a name that is not UTF-8
+    expected = [f"caption {i}" for i in range(4)]
+    write_tar(tmp_path / "plain/0.tar", members)
+    content = (tmp_path / "plain/0.tar").read_bytes()
+    for suffix, packed in (("tgz", gzip.compress(content)), ("tar.zst", zstandard.compress(content))):
+        (tmp_path / suffix).mkdir()
+        (tmp_path / suffix / f"0.{suffix}").write_bytes(packed)
+    for name in ("plain", "tgz", "tar.zst"):
+        assert captions_in(tmp_path / name) == expected
+    once = data.OnePass(data.open_source(f"{tmp_path}/plain", SIZE, 0), 8, workers=0)
+    list(once)
+    assert len(once.skipped) == 1 and once.skipped[0].endswith("?: the file name is not UTF-8")
+
+
+def test_bombs_in_tars(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_FILE", 2**16)
+    with tarfile.open(tmp_path / "long.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("x" * (data.MAX_HEADER + 1)))
+    with tarfile.open(tmp_path / "pax.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("x")
+        member.pax_headers = {"comment": "x" * (data.MAX_HEADER + 1)}
+        tar.addfile(member)
+    write_tar(tmp_path / "zeros.tar", {"a.png": png(1), "b.png": bytes(2**24)})
+    (tmp_path / "zeros.tar.zst").write_bytes(zstandard.compress((tmp_path / "zeros.tar").read_bytes()))
+    for name, reason in (
+        ("long.tar", "a header of"),
+        ("pax.tar", "a header of"),
+        ("zeros.tar.zst", "compressed into"),
+    ):
+        with pytest.raises((tarfile.ReadError, ValueError), match=reason):
+            list(data.tar_rows(str(tmp_path / name)))
+    assert len(list(data.tar_rows(str(tmp_path / "zeros.tar")))) == 2
+
+
+# -----------------------------------------------------------------------------------------------------------
 # crops
 
 
@@ -469,7 +803,8 @@ def test_unusable_sources_are_refused_when_opened(tmp_path):
     write_parquet(tmp_path / "captions/0.parquet", text=["no image"])
     write_lines(tmp_path / "empty.jsonl", [""])
     names = {
-        "nowhere": "no data source", "./no/where": "no data source", "nano,nowhere": "no data source",
+        "nowhere": "no such folder", "./no/where": "no such folder", "nano,nowhere": "no such folder",
+        "my/pics": "no such folder, and no data set of the hub",
         "nano:birds": "no domain", "nano:text=x": "above zero", "nano:text=0": "above zero",
         "nano=nan": "above zero", "nano:text=5000,nano:scenes": "differ too much",
         f"{tmp_path}/empty": "it is empty", f"{tmp_path}/captions": "no image column",
@@ -521,7 +856,137 @@ def test_a_stalled_read_ends_in_an_error(monkeypatch):
 
 
 # -----------------------------------------------------------------------------------------------------------
+# worker processes that are killed
+
+
+def die_at(pattern: str, times: int, log: Path):
+    """An open_image that kills its process for the samples of such names, the first times."""
+    real = data.open_image
+
+    def open_image(content: bytes, name: str) -> Image.Image:
+        if re.search(pattern, name) and log.stat().st_size < times:
+            log.write_bytes(log.read_bytes() + b"x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(content, name)
+
+    return open_image
+
+
+@pytest.mark.parametrize("name, times", [("folder", 1), ("tar", 1), ("tar", 9), ("folder", 9)])
+def test_batches_do_not_change_when_a_worker_is_killed(name, times, root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "CHECK", 0.1)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    source = data.open_source(str(root / name), SIZE, 0)
+    [expected] = take(data.Loader(source, 8, workers=0), 6, "caption")
+    (tmp_path / "log").touch()
+    monkeypatch.setattr(data, "open_image", die_at(r"/0?20\b", times, tmp_path / "log"))
+    loader = data.Loader(source, 8, workers=2)
+    [captions] = take(loader, 6, "caption")
+    err = capsys.readouterr().err
+    if times == 1:
+        assert captions == expected and loader.skipped == [] and err.count("a data worker died, reading") == 1
+        return
+    # A second death is the last one that this sample causes.
+    assert "image 20" not in captions
+    assert err.count("a data worker died, reading") == 2 and (tmp_path / "log").read_bytes() == b"xx"
+    [message] = set(loader.skipped)
+    assert message.endswith(": two worker processes died on it")
+
+
+def test_workers_that_die_again_and_again_end_in_an_error(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHECK", 0.1)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    (tmp_path / "log").touch()
+    monkeypatch.setattr(data, "open_image", die_at("", 99, tmp_path / "log"))
+    monkeypatch.setattr(data, "MAX_DEATHS", 3)
+    loader = data.Loader(data.open_source(str(root / "folder"), SIZE, 0), 8, workers=1)
+    with pytest.raises(OSError, match=r"a data worker died, reading .*\d.png"):
+        next(loader)
+    with pytest.raises(OSError, match=r"a data worker died, reading .*\d.png"):
+        list(data.OnePass(loader.source, 8))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# data that change between stop and resume
+
+
+@pytest.mark.parametrize("name", ["tar", "folder", "parquet"])
+def test_data_that_moved_go_on_and_data_that_changed_have_another_identity(name, root, tmp_path):
+    _, positions = global_batches(f"{root}/{name}=2,nano:text=1", 3)
+    expected, _ = global_batches(f"{root}/{name}=2,nano:text=1", 3, 1, 0, 3, positions)
+    shutil.copytree(root / name, tmp_path / "moved")
+    names = f"{tmp_path}/moved=2,nano:text=1"
+    assert global_batches(names, 3, 2, 0, 3, positions)[0] == expected
+    before = data.open_source(f"{root}/{name}=2,nano:text=1", SIZE, 0).identity
+    assert data.open_source(names, SIZE, 0).identity == before
+    if name == "folder":
+        write_folder(tmp_path / "moved", 50)
+    else:
+        next((tmp_path / "moved").glob("07.*")).unlink()
+    # Streams begin anew.
+    global_batches(names, 1, 1, 0, 3, positions)
+    changed, nano = data.open_source(names, SIZE, 0).identity
+    numbers = ("48 images", "50 images") if name == "folder" else ("8 shards", "7 shards")
+    assert (before[0].split(" (")[0], changed.split(" (")[0]) == numbers and nano == "nano:text"
+
+
+# -----------------------------------------------------------------------------------------------------------
 # unusable samples are skipped and named
+
+
+NO_CAPTIONS = (None, 3, ["a", "b"], " ", "")
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet"])
+def test_captions_that_are_none_are_skipped_if_they_are_needed(kind, tmp_path, capsys):
+    for number, caption in enumerate([*NO_CAPTIONS, "good"]):
+        row = {"text": caption}
+        if kind == "folder":
+            write_images(tmp_path, f"{number}.png")
+            with (tmp_path / "metadata.jsonl").open("a") as file:
+                file.write(json.dumps({"file_name": f"{number}.png"} | row) + "\n")
+        elif kind == "tar":
+            files = {"x.png": png(number), "x.json": json.dumps(row).encode()}
+            write_tar(tmp_path / f"{number}.tar", files)
+        else:
+            write_parquet(
+                tmp_path / f"{number}/0.parquet", image=[{"bytes": png(number), "path": None}], text=[caption]
+            )
+    paths = [tmp_path] if kind != "parquet" else [tmp_path / str(number) for number in range(6)]
+    samples, needed = [], []
+    for path in paths:  # tables of different types cannot be in one folder
+        samples += data.open_source(str(path), SIZE, 0).once(None, 0, 1)
+        needed += data.open_source(str(path), SIZE, 0, captions=True).once(None, 0, 1)
+    assert sorted(map(str, (sample["caption"] for sample in samples))) == ["None"] * 5 + ["good"]
+    assert [sample["caption"] for sample in needed if "image" in sample] == ["good"]
+    reasons = [reason for sample in needed for reason in sample.get("skipped", [])]
+    assert len(reasons) == 5 and all(reason.endswith(": no caption") for reason in reasons)
+
+
+def test_requests_for_nothing_are_skipped_and_questions_are_not():
+    nothing, question = data.request("", 0.6), [("user", "<image>\nwhat?"), ("assistant", "a cat")]
+    talks = data.Transform(SIZE, text_only=True, captions=True)  # as text-to-image, also from latents
+    data.check_text("x", None, None, question, talks)
+    data.check_text("x", None, None, nothing, data.Transform(SIZE))
+    for conversation, transform in ((nothing, talks), (question, data.Transform(SIZE, captions=True))):
+        with pytest.raises(data.SkipSample, match="x: no caption"):
+            data.check_text("x", None, None, conversation, transform)
+
+
+def test_labels_out_of_range_are_skipped(tmp_path):
+    labels = (0, 9, 10, -1, None)
+    files = {}
+    for number, label in enumerate(labels):
+        files |= {f"{number}.png": png(number), f"{number}.json": json.dumps({"label": label}).encode()}
+    write_tar(tmp_path / "0.tar", files)
+    source = data.open_source(str(tmp_path), SIZE, 0)
+    assert len(list(source.once(None, 0, 1))) == 5
+    source.need_labels(10)
+    samples = list(source.once(None, 0, 1))
+    assert sorted(sample["label"] for sample in samples if "image" in sample) == [0, 9]
+    reasons = sorted(reason.split(": ")[-1] for sample in samples for reason in sample.get("skipped", []))
+    wrong = ", but the classes are 0 to 9"
+    assert reasons == [f"label -1{wrong}", f"label 10{wrong}", "no label"]
 
 
 def test_damaged_images_are_skipped_and_named(tmp_path):
@@ -676,8 +1141,9 @@ def test_hostile_files_are_skipped_and_named(tmp_path, monkeypatch):
     ):  # fmt: skip
         assert reason in messages, messages
     assert set(tmp_path.rglob("*")) == before and not (tmp_path.parent / "outside.png").exists()
-    [long] = {c for c in captions if c.startswith("star")}
+    [long] = {c for c in captions if c and c.startswith("star")}
     assert "<" not in long and len(long) <= data.MAX_CAPTION and "three" in captions
+    assert None in captions and "" not in captions
     assert not {"up", "root", "boom"} & set(captions)
 
 
