@@ -271,6 +271,8 @@ def load_guide(config: Config, model: LatentModel) -> LatentModel | None:
 def draw(config: Config, dist_ctx: DistContext) -> None:
     # ---- models -------------------------------------------------------------------------------------------
     model_class = rae.ClassToImage if config.classes else rae.text_model_class(config.model)
+    if config.best_of and model_class is rae.CaptionToImage:
+        raise ValueError(f"{config.model} cannot judge images: --best-of needs a TextToImage")
     model = common.load_model(model_class, config.model, config.autoencoder, dist_ctx)
     guide = load_guide(config, model)
     sampler = sampler_settings(config, guide)

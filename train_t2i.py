@@ -367,7 +367,11 @@ def prepare(config: Config, model: rae.LatentModel, batch: dict) -> Inputs:
         if config.condition == "class" and None in batch["label"]:
             raise ValueError(f"{config.data} has images without labels: see the top of data.py")
         if config.condition == "caption":
-            captions = [data.requested_caption(turns) or "" for turns in batch["conversation"]]
+            captions = [data.requested_caption(turns) for turns in batch["conversation"]]
+            if None in captions:
+                raise ValueError(
+                    f"{config.data} has questions: --condition caption learns from captions only"
+                )
             condition = model.condition(captions, truncate=True)
         else:
             condition = model.condition(batch["label"])
@@ -407,7 +411,7 @@ def open_data(
     """The training and the validation source. Raises ValueError for latents of another autoencoder, and for a
     reader that does not fit."""
     shape, is_text = autoencoder.latent_shape, config.condition == "text"
-    options = {"flip": config.flip, "text_only": is_text, "captions": is_text}
+    options = {"flip": config.flip, "text_only": is_text, "captions": config.condition in ("text", "caption")}
     if is_text:
         if init:
             tokenizer = init.tokenizer
