@@ -101,7 +101,7 @@ def test_numbers_without_a_meaning_are_refused(module, parse):
 
 
 def test_help_shows_the_values_of_the_preset(parse, capsys):
-    for flags, muon in (([], 0.02), (["--preset", "nano-full"], 0.0)):
+    for flags, muon in (([], 0.008), (["--preset", "nano-full"], 0.0)):
         with pytest.raises(SystemExit):
             parse(train_decoder, *flags, "-h")
         assert f"decoder's matrices (0: AdamW) (default {muon})" in " ".join(capsys.readouterr().out.split())
