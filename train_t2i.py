@@ -93,7 +93,7 @@ NANO = {  # A nano image is still recognisable at t = 0.9, where only the prompt
     # alpha of 0.92 hardly trains such noise levels. Uniform t keeps the low ones, which draw the outlines.
     "alpha": 3.0,
     "t_distribution": "uniform",
-    "muon": 0.006,
+    "muon": 0.01,
     "batch": 32,
     "draws": 2,
 }
