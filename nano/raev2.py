@@ -48,7 +48,7 @@ class Config:
     seeds: str = flag("0,1,2", "seeds of the runs, comma separated")
     steps: int = flag(600, "optimizer steps of each run", at_least=1)
     images: int = flag(16384, "images whose latents are cached", at_least=64)
-    samples: int = flag(480, "images sampled from each model and guidance", at_least=48)
+    samples: int = flag(240, "images sampled from each model and guidance", at_least=48)
     out: str = flag("runs/raev2", "folder of the runs; results.json is the table")
 
 
