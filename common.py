@@ -112,7 +112,7 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
     if flags.get("resume") and saved.is_file():
         try:
             base = dict(json.loads(saved.read_text()))
-            config(**base)  # knows all of its values
+            config(**base)  # a TypeError names a value that this script does not know
         except (ValueError, TypeError) as error:
             raise ValueError(f"cannot read {saved}: {one_line(error)}") from error
     values = config(**(base | flags))
@@ -226,11 +226,9 @@ class DistContext:
         if self.mesh is None:
             return f"{self.device.type}, 1 process, {dtype} compute, fp32 weights"
         backend = "nccl" if self.device.type == "cuda" else "gloo"
+        processes = f"{self.device.type}, {self.world_size} processes ({backend})"
         replicas, shards = self.mesh.shape
-        return (
-            f"{self.device.type}, {self.world_size} processes ({backend}), {dtype} compute, fp32 weights, "
-            f"{replicas} replicas of {shards} shards"
-        )
+        return f"{processes}, {dtype} compute, fp32 weights, {replicas} replicas of {shards} shards"
 
 
 def init_distributed(dtype: str = "auto", shard: str = "none") -> DistContext:
@@ -678,15 +676,15 @@ def plot_losses(metrics: Path, path: Path) -> None:
 @contextmanager
 def loading(source: str | Path):
     """Turns whatever reading a model raises into one ValueError that names the source."""
-    folder, is_file = Path(source), str(source).endswith((".pt", ".zstd"))
+    name, folder = str(source), Path(source)
+    is_file = name.endswith((".pt", ".zstd"))
     # a pipeline of diffusers keeps its VAE in the folder vae
-    has_config = (folder / "config.json").is_file() or (folder / "vae" / "config.json").is_file()
+    has_config = any((folder / config).is_file() for config in ("config.json", "vae/config.json"))
     if folder.exists() and not is_file and not has_config:
         raise ValueError(f"{source} is no model folder: it has no config.json")
-    # org/name on the hub
-    on_hub = str(source).count("/") == 1 and not str(source).startswith((".", "/"))
-    released = {**convert.RELEASED, **convert.RELEASED_DITS, **convert.RELEASED_TEXT_TO_IMAGE}
-    if not (folder.exists() or on_hub or is_file or str(source) in released):
+    on_hub = name.count("/") == 1 and not name.startswith((".", "/"))  # org/name
+    released = {*convert.RELEASED, *convert.RELEASED_DITS, *convert.RELEASED_TEXT_TO_IMAGE}
+    if not (folder.exists() or on_hub or is_file or name in released):
         raise ValueError(f"no model at {source}: give a folder of save_pretrained, or a hub id like org/name")
     try:
         yield
@@ -815,7 +813,7 @@ class Run:
         export: the main process's unsharded copy of modules["ema"], by way of which `save` writes the model
             folder
         frozen: other models that the run depends on, by name; after a change of one it cannot be resumed
-        data: what identifies the data, as JSON; after a change the run goes on, and says so
+        data: what identifies the data, a list of str; after a change the run goes on, and says so
         """
         self.modules, self.optimizers, self.export = modules, optimizers, export
         self.identity = from_main(partial(self.identify, frozen or {}, data), self.dist_ctx)
@@ -831,7 +829,7 @@ class Run:
         fixed = {name: p for name, p in self.export.named_parameters() if not p.requires_grad}
         hashes = {f"frozen {type(self.export).__name__}": hash_tensors(fixed)}
         hashes |= {name: fingerprint(model) for name, model in frozen.items() if model}
-        return json.loads(json.dumps({"frozen": hashes, "data": data}))
+        return {"frozen": hashes, "data": data}
 
     def newest_undamaged(self) -> dict:
         """The state of the first of `sources` whose files are as they were written; `source` is that one."""
@@ -869,10 +867,8 @@ class Run:
             # ---- compare names and shapes with the model's, for one clear error
             tensors = training_state(self.modules, self.optimizers)
             reader = dcp.HuggingFaceStorageReader(self.source)
-            metadata = reader.read_metadata().state_dict_metadata
-            # The second number is the elements in all chunks: it tells whether any rank's file is missing.
-            saved = {k: (v.size, sum(c.sizes.numel() for c in v.chunks)) for k, v in metadata.items()}
-            expected = {k: (v.size(), v.numel()) for k, v in tensors.items()}
+            saved = {k: v.size for k, v in reader.read_metadata().state_dict_metadata.items()}
+            expected = {k: v.size() for k, v in tensors.items()}
             wrong = [k for k in expected.keys() | saved.keys() if expected.get(k) != saved.get(k)]
             if wrong:
                 raise ValueError(f"{len(wrong)} tensors do not fit this model, such as {min(wrong)}")

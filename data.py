@@ -334,9 +334,7 @@ def sample_or_reason(row: dict, transform: Transform, uniform: np.ndarray) -> di
         return {"skipped": [str(error)]}
 
 
-def check_text(
-    name: str, caption: str | None, label: int | None, conversation: list, transform: Transform
-) -> None:
+def check_text(name: str, caption: str | None, label: int | None, conversation: list, transform: Transform):
     """Raises SkipSample without the caption or label that the transform needs, or beyond max_seq_len."""
     # Conversations, which text_only stands for, need no caption, but may not ask for nothing either.
     talks = transform.text_only and requested_caption(conversation) != ""
@@ -485,8 +483,9 @@ def scan(directory: str, changed: int) -> tuple[list[str], list[str], list[str]]
         shown = [x for x in entries if not x.name.startswith(".") and x.name != "__MACOSX"]
     # A broken link is skipped and named when it is read; a pipe would wait for ever.
     files = [x.path for x in shown if x.is_file() or x.is_symlink() and not x.is_dir()]
-    folders = sorted(x.path for x in shown if x.is_dir(follow_symlinks=False))
-    return files, folders, sorted(x.path for x in shown if x.is_dir() and x.is_symlink())
+    folders = [x.path for x in shown if x.is_dir(follow_symlinks=False)]
+    links = sorted((x.path for x in shown if x.is_dir() and x.is_symlink()), reverse=True)
+    return files, folders, links
 
 
 class Folder:
@@ -598,8 +597,8 @@ class LatentFolder:
         self.info = json.loads((folder / "latents.json").read_text())
         # (rows, 1 or 2, N, C) float16; the second view is the mirror image
         self.parts = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))]
-        texts = [path.read_text() for path in sorted(folder.glob("*.jsonl"))]
-        self.rows = [json.loads(line) for text in texts for line in text.splitlines()]
+        text = "".join(path.read_text() for path in sorted(folder.glob("*.jsonl")))
+        self.rows = [json.loads(line) for line in text.splitlines()]
         self.ends = np.cumsum([len(part) for part in self.parts])
         if not self.rows or not self.ends[-1] == len(self.rows) == self.info["images"]:
             raise ValueError("the number of latents differs from that of captions: encode again")
@@ -608,8 +607,7 @@ class LatentFolder:
             raise ValueError("it has no mirror images: encode with --flip, or train without it")
         self.folder, self.seed, self.transform = folder, seed, transform
         self.class_names = self.info.get("class_names")
-        content = short_hash("".join(texts).encode(errors="replace"))
-        self.identity = f"{len(self.rows):,} latents ({content})"
+        self.identity = f"{len(self.rows):,} latents ({short_hash(text.encode(errors='replace'))})"
         self.shuffled = Shuffled(str(folder), len(self.rows), seed)
 
     def __getitem__(self, number: int) -> dict:
@@ -790,20 +788,19 @@ def open_table(name: str, path: str, files: list[str] | None = None) -> dict[str
     columns += [key for key in ("image", *IMAGES) if "binary" in str(features.get(key))]
     if not columns:
         raise ValueError(f"no image column, only {', '.join(features) or 'none'}")
-    shards = range(table.num_shards)
-    return {str(shard): partial(table_rows, name, table, shard, columns[0]) for shard in shards}
+    return {str(n): partial(table_rows, name, table, n, columns[0]) for n in range(table.num_shards)}
 
 
 def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
     """The rows of one shard of a streamed table, with images as bytes."""
     from datasets.utils.file_utils import xopen
 
-    number = 0
+    number = itertools.count()
     # .iter, because plain iteration would divide the rows among the DataLoader's workers.
     for block in table.shard(table.num_shards, shard).iter(BLOCK):  # a list for every column
         for values in zip(*block.values(), strict=True):
             row = dict(zip(block, values, strict=True))
-            result = known_fields(row) | {"name": f"{name}: shard {shard}, row {number}"}
+            result = known_fields(row) | {"name": f"{name}: shard {shard}, row {next(number)}"}
             image = row[column] or {}
             if isinstance(image, dict):
                 try:
@@ -811,7 +808,6 @@ def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
                 except OSError as error:
                     result["error"] = f"cannot read the image: {error}"
             yield result | {"image": image}
-            number += 1
 
 
 # -----------------------------------------------------------------------------------------------------------
