@@ -1165,7 +1165,7 @@ def blame(notes: list, deaths: Counter) -> str:
     """Counts and returns the samples that dead workers read."""
     time.sleep(0.1)  # a process that is killed takes a moment to end
     alive = {child.pid for child in multiprocessing.active_children()}
-    parts = [note.value.decode().partition(" ") for note in notes]
+    parts = [note.value.decode(errors="replace").partition(" ") for note in notes]
     names = [name for pid, _, name in parts if name and int(pid) not in alive]
     deaths.update(names)
     return ", ".join(names) or "no image"
