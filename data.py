@@ -481,11 +481,12 @@ def scan(directory: str, changed: int) -> tuple[list[str], list[str], list[str]]
     """The files, folders and links to folders in a directory; read again only if it was changed since."""
     with os.scandir(directory) as entries:
         shown = [x for x in entries if not x.name.startswith(".") and x.name != "__MACOSX"]
-    # A broken link is skipped and named when it is read; a pipe would wait for ever.
-    files = [x.path for x in shown if x.is_file() or x.is_symlink() and not x.is_dir()]
+    # An entry's own is_dir raises where links form a loop.
+    links = sorted((x.path for x in shown if x.is_symlink() and os.path.isdir(x.path)), reverse=True)
     folders = [x.path for x in shown if x.is_dir(follow_symlinks=False)]
-    links = sorted((x.path for x in shown if x.is_dir() and x.is_symlink()), reverse=True)
-    return files, folders, links
+    # A broken link is skipped and named when it is read; a pipe would wait for ever.
+    paths = [x.path for x in shown if x.is_symlink() or x.is_file()]
+    return [path for path in paths if path not in links], folders, links
 
 
 class Folder:
@@ -930,14 +931,14 @@ def find_shards(name: str, path: Path) -> dict[str, Callable]:
 def train_split(name: str, files: list[str]) -> list[str]:
     """The files without those for validation and tests, if names say that some are for training."""
     words = [set(re.split("[^a-z]+", file.lower())) for file in files]
-    others = {"test", "testing", "val", "valid", "validation", "dev", "eval"}
     in_train = [any(word.startswith("train") for word in some) for some in words]
-    if any(in_train):
-        parts = zip(files, words, in_train, strict=True)
-        return [file for file, some, train in parts if train or not some & others]
-    if files and all(some & others for some in words):
-        say(f"{name} has only files for validation or tests: they are used")
-    return files
+    others = {"test", "testing", "val", "valid", "validation", "dev", "eval"}
+    in_test = [bool(some & others) for some in words]
+    if not any(in_train):
+        if files and all(in_test):
+            say(f"{name} has only files for validation or tests: they are used")
+        return files
+    return [file for file, train, test in zip(files, in_train, in_test, strict=True) if train or not test]
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -107,7 +107,9 @@ class Config(common.TrainConfig):
     out: str = flag("runs/decoder", "folder of this run")
     # model
     encoder: str = flag(str(common.WEIGHTS / "encoder"), "frozen encoder: transformers folder or hub id")
-    encoder_size: int | None = flag(None, "side of its input in pixels (default: its config's)", at_least=1)
+    encoder_size: int | None = flag(
+        None, "side of its input in pixels (default: that of its config)", at_least=1
+    )
     decoder: str = flag("nano", "size of the decoder", choices=rae.DECODERS)
     patch_size: int | None = flag(None, "pixels per token and side (default: the encoder's)", at_least=1)
     init: str = flag("", "start from this RAE (folder, hub id or name) instead of a new decoder")

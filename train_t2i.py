@@ -129,7 +129,9 @@ class Config(common.TrainConfig):
         "frozen part: the language model, or all but the DiT, its connector and the latent queries",
         choices=["none", "language-model", "all-but-dit"],
     )
-    alpha: float | None = flag(None, "timestep shift (default: --init's, or sqrt(N C / 4096))", above=0)
+    alpha: float | None = flag(
+        None, "factor of the timestep shift (default: --init's, or sqrt(N C / 4096))", above=0
+    )
     # data
     data: str = flag("", "source of images, or several with weights, see data.py (default: nano)")
     val_data: str = flag("", "held-out source (default: --data with another seed, held out for nano only)")
@@ -459,8 +461,10 @@ def main() -> None:
     if config.init:
         for name in ("dit", "language_model"):
             if name in config.given and not config.resumed:
-                flag_name = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag_name} is for a new model: that of --init {config.init} has its own")
+                flag_name = name.replace("_", "-")
+                raise ValueError(
+                    f"--{flag_name} is for a new model: that of --init {config.init} has its own"
+                )
         cls = rae.TextToImage if is_text else rae.ClassToImage
         with common.loading(config.init):
             init = cls.from_pretrained(config.init, config.autoencoder).train()
