@@ -89,15 +89,11 @@ class Config:
     autoencoder: str = flag("", "RAE or VAE: folder or hub id (default: the one that the model names)")
     # sampler
     steps: int = flag(50, "sampling steps", at_least=1)
-    guidance: float = flag(
-        3.0, "guidance scale: classifier-free, or AutoGuidance with --guide; 1 is off", at_least=0
-    )
+    guidance: float = flag(3.0, "scale of classifier-free guidance, or of --guide; 1 is off", at_least=0)
     guide: str = flag("", "weaker model of the same latents, for AutoGuidance")
     internal_guidance: float = flag(1.0, "scale of the guidance by the base head of a RAEv2 model; 1 is off")
     interval: str = flag("0,1", "guidance interval of t; t = 1 is noise")
-    skip: int | None = flag(
-        None, "also guide, at scale 2, by the model without this block of the DiT", at_least=0
-    )
+    skip: int | None = flag(None, "also guide, at scale 2, by the DiT without this block", at_least=0)
     solver: str = flag("euler", "ODE solver", choices=["euler", "heun"])
     grid: str = flag("full", "timesteps; the others are the papers'", choices=["full", "rae", "scale-rae"])
     seed: int = flag(0, "seed of the first image of each prompt", at_least=0, at_most=2**63)
@@ -197,9 +193,7 @@ def prompt_jobs(config: Config, count: int) -> list[list[Job]]:
     if layout == "none":
         # A prompt that is given twice would give the same images twice.
         prompts = list(dict.fromkeys(prompts))
-    stems = [file_name(prompt) for prompt in prompts]
-    if layout == "dpg":
-        stems = [file.stem for file in dpg_files(config)]
+    stems = [file.stem for file in dpg_files(config)] if layout == "dpg" else map(file_name, prompts)
     groups = []
     for i, (prompt, stem) in enumerate(zip(prompts, stems, strict=True)):
         group = []

@@ -120,24 +120,16 @@ class Config(common.TrainConfig):
         None, "side of its input in pixels (default: that of its config)", at_least=1
     )
     decoder: str = flag("nano", "size of the decoder", choices=rae.DECODERS)
-    patch_size: int | None = flag(
-        None, "side in pixels of a token's output (default: the encoder's patch)", at_least=1
-    )
+    patch_size: int | None = flag(None, "pixels per token and side (default: the encoder's)", at_least=1)
     init: str = flag("", "start from this RAE (folder, hub id or name) instead of a new decoder")
     generator: str = flag("", "text-to-image model: decode latents that it regenerated from noised ones")
-    statistics: int = flag(
-        8192, "images to measure latent mean and std on (0: do not normalise; -1: all)", at_least=-1
-    )
+    statistics: int = flag(8192, "images to measure latent mean and std on (0: none; -1: all)", at_least=-1)
     # data
     data: str = flag("nano", "source of images, or several with weights, see data.py")
-    crop: str = flag(
-        "centre", "centre square, or a random one at 1.5 x the size", choices=["centre", "random"]
-    )
+    crop: str = flag("centre", "random: a square at 1.5 x the size", choices=["centre", "random"])
     # losses
     tau: float = flag(0.0, "noise-augmented decoding: an image's sigma is uniform in [0, tau)", at_least=0)
-    perceptual: str = flag(
-        "none", "its features: VGG16's or the encoder's", choices=["lpips", "encoder", "none"]
-    )
+    perceptual: str = flag("none", "features: VGG16's or encoder's", choices=["lpips", "encoder", "none"])
     gram_weight: float = flag(0.0, "weight of the distance of the features' Gram matrices", at_least=0)
     gan_weight: float = flag(0.0, "weight of the adversarial loss (0: no discriminator)", at_least=0)
     adaptive: bool = flag(True, "scale the adversarial gradient to that of the other losses (VQGAN)")
@@ -595,9 +587,7 @@ def build_model(config: Config, dist_ctx: common.DistContext) -> tuple[rae.RAE, 
         return model.to(dist_ctx.device), None
     model = generator.autoencoder if generator else common.load_autoencoder(config.init, dist_ctx)
     if not isinstance(model, rae.RAE):
-        raise ValueError(
-            "--init, or the generator's autoencoder, is a VAE: this script trains an RAE's decoder"
-        )
+        raise ValueError("--init, or the generator's autoencoder, is a VAE: only an RAE's decoder is trained")
     for name, actual in (("patch_size", model.decoder.patch_size), ("encoder_size", model.encoder_size)):
         value = getattr(config, name)
         if value not in (None, actual):
@@ -678,10 +668,8 @@ def save_grid(run: common.Run, ema: rae.RAE, images: Tensor, dist_ctx: common.Di
 def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
     if config.gan_weight and config.gan_start < config.disc_start:
-        raise ValueError(
-            f"--gan-start {config.gan_start}: the discriminator starts to train at --disc-start "
-            f"{config.disc_start}, so the decoder cannot learn from it earlier"
-        )
+        flags = f"--gan-start {config.gan_start} is before --disc-start {config.disc_start}"
+        raise ValueError(f"{flags}: the decoder cannot learn from an untrained discriminator")
     dist_ctx = common.init_distributed(config.dtype, config.shard)
     device = dist_ctx.device
     run = common.Run(config, dist_ctx)

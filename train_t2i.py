@@ -172,9 +172,7 @@ class Config(common.TrainConfig):
     val_data: str = flag("", "held-out source (default: --data with another seed, held out for nano only)")
     eval_every: int = flag(500, "steps between validation losses", at_least=1)
     flip: bool = flag(False, "mirror half of the images")
-    max_seq_len: int = flag(
-        512, "tokens of a conversation, images included; longer ones are skipped", at_least=1
-    )
+    max_seq_len: int = flag(512, "most tokens of a conversation, images included", at_least=1)
     # optimization
     steps: int = flag(10_000, "optimizer steps", at_least=1)
     lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector", above=0)
@@ -190,12 +188,8 @@ class Config(common.TrainConfig):
     base_weight: float = flag(1.0, "weight of the base head's loss, if the DiT has one", at_least=0)
     draws: int = flag(1, "draws of noise and t per image; the condition is computed once", at_least=1)
     noise_only_steps: int = flag(0, "first steps of a new model at t = 1 only", at_least=0)
-    dropout: float = flag(
-        0.1, "condition dropout: fraction of images trained with the null condition", at_least=0, at_most=1
-    )
-    ema: float = flag(
-        0.999, "EMA decay of the weights that are saved and sampled (0: no EMA)", at_least=0, at_most=1
-    )
+    dropout: float = flag(0.1, "share of images with the null condition", at_least=0, at_most=1)
+    ema: float = flag(0.999, "EMA decay of the weights that are saved (0: no EMA)", at_least=0, at_most=1)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -433,16 +427,13 @@ def open_data(
     infos += [(val_name, info) for info in val_source.latents]
     for name, info in infos:
         if tuple(info["latent_shape"]) != shape or not is_of(info, config.autoencoder, autoencoder):
-            raise ValueError(
-                f"{name} has latents {tuple(info['latent_shape'])} of {info['autoencoder']}. That is not "
-                f"--autoencoder {config.autoencoder} with {shape}, or its weights have changed: give the "
-                f"one that made them, or run encode.py again"
-            )
+            made_by = f"{tuple(info['latent_shape'])} of {info['autoencoder']}"
+            now = f"--autoencoder {config.autoencoder} with {shape}, or its weights have changed"
+            cure = "give the one that made them, or run encode.py again"
+            raise ValueError(f"{name} has latents {made_by}. That is not {now}: {cure}")
     if reader and not (is_text and reader.latent_shape[0] == shape[0]):
-        raise ValueError(
-            f"--reader {config.reader} has {reader.latent_shape[0]} tokens: it needs as many as the latents, "
-            f"{shape[0]}, and --condition text"
-        )
+        tokens = f"{reader.latent_shape[0]} tokens, the latents {shape[0]}"
+        raise ValueError(f"--reader {config.reader} has {tokens}: use as many, and --condition text")
     if reader and source.latents:
         raise ValueError(f"--reader {config.reader} reads images, but {config.data} has latents only")
     return source, val_source
@@ -462,9 +453,8 @@ def validation_batch(config: Config, source: data.Mixture) -> dict:
         if config.condition not in ("text", "caption") or any(caption is not None for caption in asks):
             return batch
     name = config.val_data or config.data
-    raise ValueError(
-        f"{name} asks for no image in its first {16 * VAL_SAMPLES} samples: give another --val-data"
-    )
+    count = 16 * VAL_SAMPLES
+    raise ValueError(f"{name} asks for no image in its first {count} samples: give another --val-data")
 
 
 class Validation:
