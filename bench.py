@@ -187,7 +187,7 @@ def dit_step(name: str, config: Config, dist_ctx: DistContext) -> tuple[Call, li
 
     def flow_loss(inputs, latents: Tensor, rows: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         x_t = (1 - t[rows, None, None]) * latents[rows] + t[rows, None, None] * noise[rows]
-        velocity, cross_entropy = model(inputs, x_t, t[rows], dropped[rows], context)
+        velocity, _, cross_entropy = model(inputs, x_t, t[rows], dropped[rows], context)
         return (velocity - (noise[rows] - latents[rows])).square().mean(), cross_entropy
 
     def class_loss(n: int) -> Tensor:

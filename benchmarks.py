@@ -128,11 +128,8 @@ MAX_OBJECTS = 16  # per class
 POSITION_MARGIN = 0.1  # distance beyond which one object is beside another, in units of their sizes
 QUERIES = 100  # detections per image, before the threshold
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-COLOR_PROMPTS = (
-    "a photo of a {color} {name}",
-    "a photo of a {color}-colored {name}",
-    "a photo of a {color} object",
-)
+COLOR_PROMPTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}")
+COLOR_PROMPTS += ("a photo of a {color} object",)
 GREY = "#999999"  # background of an object whose colour is classified
 CLASSES = (  # COCO's 80 in their order, spelled as in GenEval's prompts
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire "
@@ -225,8 +222,7 @@ def confident(detections: dict[str, list[Detection]], tag: str) -> dict[str, lis
     kept = {}
     for name, objects in detections.items():
         best = sorted(objects, key=lambda o: -o.score)[:MAX_OBJECTS]
-        best = [o for o in best if o.score > threshold]
-        if best:
+        if best := [o for o in best if o.score > threshold]:
             kept[name] = best
     return kept
 
@@ -326,12 +322,11 @@ def read_geneval(prompt: Path) -> dict:
     try:
         # the first JSON value, of one line or indented; utf-8-sig: editors may add a byte order mark
         metadata, _ = json.JSONDecoder().raw_decode(path.read_text("utf-8-sig").lstrip())
-        complete = {"tag", "prompt", "include"} <= metadata.keys()
+        if {"tag", "prompt", "include"} <= metadata.keys():
+            return metadata
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    if not complete:
-        raise ValueError(f"{path} is not GenEval's: it needs tag, prompt and include")
-    return metadata
+    raise ValueError(f"{path} is not GenEval's: it needs tag, prompt and include")
 
 
 def geneval_images(folder: Path) -> list[tuple[Path, dict]]:
@@ -371,15 +366,9 @@ class GenEvalScorer:
         details = {}
         for name, objects in detections.items():
             details[name] = [[round(x, 2) for x in (*o.box, o.score)] for o in objects]
-        return {
-            "filename": str(path),
-            "tag": metadata["tag"],
-            "prompt": metadata["prompt"],
-            "correct": correct,
-            "reason": "\n".join(reasons),
-            "metadata": json.dumps(metadata),
-            "details": json.dumps(details),
-        }
+        row = {"filename": str(path), "tag": metadata["tag"], "prompt": metadata["prompt"]}
+        row |= {"correct": correct, "reason": "\n".join(reasons)}
+        return row | {"metadata": json.dumps(metadata), "details": json.dumps(details)}
 
 
 def geneval_summary(rows: list[dict]) -> dict[str, tuple[float, int]]:
@@ -463,9 +452,8 @@ def read_dpg(path: str) -> dict[str, dict[int, Question]]:
                     row["question_natural_language"], parents, row["category_broad"], row["category_detailed"]
                 )
     except (KeyError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not DPG-Bench's table (item_id, proposition_id, ...): {error!r}"
-        ) from None
+        table = "DPG-Bench's table (item_id, proposition_id, ...)"
+        raise ValueError(f"{path} is not {table}: {error!r}") from None
     return dict(items)
 
 

@@ -37,6 +37,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
 
 import convert
 import rae
@@ -112,10 +113,9 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
     if flags.get("resume") and saved.is_file():
         try:
             base = dict(json.loads(saved.read_text()))
+            config(**base)  # a TypeError names a value that this script does not know
         except (ValueError, TypeError) as error:
             raise ValueError(f"cannot read {saved}: {one_line(error)}") from error
-        if unknown := set(base) - {field.name for field in dataclasses.fields(config)}:
-            raise ValueError(f"{saved} has values that this script does not know: {', '.join(unknown)}")
     values = config(**(base | flags))
     values.given, values.resumed = set(flags), bool(flags.get("resume") and saved.is_file())
     # ---- checks: argparse has not seen the values of a config.json
@@ -229,11 +229,9 @@ class DistContext:
         if self.mesh is None:
             return f"{self.device.type}, 1 process, {dtype} compute, fp32 weights"
         backend = "nccl" if self.device.type == "cuda" else "gloo"
+        processes = f"{self.device.type}, {self.world_size} processes ({backend})"
         replicas, shards = self.mesh.shape
-        return (
-            f"{self.device.type}, {self.world_size} processes ({backend}), {dtype} compute, fp32 weights, "
-            f"{replicas} replicas of {shards} shards"
-        )
+        return f"{processes}, {dtype} compute, fp32 weights, {replicas} replicas of {shards} shards"
 
 
 def init_distributed(dtype: str = "auto", shard: str = "none") -> DistContext:
@@ -395,19 +393,79 @@ def count_flops(module: nn.Module, *inputs: Tensor, **kwargs: Tensor) -> int:
 # optimizer step, schedule, EMA
 
 
-class Muon(torch.optim.Muon):
-    """Muon that can skip a step on the device, as fused AdamW does: `found_inf` of 1 leaves all as it is."""
+# Newton-Schulz coefficients of Polar Express (arXiv 2505.16932), one triple per iteration, as RAEv2 uses them
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115952949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845749493, 0.4188073119525673),
+)
+
+
+def orthogonalise(x: Tensor) -> Tensor:
+    """Moves all singular values of matrices (..., out, in) close to 1."""
+    # fp32, TF32 on a GPU: rounding to bf16 adds directions without a gradient, which would grow to full size
+    x = x.float() / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x
+    for a, b, c in POLAR_EXPRESS:
+        # for singular values up to 1.05, which rounding can make
+        a, b, c = a / 1.05, b / 1.05**3, c / 1.05**5
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update of a matrix (out, in) is orthogonalised and then scaled by 0.2
+    sqrt(max(out, in)), the size of an AdamW update, so that both take the same learning rates (RAEv2).
+
+    Groups may have `parts`, the number of projections fused in a matrix, each orthogonalised by itself; and
+    `side`, the larger side without padding. `found_inf` of 1 leaves all as it is, as in fused AdamW."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1, "side": None}
+        super().__init__(params, defaults)
+        self.found_inf = torch.zeros(())
 
     @torch.no_grad()
     def step(self) -> None:
-        # weights and momentum, to be put back where the step is skipped
-        changing = [p for group in self.param_groups for p in group["params"]]
-        changing += [buffer for state in self.state.values() for buffer in state.values()]
-        before = [local_tensor(tensor).clone() for tensor in changing]
-        super().step()
-        for tensor, old in zip(changing, before, strict=True):
-            new = local_tensor(tensor)
-            new.copy_(torch.where(self.found_inf > 0, old, new))
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                self.update(p, self.state[p]["momentum_buffer"], group)
+
+    def update(self, p: Tensor, momentum: Tensor, group: dict) -> None:
+        skip = self.found_inf.to(p.device) > 0
+        averaged = group["momentum"] * momentum + p.grad
+        # every rank orthogonalises the whole matrix and keeps its shard
+        nesterov = full_tensor(p.grad + group["momentum"] * averaged)
+        step = orthogonalise(nesterov.unflatten(0, (group["parts"], -1))).flatten(0, 1)
+        if hasattr(p, "device_mesh"):
+            step = distribute_tensor(step, p.device_mesh, p.placements, src_data_rank=None)
+        side = group["side"] or max(nesterov.shape[0] // group["parts"], nesterov.shape[1])
+        weights, buffer = local_tensor(p), local_tensor(momentum)
+        decayed = (1 - group["lr"] * group["weight_decay"]) * weights
+        new = decayed - group["lr"] * 0.2 * math.sqrt(side) * local_tensor(step)
+        weights.copy_(torch.where(skip, weights, new))
+        buffer.copy_(torch.where(skip, buffer, local_tensor(averaged)))
+
+
+def muon_groups(module: nn.Module, matrices: list[nn.Parameter]) -> list[dict]:
+    """The parameter groups of `Muon` for matrices of a module: what is fused in rae.py's layers is split."""
+    treatment = {}
+    for layer in module.modules():
+        if isinstance(layer, rae.Attention):
+            treatment[layer.qkv.weight] = (3, None)
+        elif isinstance(layer, rae.SwiGLU):
+            side = max(layer.hidden, layer.w3.out_features)
+            treatment |= {layer.w12.weight: (2, side), layer.w3.weight: (1, side)}
+    groups = defaultdict(list)
+    for matrix in matrices:
+        groups[treatment.get(matrix, (1, None))].append(matrix)
+    return [{"params": params, "parts": n, "side": side} for (n, side), params in groups.items()]
 
 
 class Optimizers:
@@ -557,12 +615,6 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(path.rename(doomed))
 
 
-def free_name(path: Path) -> Path:
-    """The path with a number at its end, which no file has yet."""
-    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
-    return next(name for name in names if not name.exists())
-
-
 def file_checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
@@ -687,15 +739,15 @@ def plot_losses(metrics: Path, path: Path) -> None:
 @contextmanager
 def loading(source: str | Path):
     """Turns whatever reading a model raises into one ValueError that names the source."""
-    folder, is_file = Path(source), str(source).endswith((".pt", ".zstd"))
+    name, folder = str(source), Path(source)
+    is_file = name.endswith((".pt", ".zstd"))
     # a pipeline of diffusers keeps its VAE in the folder vae
-    has_config = (folder / "config.json").is_file() or (folder / "vae" / "config.json").is_file()
+    has_config = any((folder / config).is_file() for config in ("config.json", "vae/config.json"))
     if folder.exists() and not is_file and not has_config:
         raise ValueError(f"{source} is no model folder: it has no config.json")
-    # org/name on the hub
-    on_hub = str(source).count("/") == 1 and not str(source).startswith((".", "/"))
-    released = {**convert.RELEASED, **convert.RELEASED_DITS, **convert.RELEASED_TEXT_TO_IMAGE}
-    if not (folder.exists() or on_hub or is_file or str(source) in released):
+    on_hub = name.count("/") == 1 and not name.startswith((".", "/"))  # org/name
+    released = {*convert.RELEASED, *convert.RELEASED_DITS, *convert.RELEASED_TEXT_TO_IMAGE}
+    if not (folder.exists() or on_hub or is_file or name in released):
         raise ValueError(f"no model at {source}: give a folder of save_pretrained, or a hub id like org/name")
     try:
         yield
@@ -751,7 +803,7 @@ class Run:
         self.out, self.config, self.dist_ctx = Path(config.out), config, dist_ctx
         self.checkpoints, self.metrics = self.out / "checkpoints", self.out / "metrics.jsonl"
         self.stop_signal, self.pending, self.wandb = None, None, None
-        self.skipped_samples, self.first_reason, self.has_warned = 0, "", False
+        self.skipped_samples, self.has_warned = 0, False
         self.flops_per_step = 0
         # a group of its own: checkpoints are written in a thread, which must not mix with the loop's sums
         self.group = dist.new_group(backend="gloo") if dist_ctx.world_size > 1 else None
@@ -762,21 +814,21 @@ class Run:
     def open_folder(self) -> list[Path]:
         """Claims OUT for this run. Returns the checkpoints to resume from, the best first; raises ValueError
         if OUT is in use, is another run's or holds somebody else's files."""
-        complete, resume = self.complete_checkpoints(), self.config.resume
-        another = "choose another --out"
+        complete, resume, another = self.complete_checkpoints(), self.config.resume, "choose another --out"
         if complete and not resume:
             raise ValueError(f"{self.out} already holds a run: give --resume, or {another}")
         # ---- what is not ours: a model folder, a project
+        lock = self.out / ".lock"
         names = ("config.json", "model", "metrics.jsonl", "losses.png")
         found = [name for name in names if (self.out / name).exists()]
-        if found and not (complete or self.has_config()):
+        if found and not (complete or lock.exists()):
             raise ValueError(f"{self.out / found[0]} is there, but not of a run of this script: {another}")
         if "model" in found and not resume:
             raise ValueError(f"{self.out / 'model'} is there, but no checkpoint to go on from: {another}")
         # ---- one run at a time
         with writing(self.out):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.out / ".lock").open("a")  # open as long as the process runs
+            self.lock = lock.open("a")  # open as long as the process runs
         try:
             # the lock ends with this process, also if it is killed; data loading processes do not inherit it
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -787,7 +839,7 @@ class Run:
             pass  # a file system without locks
         # ---- where to resume
         if resume in ("", "auto"):
-            return self.numbered_folders()[::-1] if self.complete_checkpoints() else []
+            return complete[::-1]
         source = Path(resume)
         if not (source / "state.json").is_file():
             raise ValueError(f"--resume {source}: give auto, or a folder of {self.checkpoints}")
@@ -795,22 +847,11 @@ class Run:
             raise ValueError(f"--resume {source} is not of {self.out}, which holds another run: {another}")
         return [source]
 
-    def has_config(self) -> bool:
-        """Whether OUT/config.json is one that `begin` wrote."""
-        try:
-            saved = json.loads((self.out / "config.json").read_text())
-        except (OSError, ValueError):
-            return False
-        known = {field.name for field in dataclasses.fields(self.config)}
-        return isinstance(saved, dict) and "batch" in saved and set(saved) <= known
-
-    def numbered_folders(self) -> list[Path]:
-        """The folders in OUT/checkpoints with the name of a step, in order."""
-        paths = [path for path in self.checkpoints.glob("*") if re.fullmatch(r"\d{7,}", path.name)]
-        return sorted((path for path in paths if path.is_dir()), key=lambda path: int(path.name))
-
     def complete_checkpoints(self) -> list[Path]:
-        return [path for path in self.numbered_folders() if (path / "state.json").is_file()]
+        """In order of their steps."""
+        paths = [path.parent for path in self.checkpoints.glob("*/state.json")]
+        steps = [path for path in paths if re.fullmatch(r"\d{7,}", path.name)]
+        return sorted(steps, key=lambda path: int(path.name))
 
     def gather(self, value) -> list:
         """The values of all ranks."""
@@ -835,7 +876,7 @@ class Run:
         export: the main process's unsharded copy of modules["ema"], by way of which `save` writes the model
             folder
         frozen: other models that the run depends on, by name; after a change of one it cannot be resumed
-        data: what identifies the data, as JSON; after a change the run goes on, and says so
+        data: what identifies the data, a list of str; after a change the run goes on, and says so
         """
         self.modules, self.optimizers, self.export = modules, optimizers, export
         self.identity = from_main(partial(self.identify, frozen or {}, data), self.dist_ctx)
@@ -844,7 +885,6 @@ class Run:
             state = self.newest_undamaged()
             self.restore(state)
         self.saved_step = state["step"]
-        self.skips_since = (state["step"], self.skipped_samples)
         return state
 
     def identify(self, frozen: dict[str, nn.Module | None], data) -> dict:
@@ -852,40 +892,33 @@ class Run:
         fixed = {name: p for name, p in self.export.named_parameters() if not p.requires_grad}
         hashes = {f"frozen {type(self.export).__name__}": hash_tensors(fixed)}
         hashes |= {name: fingerprint(model) for name, model in frozen.items() if model}
-        return json.loads(json.dumps({"frozen": hashes, "data": data}))
+        return {"frozen": hashes, "data": data}
 
     def newest_undamaged(self) -> dict:
-        """The state of the first of `sources` whose files are as they were written."""
+        """The state of the first of `sources` whose files are as they were written; `source` is that one."""
         for source, before in itertools.zip_longest(self.sources, self.sources[1:]):
+            self.source, state, damage = source, {}, None
             try:
-                self.source = source
-                return self.verify(source)
-            except ValueError as error:
-                if before is None:
-                    raise
-                if self.dist_ctx.is_main:
-                    print(f"{error}; going back to {before}", file=sys.stderr, flush=True)
-
-    def verify(self, source: Path) -> dict:
-        """The state of a checkpoint. Raises ValueError, on all ranks, if one of its files is damaged."""
-        state, damage = {}, None
-        try:
-            state = json.loads((source / "state.json").read_text())
-            if not {"step", "positions"} <= state.keys():
-                raise ValueError("state.json is damaged: it has no step")
-            is_old = not {"identity", "checksums"} & state.keys()
-            checksums = {} if is_old else state.pop("checksums")
-            # every rank reads its part of the files
-            for name in sorted(checksums)[self.dist_ctx.rank :: self.dist_ctx.world_size]:
-                actual = state_checksum(state) if name == "state.json" else file_checksum(source / name)
-                if actual != checksums[name]:
-                    raise ValueError(f"{name} is damaged: its checksum differs")
-        except Exception as error:  # from json or the file system
-            damage = one_line(error)
-        for message in self.gather(damage):
-            if message:
-                raise ValueError(f"cannot resume from {source}: {message}")
-        return state
+                state = json.loads((source / "state.json").read_text())
+                if not {"step", "positions"} <= state.keys():
+                    raise ValueError("state.json is damaged: it has no step")
+                is_old = not {"identity", "checksums"} & state.keys()
+                checksums = {} if is_old else state.pop("checksums")
+                # every rank reads its part of the files
+                for name in sorted(checksums)[self.dist_ctx.rank :: self.dist_ctx.world_size]:
+                    actual = state_checksum(state) if name == "state.json" else file_checksum(source / name)
+                    if actual != checksums[name]:
+                        raise ValueError(f"{name} is damaged: its checksum differs")
+            except Exception as error:  # from json or the file system
+                damage = one_line(error)
+            damages = [message for message in self.gather(damage) if message]
+            if not damages:
+                return state
+            message = f"cannot resume from {source}: {damages[0]}"
+            if before is None:
+                raise ValueError(message)
+            if self.dist_ctx.is_main:
+                print(f"{message}; going back to {before}", file=sys.stderr, flush=True)
 
     def restore(self, state: dict) -> None:
         """Loads `source` into the modules and optimizers. Raises ValueError if it is of another model."""
@@ -899,10 +932,8 @@ class Run:
             # ---- compare names and shapes with the model's, for one clear error
             tensors = training_state(self.modules, self.optimizers)
             reader = dcp.HuggingFaceStorageReader(self.source)
-            metadata = reader.read_metadata().state_dict_metadata
-            # The second number is the elements in all chunks: it tells whether any rank's file is missing.
-            saved = {k: (v.size, sum(c.sizes.numel() for c in v.chunks)) for k, v in metadata.items()}
-            expected = {k: (v.size(), v.numel()) for k, v in tensors.items()}
+            saved = {k: v.size for k, v in reader.read_metadata().state_dict_metadata.items()}
+            expected = {k: v.size() for k, v in tensors.items()}
             wrong = [k for k in expected.keys() | saved.keys() if expected.get(k) != saved.get(k)]
             if wrong:
                 raise ValueError(f"{len(wrong)} tensors do not fit this model, such as {min(wrong)}")
@@ -983,7 +1014,7 @@ class Run:
                     os.fsync(file.fileno())
                 if os.path.lexists(path):
                     # not ours, or it would be gone (see `forget_after`)
-                    path.rename(free_name(path))
+                    path.rename(f"{path}.{time.time_ns()}")
                 temporary.rename(path)
                 for old in self.complete_checkpoints()[: -self.config.keep]:
                     # the one that was named on the command line stays
@@ -1027,14 +1058,11 @@ class Run:
         for path in self.complete_checkpoints():
             if int(path.name) > step:
                 remove_folder(path)
-        for path in self.checkpoints.glob(".*"):
-            if re.fullmatch(r"\.\d{7,}\.(tmp|old)", path.name):
-                shutil.rmtree(path, ignore_errors=True)
-        for path in self.out.glob(".model.*"):
-            if not re.fullmatch(r"\.model\.\d+\.(tmp|old)", path.name):
+        for path in (*self.out.glob(".model.*"), *self.checkpoints.glob(".*")):
+            if not re.fullmatch(r"\.(model\.\d+|\d{7,})\.(tmp|old)", path.name):
                 continue
             # killed between the two renamings of `replacing`: the old folder is the only complete one
-            if path.suffix == ".old" and not (self.out / "model").exists():
+            if path.match(".model.*.old") and not (self.out / "model").exists():
                 path.rename(self.out / "model")
             else:
                 shutil.rmtree(path, ignore_errors=True)
@@ -1132,26 +1160,19 @@ class Run:
         """Counts the samples that the loader skipped since the last call, and names them in skipped.log."""
         messages, loader.skipped = loader.skipped, []
         if messages:
-            self.first_reason = self.first_reason or messages[0]
             with (self.out / "skipped.log").open("a") as file:
                 file.writelines(f"{message[:500]}\n" for message in messages)
             write(f"skipped {len(messages)} samples, see {self.out / 'skipped.log'}: {messages[0][:200]}")
         self.skipped_samples += int(global_sum(len(messages))[0])
 
     def warn_of_skips(self, step: int, write: Callable[[str], None]) -> None:
-        """Says it, once, when many of the samples since the last call were skipped."""
-        first, skipped_before = self.skips_since
-        skipped = self.skipped_samples - skipped_before
-        samples = (step - first) * self.config.batch + skipped
-        if self.has_warned or samples < 20:
-            return
-        self.skips_since = step, self.skipped_samples
-        if skipped > SKIP_WARNING * samples:
+        """Says it, once, when many samples were skipped."""
+        samples = step * self.config.batch + self.skipped_samples
+        if self.skipped_samples > SKIP_WARNING * samples and not self.has_warned:
             self.has_warned = True
             if self.dist_ctx.is_main:
-                reason = self.first_reason or f"see {self.out / 'skipped.log'}"
-                share = f"{skipped} of the last {samples} samples ({skipped / samples:.0%}) were skipped"
-                write(f"warning: {share}, such as: {reason[:200]}")
+                share = f"{self.skipped_samples} of {samples} samples ({self.skipped_samples / samples:.0%})"
+                write(f"warning: {share} were skipped, see {self.out / 'skipped.log'}")
 
     def finish(self, step: int) -> None:
         """After the loop: waits for the last checkpoint, and says where the model is."""

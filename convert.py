@@ -41,6 +41,16 @@ def collection(family: str, decoder: str, statistics: str, encoder: str) -> dict
     }
 
 
+def raev2(folder: str, layers: list[int] | None) -> dict:
+    path = f"nyu-visionx/RAEv2-models/stage1/{folder}"
+    parts = {
+        "decoder": f"{path}/decoder.pt",
+        "stats": f"{path}/stats.pt",
+        "encoder": rae.ENCODERS["dinov3-l"],
+    }
+    return parts | {"layers": layers, "denormalise": False}
+
+
 RELEASED = {  # arguments of `RAE.from_pretrained`; the encoder's input size follows from the number of tokens
     "rae-dinov2-b": collection("dinov2/wReg_base", "ViTXL_n08", "imagenet1k", "dinov2-b"),
     "rae-dinov2-b-512": collection("dinov2/wReg_base", "ViTXL_n08_i512", "imagenet1k_512", "dinov2-b"),
@@ -52,6 +62,12 @@ RELEASED = {  # arguments of `RAE.from_pretrained`; the encoder's input size fol
         "encoder": rae.ENCODERS["siglip2-so400m"],
     },
     "scale-rae-webssl-l": {"decoder": "nyu-visionx/webssl300m_decoder", "encoder": rae.ENCODERS["webssl-l"]},
+    # RAEv2: trained on ImageNet, or on four general sources
+    "raev2-k1": raev2("imagenet/dinov3l-k1", None),
+    "raev2-k7": raev2("imagenet/dinov3l-k7", rae.LAYERS["k7"]),
+    "raev2-k23": raev2("imagenet/dinov3l-k23", rae.LAYERS["k23"]),
+    "raev2-k7-general": raev2("general/dinov3l-k7", rae.LAYERS["k7"]),
+    "raev2-k23-general": raev2("general/dinov3l-k23", rae.LAYERS["k23"]),
 }
 
 DITS_FOLDER = f"{COLLECTION}/DiTs/Dinov2/wReg_base"
@@ -60,6 +76,7 @@ RELEASED_DITS = {  # (file, autoencoder); the S models are guides for AutoGuidan
     "rae-dit-dh-s-256": (f"{DITS_FOLDER}/ImageNet256/DiTDH-S_ep14/stage2_model.pt", "rae-dinov2-b"),
     "rae-dit-dh-xl-512": (f"{DITS_FOLDER}/ImageNet512/DiTDH-XL_ep400/stage2_model.pt", "rae-dinov2-b-512"),
     "rae-dit-dh-s-512": (f"{DITS_FOLDER}/ImageNet512/DiTDH-S_ep20/stage2_model.pt", "rae-dinov2-b-512"),
+    "raev2-imagenet": ("nyu-visionx/RAEv2-models/stage2/imagenet/dinov3l-k7/checkpoint.pt", "raev2-k7"),
 }
 
 RELEASED_TEXT_TO_IMAGE = {  # hub ids; 64ep: finetuned for 64 epochs
@@ -82,6 +99,7 @@ def from_official(state_dict: dict[str, Tensor], **options) -> nn.Module:
     - a whole RAE -> RAE; needs encoder= (config or model of `transformers`), image_mean= and image_std=;
       takes encoder_size= (default: from the number of tokens) and stats= ({"mean", "var"}, (C, h, w) or None)
     - LightningDiT, DiT-DH, or Scale-RAE's DiT without its prefix `diff_head.model.` -> DiT
+    - RAEv2's DiT, for labels or text -> InContextDiT; takes base_depth= (default: 8, the released one's)
     - a whole Scale-RAE model -> TextToImage; needs language_model= (config or model of `transformers`); takes
       im_start= and im_end=, ids of the tokens around an image. Set its tokenizer and autoencoder afterwards
 
@@ -101,6 +119,8 @@ def from_official(state_dict: dict[str, Tensor], **options) -> nn.Module:
         return build_whole_rae(weights, **options)
     if "decoder_layers" in modules:
         return load_official(rae.Decoder(**decoder_sizes(weights, options)), weights)
+    if "ctx_embedder" in modules:
+        return build_in_context(weights, **options)
     if modules & {"blocks", "dit_blocks"}:
         released = ReleasedDiT(weights)
         dit = rae.DiT(**released.sizes(options))
@@ -233,10 +253,19 @@ def build_whole_rae(weights: dict[str, Tensor], encoder=None, **options) -> rae.
 
 
 def build_rae(
-    weights, encoder, encoder_size=None, image_mean=None, image_std=None, stats=None, prefix="", **options
+    weights,
+    encoder,
+    encoder_size=None,
+    image_mean=None,
+    image_std=None,
+    stats=None,
+    prefix="",
+    layers=None,
+    denormalise=None,
+    **options,
 ) -> rae.RAE:
     """An RAE around a decoder of these sizes, with latent statistics but without the decoder's weights. The
-    arguments are those of `from_official`; options: the decoder's. prefix: of the decoder's keys."""
+    arguments are those of `from_official` and `RAE`; options: the decoder's. prefix: of its keys."""
     if encoder is None:
         raise ValueError("give encoder=, whose latents this decoder takes: a hub id, a folder or a config")
     sizes = decoder_sizes(weights, options, prefix)
@@ -248,7 +277,8 @@ def build_rae(
         else:
             config = read.from_pretrained(encoder, trust_remote_code=False)
         encoder_size = math.isqrt(tokens) * getattr(config, "vision_config", config).patch_size
-    model = rae.RAE(encoder, sizes, encoder_size, list(image_mean or []), list(image_std or []))
+    pixels = list(image_mean or []), list(image_std or [])
+    model = rae.RAE(encoder, sizes, encoder_size, *pixels, layers, denormalise)
     if model.latent_shape != (tokens, channels):
         raise ValueError(
             f"the decoder takes latents {(tokens, channels)}, this encoder gives {model.latent_shape} at "
@@ -418,6 +448,84 @@ class ReleasedDiT:
         for name, rope in zip(self.ropes, ours, strict=True):
             tables[f"{self.prefix}{name}.freqs_cos"], tables[f"{self.prefix}{name}.freqs_sin"] = rope
         return tables
+
+
+# -----------------------------------------------------------------------------------------------------------
+# RAEv2's DiT
+
+
+def build_in_context(weights: dict[str, Tensor], base_depth: int = 8, **options) -> rae.InContextDiT:
+    """base_depth: the block before the base head, which the tensors do not tell."""
+    # the projector of a REPA loss, which no recipe uses, takes no part in the prediction
+    weights = {name: w for name, w in weights.items() if not name.startswith("repa_projector.")}
+    size = partial(size_of, weights)
+    head = "s_embedder.proj.weight" in weights
+    embedders, ropes = (["x_embedder"], ["rope"])
+    if head:
+        embedders, ropes = ["s_embedder", "x_embedder"], ["enc_rope", "dec_rope"]
+    # ---- sizes: pairs (backbone, head)
+    width = tuple(size(f"{name}.proj.weight") for name in embedders)
+    blocks = count_blocks(weights, "blocks")
+    in_head = sum(f"blocks.{i}.adaln_modulation.1.weight" in weights for i in range(blocks))
+    depth = (blocks - in_head, in_head) if head else (blocks,)
+    firsts = (0, blocks - in_head)[: len(width)]  # the first block of each
+    heads = tuple(w // size(f"blocks.{i}.attn.q_norm.weight") for w, i in zip(width, firsts, strict=True))
+    patch = size(f"{embedders[0]}.proj.weight", 3)
+    channels = size(f"{embedders[0]}.proj.weight", 1) * patch**2
+    time_tokens, rows = size("t_embedder.learnable_tokens"), size(f"{ropes[0]}.freqs_cos")
+    sizes = {"num_classes": None, "condition_width": None, "time_tokens": time_tokens}
+    if "ctx_embedder.embedding_table.weight" in weights:
+        sizes["num_classes"] = size("ctx_embedder.embedding_table.weight") - 1
+        sizes["condition_tokens"] = size("ctx_embedder.learnable_tokens")
+        tokens = rows - time_tokens - sizes["condition_tokens"]
+    else:
+        sizes["condition_width"] = size("ctx_embedder.norm.weight")
+        # the last row of the table that is rotated is that of the last latent token
+        tokens = (
+            size("dec_rope.freqs_cos") if head else 1 + int(weights["rope.freqs_sin"].any(1).nonzero().max())
+        )
+        sizes["condition_tokens"] = rows - time_tokens - tokens
+    sizes["latent_shape"] = (tokens, channels)
+    sizes["base_depth"] = base_depth if "base_final_layer.linear.weight" in weights else None
+    check_options(options, sizes | {"width": width, "depth": depth, "heads": heads}, width, heads)
+    head = (width[1], depth[1], heads[1]) if head else None
+    dit = rae.InContextDiT(width=width[0], depth=depth[0], heads=heads[0], head=head, **sizes)
+
+    # ---- weights under our names
+    renamed = {}
+    for name, weight in weights.items():
+        if name.endswith("embedder.proj.weight") and weight.ndim == 4:
+            # patch embedding as a convolution -> linear layer on tokens of p * p * channels
+            weight = weight.flatten(1)
+        if "final_layer.linear" in name and len(weight) == channels:
+            # (row, column, channel) -> (channel, row, column), as for RAE's
+            weight = rearrange(weight, "(p q c) ... -> (c p q) ...", p=patch, q=patch)
+        renamed[in_context_key(name)] = weight
+    for i in range(blocks):
+        for whole, parts in (("attn.qkv", ("attn.q", "attn.k", "attn.v")), ("mlp.w12", ("mlp.w1", "mlp.w2"))):
+            for kind in ("weight", "bias"):
+                names = [f"blocks.{i}.{part}.{kind}" for part in parts]
+                if all(name in renamed for name in names):  # else `load_official` says that it is missing
+                    renamed[f"blocks.{i}.{whole}.{kind}"] = torch.cat([renamed.pop(name) for name in names])
+    tables = {}
+    for name, rope in zip(ropes, [dit.rope, dit.head_rope] if head else [dit.rope], strict=True):
+        tables[f"{name}.freqs_cos"], tables[f"{name}.freqs_sin"] = rope
+    return load_official(dit, renamed, rope_tables=tables)
+
+
+def in_context_key(name: str) -> str:
+    """RAEv2's key -> ours."""
+    for theirs, ours in (
+        ("adaln_modulation", "adaLN_modulation"),
+        ("final_layer.norm.", "final_layer.norm_final."),
+        ("t_embedder.learnable_tokens", "time_tokens"),
+        ("ctx_embedder.", "y_embedder."),
+        ("_embedder.proj.", "_embedder."),
+    ):
+        # the projection of the text keeps its name
+        if not (theirs == "_embedder.proj." and name.startswith("y_embedder.")):
+            name = name.replace(theirs, ours)
+    return name
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -844,7 +952,8 @@ def open_class_to_image(source: str, revision: str | None) -> rae.ClassToImage |
     sizes = dict(dit._hub_mixin_config)
     latent_shape = sizes.pop("latent_shape")
     with torch.device("meta"):  # no memory: the DiT exists already
-        model = rae.ClassToImage(sizes, latent_shape, autoencoder)
+        prediction = "x" if isinstance(dit, rae.InContextDiT) else "velocity"
+        model = rae.ClassToImage(sizes, latent_shape, autoencoder, prediction=prediction)
     model.dit = dit
     return model.eval()
 

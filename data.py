@@ -34,12 +34,11 @@ import re
 import signal
 import sys
 import tarfile
-import threading
 import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
@@ -131,8 +130,7 @@ def requested_caption(conversation: list[tuple[str, str]]) -> str | None:
     for (_, text), (role, answer) in itertools.pairwise(conversation):
         if role == "assistant" and "<image>" in answer:
             # The wording of `request` is no part of the caption.
-            for template in REQUESTS:
-                head, tail = template.split("{}")
+            for head, tail in (template.split("{}") for template in REQUESTS):
                 if text.startswith(head):
                     return clean(text.removeprefix(head).removesuffix(tail))
             return clean(text)
@@ -299,10 +297,8 @@ class Transform:
 
 def make_sample(row: dict, transform: Transform, uniform: np.ndarray) -> dict:
     """{"image", "caption", "label", "conversation"} from a row and DRAWS uniform numbers, or SkipSample.
-
-    A row has a "name" for messages, and perhaps "image" (path or bytes) and what `known_fields` keeps; or an
-    "error", why it cannot be used. A sample from conversations has no caption.
-    """
+    A row has a "name" for messages, and perhaps "image" (path or bytes) and what `known_fields` keeps; or
+    an "error", why it cannot be used."""
     name, caption = row["name"], None
     if "error" in row:
         raise SkipSample(f"{name}: {row['error']}")
@@ -310,13 +306,12 @@ def make_sample(row: dict, transform: Transform, uniform: np.ndarray) -> dict:
     if "conversations" in row:
         conversation = parse_conversation(row)
     else:
-        captions = (clean(row[key]) for key in CAPTIONS if key in row)
-        caption = next(filter(None, captions), None)
+        caption = next(filter(None, (clean(row[key]) for key in CAPTIONS if key in row)), None)
         conversation = request(caption or "", uniform[0])
     check_text(name, caption, label, conversation, transform)
     if row.get("image"):
-        with watched(name):
-            image = transform.pixels(open_image(row["image"], name), *uniform[1:])
+        watch(name)
+        image = transform.pixels(open_image(row["image"], name), *uniform[1:])
     elif "conversations" in row and transform.text_only:
         # Black, so that workers know the shape of an image; `collate` drops it.
         image = np.zeros((transform.size, transform.size, 3), np.uint8)
@@ -340,11 +335,8 @@ def sample_or_reason(row: dict, transform: Transform, uniform: np.ndarray) -> di
         return {"skipped": [str(error)]}
 
 
-def check_text(
-    name: str, caption: str | None, label: int | None, conversation: list, transform: Transform
-) -> None:
-    """Raises SkipSample without the caption or label that the transform needs, and for more than max_seq_len
-    tokens."""
+def check_text(name: str, caption: str | None, label: int | None, conversation: list, transform: Transform):
+    """Raises SkipSample without the caption or label that the transform needs, or beyond max_seq_len."""
     # Conversations, which text_only stands for, need no caption, but may not ask for nothing either.
     talks = transform.text_only and requested_caption(conversation) != ""
     if transform.captions and not (caption or talks):
@@ -375,9 +367,8 @@ class NanoSource:
         if domain not in domains:
             raise ValueError(f"nano has no domain {domain!r}: choose from {', '.join(domains)}")
         self.draw, self.domain, self.size, self.seed = shapes.draw, domain, size, seed
-        self.class_names = (
-            [f"{color} {shape}" for shape, color in shapes.PAIRS] if domain == "classes" else None
-        )
+        names = [f"{color} {shape}" for shape, color in shapes.PAIRS]
+        self.class_names = names if domain == "classes" else None
         self.identity = f"nano:{domain}"
 
     def __getitem__(self, number: int) -> dict:
@@ -410,8 +401,7 @@ class Shuffled:
     def row(self, number: int) -> int:
         epoch, position = divmod(number, self.count)
         if self.epoch != epoch:
-            self.order = rng(self.seed, epoch).permutation(self.count)
-            self.epoch = epoch
+            self.epoch, self.order = epoch, rng(self.seed, epoch).permutation(self.count)
         return int(self.order[position])
 
     def usable(self, number: int, make: Callable[[int], dict], draws: np.random.Generator) -> dict:
@@ -466,52 +456,38 @@ class Packed(Sequence):
         return os.fsdecode(self.content[start:end])
 
 
-LISTED: dict[str, tuple[dict[str, int], list[str]]] = {}  # times of directories, and the files in them
-
-
 def list_files(folder: str) -> list[str]:
     """The files below a folder as sorted relative paths, without hidden ones. Links are followed."""
+    root, shared = os.path.abspath(folder), dist.is_initialized()
+    paths, seen, directories = [], set(), [root]
     # The main process lists for all: 64 that list ImageNet are a load for a network file system.
-    shared = dist.is_available() and dist.is_initialized()
-    try:
-        result = [None] if shared and dist.get_rank() else [walk(folder)]
-    except OSError as error:
-        result = [error]
-    if shared:
-        dist.broadcast_object_list(result)
-    if isinstance(result[0], OSError):
-        raise result[0]
-    return result[0]
-
-
-def walk(folder: str) -> list[str]:
-    """See `list_files`. A folder in which nothing was added or removed since is not listed again."""
-    root = os.path.abspath(folder)
-    times, files = LISTED.get(root, ({}, []))
-    if times and all(os.path.isdir(path) and os.stat(path).st_mtime_ns == times[path] for path in times):
-        return files
-    times, paths, seen, directories = {}, [], set(), [root]
-    while directories:
+    while directories and not (shared and dist.get_rank()):
         directory = directories.pop()
         # Links may form cycles.
         real = os.path.realpath(directory)
-        if real in seen:
-            continue
-        seen.add(real)
-        times[directory] = os.stat(directory).st_mtime_ns
-        with os.scandir(directory) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
-                    continue
-                # Of the path: an entry raises an error where links form a loop.
-                if os.path.isdir(entry.path):
-                    # Links come last: if they lead to a folder below this one, its own path counts.
-                    directories.insert(0 if entry.is_symlink() else len(directories), entry.path)
-                # A broken link is skipped and named when it is read; a pipe would wait for ever.
-                elif entry.is_symlink() or entry.is_file():
-                    paths.append(entry.path)
-    LISTED[root] = times, sorted(path[len(root) :].lstrip("/") for path in paths)
-    return LISTED[root][1]
+        if real not in seen:
+            seen.add(real)
+            files, folders, links = scan(directory, os.stat(directory).st_mtime_ns)
+            paths += files
+            # Links come last: if they lead to a folder below this one, its own path counts.
+            directories = links + directories + folders
+    result = [sorted(path[len(root) :].lstrip("/") for path in paths)]
+    if shared:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+@cache
+def scan(directory: str, changed: int) -> tuple[list[str], list[str], list[str]]:
+    """The files, folders and links to folders in a directory; read again only if it was changed since."""
+    with os.scandir(directory) as entries:
+        shown = [x for x in entries if not x.name.startswith(".") and x.name != "__MACOSX"]
+    # An entry's own is_dir raises where links form a loop.
+    links = sorted((x.path for x in shown if x.is_symlink() and os.path.isdir(x.path)), reverse=True)
+    folders = [x.path for x in shown if x.is_dir(follow_symlinks=False)]
+    # A broken link is skipped and named when it is read; a pipe would wait for ever.
+    paths = [x.path for x in shown if x.is_symlink() or x.is_file()]
+    return [path for path in paths if path not in links], folders, links
 
 
 class Folder:
@@ -522,24 +498,21 @@ class Folder:
         self.path, files = path, list_files(path)
         images = [file for file in files if file.rpartition(".")[2].lower() in IMAGES]
         others = sorted(set(files).difference(images))
-        lines = [file for file in others if os.path.basename(file) == "metadata.jsonl"]
-        metadata = lines or [file for file in others if os.path.basename(file) == "metadata.csv"]
-        suffixes = Counter(os.path.splitext(file)[1].lower() for file in others)
-        self.has_texts = bool(suffixes[".txt"]) and not metadata
+        metadata = [file for file in others if os.path.basename(file) == "metadata.jsonl"]
+        metadata = metadata or [file for file in others if os.path.basename(file) == "metadata.csv"]
         rows = [row for file in metadata for row in read_metadata(path, file)]
         # ---- say what is not used
-        for suffix in (".txt", ".jsonl", ".csv"):
-            del suffixes[suffix]
-        if suffixes:
-            most = ", ".join(
-                [f"{count:,} {suffix or 'no suffix'}" for suffix, count in suffixes.most_common(9)]
-            )
-            say(f"{path}: passed over files that are no image of a known format: {most}")
+        suffixes = Counter(os.path.splitext(file)[1].lower() for file in others)
+        self.has_texts = bool(suffixes[".txt"]) and not metadata
+        unknown = [(n, s) for s, n in suffixes.most_common(9) if s not in (".txt", ".jsonl", ".csv")]
+        if unknown:
+            counts = ", ".join(f"{count:,} {suffix or 'no suffix'}" for count, suffix in unknown)
+            say(f"{path}: passed over files that are no image of a known format: {counts}")
         if metadata:
-            unnamed = len(set(images).difference(image for image, _ in rows))
-            if unnamed:
+            named = [image for image, _ in rows]
+            if unnamed := len(set(images).difference(named)):
                 say(f"{path}: passed over {unnamed:,} images that no metadata file names")
-            images = [image for image, _ in rows]
+            images = named
         self.images, self.fields = Packed(images), Packed(json.dumps(fields) for _, fields in rows)
         self.identity = f"{len(images):,} images ({short_hash(self.images.content)})"
         # ---- classes
@@ -556,9 +529,7 @@ class Folder:
     def __getitem__(self, row: int) -> dict:
         image = self.images[row]
         path = os.path.join(self.path, image)
-        fields = {"image": path, "name": path}
-        if len(self.fields):
-            fields |= json.loads(self.fields[row])
+        fields = {"image": path, "name": path} | (json.loads(self.fields[row]) if self.fields else {})
         if self.class_names:
             fields["label"] = self.labels[image.partition("/")[0]]
         if self.has_texts and (text := Path(path).with_suffix(".txt")).is_file():
@@ -635,8 +606,8 @@ class LatentFolder:
         # (rows, 1 or 2, N, C) float16; the second view is the mirror image
         # A Mac leaves hidden files, ._NAME, beside those it copies.
         self.parts = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("[!.]*.npy"))]
-        texts = [path.read_text() for path in sorted(folder.glob("[!.]*.jsonl"))]
-        self.rows = [json.loads(line) for text in texts for line in text.splitlines()]
+        text = "".join(path.read_text() for path in sorted(folder.glob("[!.]*.jsonl")))
+        self.rows = [json.loads(line) for line in text.splitlines()]
         self.ends = np.cumsum([len(part) for part in self.parts])
         if not self.rows or not self.ends[-1] == len(self.rows) == self.info["images"]:
             raise ValueError("the number of latents differs from that of captions: encode again")
@@ -649,8 +620,7 @@ class LatentFolder:
             raise ValueError("it has no mirror images: encode with --flip, or train without it")
         self.folder, self.seed, self.transform = folder, seed, transform
         self.class_names = self.info.get("class_names")
-        content = short_hash("".join(texts).encode(errors="replace"))
-        self.identity = f"{len(self.rows):,} latents ({content})"
+        self.identity = f"{len(self.rows):,} latents ({short_hash(text.encode(errors='replace'))})"
         self.shuffled = Shuffled(str(folder), len(self.rows), seed)
 
     def __getitem__(self, number: int) -> dict:
@@ -702,9 +672,8 @@ class ShardStream:
                         yield sample | {"position": position, "skipped": skipped}
                         skipped, empty_epochs = [], 0
                     elif len(skipped) == MAX_STREAM:
-                        raise ValueError(
-                            f"{self.name}: {MAX_STREAM} unusable samples in a row: {skipped[-1]}"
-                        )
+                        reason = f"{MAX_STREAM} unusable samples in a row: {skipped[-1]}"
+                        raise ValueError(f"{self.name}: {reason}")
                 turn, first, taken = turn + 1, 0, 0
             epoch, turn, empty_epochs = epoch + 1, 0, empty_epochs + 1
         reason = skipped[-1] if skipped else "its shards are empty"
@@ -745,28 +714,21 @@ class ShardStream:
 
 
 class TailReader:
-    """A file that remembers the last 512 bytes, a block of a tar, read from it. Raises ValueError for a
-    decompression bomb, with `packed` as the compressed file."""
+    """A file that remembers the last 512 bytes, a block of a tar, read from it. Raises ValueError beyond
+    `limit`, and for a decompression bomb, with `packed` as the compressed file."""
 
     def __init__(self, file, packed):
-        self.file, self.packed, self.tail, self.size = file, packed, b"", 0
+        self.file, self.packed, self.tail, self.size, self.limit = file, packed, b"", 0, MAX_HEADER
 
     def read(self, size: int) -> bytes:
         content = self.file.read(size)
         self.tail = (self.tail + content)[-512:]
         self.size += len(content)
+        if self.size > self.limit:
+            raise ValueError(f"a header of more than {MAX_HEADER:,} bytes")
         if self.size > 16 * MAX_FILE and self.size > MAX_RATIO * self.packed.tell():
             raise ValueError(f"{self.size:,} bytes were compressed into {self.packed.tell():,}")
         return content
-
-
-class BoundedHeader(tarfile.TarInfo):
-    """A header in a tar. tarfile reads long names and attributes into memory, whatever their size."""
-
-    def _proc_member(self, tar: tarfile.TarFile):
-        if self.type in (b"x", b"g", b"X", b"L", b"K") and self.size > MAX_HEADER:
-            raise tarfile.ReadError(f"a header of {self.size:,} bytes, the limit is {MAX_HEADER:,}")
-        return super()._proc_member(tar)
 
 
 def tar_rows(url: str) -> Iterator[dict]:
@@ -779,12 +741,14 @@ def tar_rows(url: str) -> Iterator[dict]:
     opened = fsspec.open(url, "rb", compression=compression)
     with opened as file:
         reader = TailReader(file, opened.fobjects[0])
-        with tarfile.open(fileobj=reader, mode="r|", tarinfo=BoundedHeader) as tar:
-            for member in filter(tarfile.TarInfo.isfile, tar):
+        with tarfile.open(fileobj=reader, mode="r|") as tar:
+            for member in tar:
                 tar.members = []  # tarfile would keep them all
+                # It reads long names and attributes into memory, whatever their size.
+                reader.limit = reader.size + member.size + MAX_HEADER
                 path = PurePosixPath(member.name)
                 # macOS writes its attributes of a file before it.
-                if path.name.startswith("._") or "__MACOSX" in path.parts:
+                if not member.isfile() or path.name.startswith("._") or "__MACOSX" in path.parts:
                     continue
                 stem, _, extension = path.name.partition(".")
                 name = f"{url}: {path.with_name(stem) if stem else path}"
@@ -827,8 +791,8 @@ def open_table(name: str, path: str, files: list[str] | None = None) -> dict[str
     from datasets import load_dataset
 
     # Names of files are patterns there.
-    patterns = files and [glob.escape(file) for file in files]
-    table = load_dataset(path, data_files=patterns, split="train", streaming=True)
+    files = files and [glob.escape(file) for file in files]
+    table = load_dataset(path, data_files=files, split="train", streaming=True)
     features = table.features or {}
     columns = [key for key, feature in features.items() if isinstance(feature, ImageColumn)]
     if columns:
@@ -837,20 +801,19 @@ def open_table(name: str, path: str, files: list[str] | None = None) -> dict[str
     columns += [key for key in ("image", *IMAGES) if "binary" in str(features.get(key))]
     if not columns:
         raise ValueError(f"no image column, only {', '.join(features) or 'none'}")
-    shards = range(table.num_shards)
-    return {str(shard): partial(table_rows, name, table, shard, columns[0]) for shard in shards}
+    return {str(n): partial(table_rows, name, table, n, columns[0]) for n in range(table.num_shards)}
 
 
 def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
     """The rows of one shard of a streamed table, with images as bytes."""
     from datasets.utils.file_utils import xopen
 
-    number = 0
+    number = itertools.count()
     # .iter, because plain iteration would divide the rows among the DataLoader's workers.
     for block in table.shard(table.num_shards, shard).iter(BLOCK):  # a list for every column
         for values in zip(*block.values(), strict=True):
             row = dict(zip(block, values, strict=True))
-            result = known_fields(row) | {"name": f"{name}: shard {shard}, row {number}"}
+            result = known_fields(row) | {"name": f"{name}: shard {shard}, row {next(number)}"}
             image = row[column] or {}
             if isinstance(image, dict):
                 try:
@@ -858,7 +821,6 @@ def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
                 except Exception as error:  # from the file system or fsspec, for a strange path
                     result["error"] = f"cannot read the image: {error}"
             yield result | {"image": image}
-            number += 1
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -879,12 +841,9 @@ class Mixture:
         self.sources, self.counts = sources, np.diff(edges)
         if not self.counts.all():
             raise ValueError(f"the weights {weights} differ too much: every share must be at least 1/1000")
-        owners = np.repeat(np.arange(len(sources)), self.counts)
-        self.owners = rng(seed).permutation(owners)
+        self.owners = rng(seed).permutation(np.repeat(np.arange(len(sources)), self.counts))
         # How many of the samples before this one, in the same thousand, have the same owner.
-        self.earlier = np.empty(1000, int)
-        for owner, count in enumerate(self.counts):
-            self.earlier[self.owners == owner] = np.arange(count)
+        self.earlier = [(self.owners[:n] == owner).sum() for n, owner in enumerate(self.owners)]
         names = [source.class_names for source in sources if source.class_names]
         self.class_names = names[0] if names else None
         self.latents = [source.info for source in sources if isinstance(source, LatentFolder)]
@@ -953,8 +912,7 @@ def open_one(name: str, transform: Transform, seed: int):
             return LatentFolder(path, seed, transform)
         if path.suffix.lower() == ".jsonl" and path.is_file():
             return ImageSource(name, JsonLines(path), transform, seed)
-        shards = find_shards(name, path)
-        if shards:
+        if shards := find_shards(name, path):
             return ShardStream(name, shards, transform, seed)
         return ImageSource(name, Folder(name), transform, seed)
     except Exception as error:  # also from pyarrow, datasets or the hub
@@ -1041,31 +999,29 @@ class Loader(Iterator):
 
     def __init__(self, source: Mixture, batch: int, workers=1, start=0, rank=0, world_size=1, positions=None):
         self.source, self.args, self.step, self.workers = source, (batch, rank, world_size), start, workers
-        self.skipped, self.waited, self.watch, self.deaths = [], 0.0, Watch(max(1, workers)), 0
-        self.positions = positions or {}
+        self.skipped, self.waited, self.positions, self.deaths = [], 0.0, positions or {}, Counter()
         self.begin()
 
     def begin(self) -> None:
         """Starts workers at the current step."""
         batch, rank, world_size = self.args
         lanes = Lanes(self.source, batch, self.step, rank, world_size, self.positions)
-        self.positions = lanes.positions
-        self.parts = min(self.workers, len(lanes.local)) or 1
-        self.batches = receive(lanes.batches, self.parts if self.workers else 0, self.watch)
+        self.positions, self.parts = lanes.positions, min(self.workers, len(lanes.local)) or 1
+        self.batches = receive(lanes.batches, self.parts if self.workers else 0, self.deaths)
 
     def __next__(self) -> dict:
-        started, parts = time.perf_counter(), []
+        started, parts, deaths = time.perf_counter(), [], 0
         while not parts:
             # DataLoader takes turns between its workers, and every worker makes one part of every batch.
             try:
                 parts = [next(self.batches) for _ in range(self.parts)]
             except WorkerDied as error:
-                self.deaths += 1
-                if self.deaths == MAX_DEATHS:
+                deaths += 1
+                if deaths == MAX_DEATHS:
                     raise
                 print(f"{error}: its work begins again", file=sys.stderr)
                 self.begin()
-        self.step, self.deaths = self.step + 1, 0
+        self.step += 1
         batch = {key: [x for part in parts for x in part[key]] for key in (*PER_SAMPLE, "image_index")}
         key = "latents" if "latents" in parts[0] else "image"
         batch[key] = torch.cat([part[key] for part in parts])
@@ -1102,12 +1058,10 @@ class Lanes:
         self.positions, names = {}, {key: stream.name for stream, key in self.keys.items()}
         for key, position in positions.items():
             stream, lane, saved_count = key.rsplit("|", 2)
-            if stream not in names:
-                continue
-            if int(saved_count) != count:
-                name = names[stream]
-                raise ValueError(f"the checkpoint has {name} in {saved_count} lanes: resume with its --batch")
-            if int(lane) in self.local:
+            if stream in names and int(saved_count) != count:
+                name = f"{names[stream]} in {saved_count} lanes"
+                raise ValueError(f"the checkpoint has {name}: resume with its --batch")
+            if stream in names and int(lane) in self.local:
                 self.positions[key] = position
 
     def batches(self, worker: int, workers: int) -> Iterator[dict]:
@@ -1153,51 +1107,24 @@ class OnePass:
             yield (collate(usable) if usable else {}) | {"skipped": skipped}
 
     def __iter__(self) -> Iterator[dict]:
-        for batch in receive(self.batches, self.workers, Watch(max(1, self.workers))):
+        for batch in receive(self.batches, self.workers, Counter()):
             self.skipped += batch["skipped"]
             if "index" in batch:
                 yield batch
 
 
-class Watch:
-    """Which sample each worker process reads, in shared memory that outlives the worker, and which samples
-    workers died on."""
-
-    def __init__(self, workers: int):
-        self.notes = [multiprocessing.Array("c", 600, lock=False) for _ in range(workers)]
-        self.deaths = Counter()
-
-    def blame(self) -> str:
-        """Counts and returns the samples of dead workers."""
-        names, deadline = [], time.monotonic() + 2
-        # A process that is killed takes a moment to end.
-        while not names and time.monotonic() < deadline:
-            alive = {child.pid for child in multiprocessing.active_children()}
-            notes = [note.value.decode(errors="replace").partition(" ") for note in self.notes]
-            names = [name for pid, _, name in notes if name and int(pid) not in alive]
-            time.sleep(0.01)
-        self.deaths.update(names)
-        return ", ".join(names) or "no image"
+WATCH = None  # in a worker process: its note, and how often workers died on which sample before it started
 
 
-WATCH = None  # in a worker process: its note, and the deaths before it started
-
-
-@contextmanager
-def watched(name: str) -> Iterator[None]:
-    """Notes that this process reads a sample. Raises SkipSample if two workers died meanwhile."""
+def watch(name: str) -> None:
+    """Notes that this worker process reads a sample. Raises SkipSample if two have died on it."""
     if WATCH is None:
-        yield
         return
     note, deaths = WATCH
     key = encodable(name)[-100:]
     if deaths[key] > 1:
         raise SkipSample(f"{name}: two worker processes died on it")
     note.value = f"{os.getpid()} {key}".encode()
-    try:
-        yield
-    finally:
-        note.value = b""
 
 
 class WorkerDied(OSError):
@@ -1207,8 +1134,8 @@ class WorkerDied(OSError):
 class PerWorker(IterableDataset):
     """The batches of `make(worker, workers)` in a worker process, or of `make(0, 1)` in the main one."""
 
-    def __init__(self, make: Callable[[int, int], Iterator[dict]], watch: Watch):
-        self.make, self.watch = make, watch
+    def __init__(self, make: Callable[[int, int], Iterator[dict]], notes: list, deaths: Counter):
+        self.make, self.notes, self.deaths = make, notes, deaths
 
     def __iter__(self) -> Iterator[dict]:
         info = get_worker_info()
@@ -1217,24 +1144,23 @@ class PerWorker(IterableDataset):
         # Ctrl-C and torchrun signal the whole process group of the trainer, which stops its workers itself.
         os.setpgrp()
         global WATCH
-        WATCH = self.watch.notes[info.id], self.watch.deaths
+        WATCH = self.notes[info.id], self.deaths
         return self.make(info.id, info.num_workers)
 
 
-def receive(make: Callable[[int, int], Iterator[dict]], workers: int, watch: Watch) -> Iterator[dict]:
-    """Batches of `workers` processes, made ahead, or of this one (0). Raises WorkerDied, or OSError after
-    TIMEOUT seconds without data: the main function prints an OSError in one line."""
+def receive(make: Callable[[int, int], Iterator[dict]], workers: int, deaths: Counter) -> Iterator[dict]:
+    """Batches of `workers` processes, made ahead, or of this one (0). Raises OSError after TIMEOUT seconds
+    without data, and WorkerDied, whose sample is counted in `deaths`."""
+    # What each worker reads, in shared memory that outlives it.
+    notes = [multiprocessing.Array("c", 600, lock=False) for _ in range(workers)]
     # Four batches ahead even out slow reads; PyTorch refuses both options without workers. Only at a timeout
     # does it look whether a worker is alive.
     ahead = {"prefetch_factor": 4, "timeout": min(CHECK, TIMEOUT)} if workers else {}
-    loader = DataLoader(PerWorker(make, watch), batch_size=None, num_workers=workers, **ahead)
+    loader = DataLoader(PerWorker(make, notes, deaths), batch_size=None, num_workers=workers, **ahead)
     handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-    for note in watch.notes:
-        note.value = b""
     batches, last = iter(loader), time.monotonic()
     # When a worker dies, PyTorch's handler raises wherever the trainer is, such as in the middle of a step.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)
+    signal.signal(signal.SIGCHLD, handler)
     while True:
         try:
             batch = next(batches)
@@ -1244,17 +1170,27 @@ def receive(make: Callable[[int, int], Iterator[dict]], workers: int, watch: Wat
             reason = str(error)
             # A dead worker's batches cannot be received: it would hand over their shared memory.
             lost = isinstance(error, (ConnectionError, FileNotFoundError, EOFError))
-            if "exited unexpectedly" in reason or (lost and "Caught" not in reason):
-                raise WorkerDied(f"a data worker died, reading {watch.blame()}") from error
+            if workers and "Caught" not in reason and (lost or "exited unexpectedly" in reason):
+                raise WorkerDied(f"a data worker died, reading {blame(notes, deaths)}") from error
             if not isinstance(error, RuntimeError):
                 raise
-            if "timed out" not in reason:
-                raise OSError(f"data loading failed: {reason}") from error
-            if time.monotonic() < last + TIMEOUT:
-                continue
-            raise OSError(f"data loading failed: no data for {TIMEOUT} s") from error
+            if reason.startswith("DataLoader timed out"):
+                if time.monotonic() < last + TIMEOUT:
+                    continue
+                reason = f"no data for {TIMEOUT} s"
+            raise OSError(f"data loading failed: {reason}") from error
         yield batch
         last = time.monotonic()
+
+
+def blame(notes: list, deaths: Counter) -> str:
+    """Counts and returns the samples that dead workers read."""
+    time.sleep(0.1)  # a process that is killed takes a moment to end
+    alive = {child.pid for child in multiprocessing.active_children()}
+    parts = [note.value.decode(errors="replace").partition(" ") for note in notes]
+    names = [name for pid, _, name in parts if name and int(pid) not in alive]
+    deaths.update(names)
+    return ", ".join(names) or "no image"
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -37,9 +37,7 @@ class Config:
     out: str = flag("latents", "folder to write to")
 
     # model
-    autoencoder: str = flag(
-        str(common.WEIGHTS / "rae"), "RAE, or VAE (of which the means are taken): folder, hub id or name"
-    )
+    autoencoder: str = flag(str(common.WEIGHTS / "rae"), "RAE, or VAE (its means): folder, hub id or name")
 
     # system
     batch: int = flag(64, "images per batch and process", at_least=1)

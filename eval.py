@@ -550,10 +550,8 @@ def fid(config: Config, dist_ctx: common.DistContext) -> list[dict]:
     samples = open_images(config.samples, None, config, dist_ctx)
     reference = open_images(config.reference, samples.size, config, dist_ctx)
     if samples.size and reference.size and samples.size != reference.size:
-        raise ValueError(
-            f"{config.samples} has images of {samples.size} pixels, {config.reference} of {reference.size}: "
-            "compare images of one size"
-        )
+        sizes = f"{samples.size} pixels, {config.reference} of {reference.size}"
+        raise ValueError(f"{config.samples} has images of {sizes}: compare images of one size")
     features = load_features(config.features, config.inception, dist_ctx)
     reference = compute_statistics(reference, features, MANIFOLD, dist_ctx)
     samples = compute_statistics(samples, features, None, dist_ctx)

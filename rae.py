@@ -2,14 +2,16 @@
 
 A frozen vision encoder turns an image into tokens and a trained decoder turns the tokens back into pixels
 (RAE, arXiv 2510.11690). A diffusion transformer learns to generate such tokens, conditioned on class labels
-(RAE) or on the hidden states of a language model (Scale-RAE, arXiv 2601.16208).
+(RAE) or on the hidden states of a language model (Scale-RAE, arXiv 2601.16208). RAEv2 (arXiv 2605.18324)
+averages several encoder layers, puts timestep and condition into the sequence, and predicts clean latents.
 
     1. layers          RMSNorm, rotary and sin-cos positions, attention, SwiGLU, timestep embedding
     2. encoders        one wrapper around the vision models of `transformers`
     3. autoencoders    the ViT decoder; RAE = encoder + decoder + latent statistics; VAE, for comparison
-    4. DiT             the diffusion transformer, with or without the DDT head
+    4. DiT             the diffusion transformer, with or without the DDT head; RAEv2's InContextDiT
     5. flow matching   timestep shift, loss, sampler, guidance
-    6. models          ClassToImage: labels -> DiT; TextToImage: language model -> queries -> DiT
+    6. models          ClassToImage: labels -> DiT; TextToImage: language model -> queries -> DiT;
+                       CaptionToImage: tokens of a frozen language model -> InContextDiT
     7. dialogue        and test-time scaling
     8. sizes           the papers' names
 
@@ -23,7 +25,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -116,15 +118,17 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, keys: Tensor | None = None) -> Tensor:
+        """keys: (B, N) bool, which tokens are attended to; None: all."""
         # (B, N, width) -> three of (B, heads, N, width / heads)
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         # norms and rotation give fp32 under autocast, which SDPA would not mix with the bf16 of v
         q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
         q, k = q.type_as(v), k.type_as(v)
-        # No mask and no dropout, so that SDPA picks flash attention. SDPA rejects an empty batch on CUDA; the
-        # product keeps the graph alive, so that FSDP can still reduce the gradients of a rank without images.
-        out = F.scaled_dot_product_attention(q, k, v) if len(x) else q * k * v
+        # Without a mask SDPA picks flash attention. It rejects an empty batch on CUDA; the product keeps the
+        # graph alive, so that FSDP can still reduce the gradients of a rank without images.
+        mask = None if keys is None else keys[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, mask) if len(x) else q * k * v
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
 
@@ -183,7 +187,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int, frequencies: int = 256):
         super().__init__()
         # RAE trained the frequencies; Scale-RAE drew them with this seed and left them out of its files. Here
-        # they are saved and never trained.
+        # they are saved, and trained by InContextDiT alone.
         generator = torch.Generator().manual_seed(114514)
         frequency = torch.randn(frequencies, generator=generator, device="cpu")
         self.W = nn.Parameter(frequency, requires_grad=False)
@@ -206,15 +210,16 @@ class Family(NamedTuple):
     norm: str | None  # the final LayerNorm, whose affine part is removed; None: kept as it is
     class_tokens: int  # leading tokens to drop; register tokens are counted from the config
     interpolate: bool  # whether other image sizes than the trained one have to be asked for
+    pooled: bool = False  # several layers: whether their mean also gets the pooled vector (RAEv2)
 
 
 # By config.model_type. Add a line to support another model of `transformers` whose config has hidden_size and
 # patch_size; then a name in ENCODERS below, and a preset in train_decoder.py.
 FAMILIES = {
-    "siglip_vision_model": Family("SiglipVisionModel", "post_layernorm", 0, True),
+    "siglip_vision_model": Family("SiglipVisionModel", "post_layernorm", 0, True, True),
     "dinov2_with_registers": Family("Dinov2WithRegistersModel", "layernorm", 1, False),
     "dinov2": Family("Dinov2Model", None, 1, False),  # WebSSL-DINO: Scale-RAE keeps its affine norm
-    "dinov3_vit": Family("DINOv3ViTModel", "norm", 1, False),
+    "dinov3_vit": Family("DINOv3ViTModel", "norm", 1, False, True),
     "vit_mae": Family("ViTMAEModel", "layernorm", 1, True),
     "vit": Family("ViTModel", "layernorm", 1, True),  # DINO, the backbone of the discriminator
 }
@@ -225,9 +230,18 @@ class Encoder(nn.Module):
 
     source: hub id or local `transformers` folder (pretrained weights), or the config of one as a dict
         (weights are loaded later, from a state dict). `changes` override values of its config.
+    layers: blocks, counted from 0, whose normalised tokens are averaged (RAEv2); default: the last one alone.
+    affine: keep the learned scale and shift of the final norm. The default is that of the papers: False, but
+        for SigLIP with `layers`.
     """
 
-    def __init__(self, source: str | dict, changes: dict | None = None):
+    def __init__(
+        self,
+        source: str | dict,
+        changes: dict | None = None,
+        layers: Sequence[int] | None = None,
+        affine: bool | None = None,
+    ):
         super().__init__()
         changes = changes or {}
         if isinstance(source, dict):
@@ -239,14 +253,20 @@ class Encoder(nn.Module):
         if config.model_type not in FAMILIES:
             raise ValueError(f"encoder {source!r} is a {config.model_type}; supported: {', '.join(FAMILIES)}")
         family = FAMILIES[config.model_type]
+        depth = config.num_hidden_layers
+        if layers is not None and not (layers and sorted(set(layers) & set(range(depth))) == list(layers)):
+            raise ValueError(f"layers {list(layers)}: give increasing numbers from 0 to {depth - 1}")
+        if affine is None:
+            affine = layers is not None and config.model_type == "siglip_vision_model"
         model_class = getattr(transformers, family.model)
         if isinstance(source, dict):
             model = model_class(config)
         else:
             # `transformers` only warns of weights that are missing and initialises them at random
             model, report = model_class.from_pretrained(source, output_loading_info=True, **changes)
-            check_encoder(source, model, report, unused=("pooler", "head", family.norm))
-        if family.norm:
+            unused = ("pooler", "head") if affine else ("pooler", "head", family.norm)
+            check_encoder(source, model, report, unused)
+        if family.norm and not affine:
             # Without the affine part of the final LayerNorm each token has mean 0 and variance 1 over its
             # channels (RAE section 3; Scale-RAE appendix).
             norm = getattr(model, family.norm)
@@ -258,6 +278,8 @@ class Encoder(nn.Module):
             model.pooler = None
         # files are often bf16; the encoder runs in fp32, or under autocast
         self.model = model.float().requires_grad_(False).eval()
+        self.layers, self.pooled = layers, family.pooled
+        self.norm = family.norm or "layernorm"  # name of the final norm
         self.prefix = family.class_tokens + getattr(config, "num_register_tokens", 0)
         self.interpolate = family.interpolate
         self.is_mae = config.model_type == "vit_mae"
@@ -281,19 +303,30 @@ class Encoder(nn.Module):
 
         hooks = [self.blocks[layer].register_forward_hook(partial(keep, layer)) for layer in set(layers)]
         try:
-            self(pixels)
+            self.last_layer(pixels)
         finally:
             for hook in hooks:
                 hook.remove()
         return [outputs[layer] for layer in layers]
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def last_layer(self, pixels: Tensor) -> Tensor:
         options = {"interpolate_pos_encoding": True} if self.interpolate else {}
         if self.is_mae:
             # MAE shuffles tokens by the order of this "noise": an increasing one keeps raster order
             patches = (pixels.shape[-1] // self.config.patch_size) ** 2
             options["noise"] = torch.arange(patches, device=pixels.device).expand(len(pixels), -1)
         return self.model(pixels, **options).last_hidden_state[:, self.prefix :]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if self.layers is None:
+            return self.last_layer(pixels)
+        # the same norm for each layer; not `output_hidden_states`, whose last one is normalised or not
+        # depending on the version of `transformers`
+        norm = getattr(self.model, self.norm)
+        tokens = [norm(layer) for layer in self.features(pixels, self.layers)]
+        mean = torch.stack(tokens).mean(dim=0)
+        # RAEv2 adds to every token the mean over tokens of the deepest layer
+        return mean + tokens[-1].mean(dim=1, keepdim=True) if self.pooled else mean
 
 
 def check_encoder(source: str, model: nn.Module, report: dict, unused: tuple) -> None:
@@ -398,6 +431,9 @@ class RAE(nn.Module, Hub, library_name="rae"):
     decoder_config: width, depth, heads, mlp_width and patch_size (of the output; default: the encoder's).
     encoder_size: side of the encoder's input in pixels; images of another size are resized.
     image_mean, image_std: the encoder's pixel statistics. All three are read from the hub id or folder.
+    layers: encoder layers that are averaged, see `Encoder` (RAEv2).
+    denormalise: whether the decoder's output is in the encoder's normalised pixels (RAE) or in [0, 1] already
+        (RAEv2, the default with `layers`).
     """
 
     def __init__(
@@ -407,9 +443,11 @@ class RAE(nn.Module, Hub, library_name="rae"):
         encoder_size: int | None = None,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
+        layers: list[int] | None = None,
+        denormalise: bool | None = None,
     ):
         super().__init__()
-        self.encoder = Encoder(encoder)
+        self.encoder = Encoder(encoder, layers=layers)
         if not isinstance(encoder, dict):
             side, image_mean, image_std = input_of(encoder, self.encoder)
             encoder_size = encoder_size or side
@@ -437,6 +475,13 @@ class RAE(nn.Module, Hub, library_name="rae"):
         self.register_buffer("latent_std", torch.ones(self.latent_shape))
         self.register_buffer("image_mean", torch.tensor(image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(image_std).view(3, 1, 1), persistent=False)
+        # from the decoder's output to [0, 1]
+        if denormalise is None:
+            denormalise = layers is None
+        mean = self.image_mean.clone() if denormalise else torch.zeros(3, 1, 1)
+        std = self.image_std.clone() if denormalise else torch.ones(3, 1, 1)
+        self.register_buffer("output_mean", mean, persistent=False)
+        self.register_buffer("output_std", std, persistent=False)
 
     def train(self, mode: bool = True) -> "RAE":
         super().train(mode)
@@ -466,7 +511,7 @@ class RAE(nn.Module, Hub, library_name="rae"):
             raise ValueError(f"latents {tuple(latents.shape[1:])}, this autoencoder has {self.latent_shape}")
         # callers clamp: the training losses need the gradient outside [0, 1]
         pixels = self.decoder(latents * self.latent_std + self.latent_mean)
-        return pixels.float() * self.image_std + self.image_mean
+        return pixels.float() * self.output_std + self.output_mean
 
     @classmethod
     def from_pretrained(
@@ -476,6 +521,7 @@ class RAE(nn.Module, Hub, library_name="rae"):
         stats: str | None = None,
         encoder_size: int | None = None,
         heads: int | None = None,
+        layers: list[int] | None = None,
         revision: str | None = None,
     ) -> "RAE":
         """An autoencoder in eval mode. `source` is one of
@@ -484,12 +530,19 @@ class RAE(nn.Module, Hub, library_name="rae"):
         - a name in `convert.RELEASED`, such as "rae-dinov2-b": what the authors published;
         - a decoder of RAE (`model.pt`) or a decoder repository of Scale-RAE, together with `encoder`, a hub
           id or folder that has its weights, and optionally `stats`, the file of latent statistics. A file on
-          the hub is org/repository/path. encoder_size and heads are known for what is published.
+          the hub is org/repository/path. encoder_size and heads are known for what is published. layers: of
+          a decoder of RAEv2.
         """
         import convert
 
         model = convert.open_rae(
-            str(source), revision, encoder=encoder, stats=stats, encoder_size=encoder_size, heads=heads
+            str(source),
+            revision,
+            encoder=encoder,
+            stats=stats,
+            encoder_size=encoder_size,
+            heads=heads,
+            layers=layers,
         )
         return model or super().from_pretrained(source, revision=revision)
 
@@ -620,17 +673,28 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-class Block(nn.Module):
-    """Transformer block with adaLN-Zero: the condition (B, 1 or N, Z) shifts, scales and gates each token."""
+def adaln(condition_width: int | None, width: int, count: int) -> nn.Sequential | None:
+    """condition (B, 1 or N, Z) -> `count` vectors of `width`; None without a condition."""
+    return condition_width and nn.Sequential(nn.SiLU(), nn.Linear(condition_width, count * width))
 
-    def __init__(self, width: int, heads: int, condition_width: int, qk_norm: bool, swiglu: bool):
+
+class Block(nn.Module):
+    """Transformer block with adaLN-Zero: the condition (B, 1 or N, Z) shifts, scales and gates each token.
+    Without a condition_width it is a plain pre-norm block, as in the backbone of RAEv2."""
+
+    def __init__(self, width: int, heads: int, condition_width: int | None, qk_norm: bool, swiglu=True):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
         self.attn = Attention(width, heads, qk_norm)
         self.mlp = SwiGLU(width) if swiglu else MLP(width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_width, 6 * width))
+        self.adaLN_modulation = adaln(condition_width, width, 6)
 
-    def forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, condition: Tensor | None, rope: Tensor, keys: Tensor | None = None
+    ) -> Tensor:
+        if self.adaLN_modulation is None:
+            x = x + self.attn(self.norm1(x), rope, keys)
+            return x + self.mlp(self.norm2(x))
         # six of (B, 1 or N, width)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
@@ -638,17 +702,22 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, width: int, channels: int, condition_width: int):
+    """RMSNorm, modulated if there is a condition, and a linear layer to the latents' channels."""
+
+    def __init__(self, width: int, channels: int, condition_width: int | None):
         super().__init__()
         self.norm_final = RMSNorm(width)
         self.linear = nn.Linear(width, channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_width, 2 * width))
+        self.adaLN_modulation = adaln(condition_width, width, 2)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        # two of (B, 1 or N, width)
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        x = self.norm_final(x)
+        if self.adaLN_modulation is not None:
+            # two of (B, 1 or N, width)
+            shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
+            x = modulate(x, shift, scale)
         # fp32, because the loss and the sampler's state are
-        return self.linear(modulate(self.norm_final(x), shift, scale)).float()
+        return self.linear(x).float()
 
 
 class LabelCondition(nn.Module):
@@ -684,6 +753,32 @@ class TokenCondition(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         return vectors
+
+
+def initialise_dit(dit: nn.Module, xavier: bool) -> None:
+    """Initial weights of a DiT or InContextDiT. xavier: of all linear layers, else PyTorch's default."""
+    # the embedders of the latents in any case: the authors' are patch convolutions, initialised apart
+    layers = [dit.x_embedder] + ([dit.s_embedder] if dit.head else [])
+    if xavier:
+        layers = [module for module in dit.modules() if isinstance(module, nn.Linear)]
+    for layer in layers:
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    # as in DiT
+    for layer in (dit.t_embedder.mlp[0], dit.t_embedder.mlp[2]):
+        nn.init.normal_(layer.weight, std=0.02)
+    if hasattr(dit.y_embedder, "embedding_table"):
+        nn.init.normal_(dit.y_embedder.embedding_table.weight, std=0.02)
+    # adaLN-Zero: every modulated block starts as the identity, and the output as zero
+    for module in dit.modules():
+        if isinstance(module, SwiGLU):
+            module.zero_padding()
+        zero = [module.linear] if isinstance(module, FinalLayer) else []
+        if getattr(module, "adaLN_modulation", None) is not None:
+            zero.append(module.adaLN_modulation[1])
+        for layer in zero:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 class DiT(nn.Module, Hub, library_name="rae"):
@@ -744,29 +839,7 @@ class DiT(nn.Module, Hub, library_name="rae"):
         self.x_embedder = nn.Linear(channels, out_width)
         self.blocks = nn.ModuleList(blocks)
         self.final_layer = FinalLayer(out_width, channels, out_condition)
-        self.initialise(xavier)
-
-    def initialise(self, xavier: bool) -> None:
-        # the embedders of the latents in any case: the authors' are patch convolutions, initialised apart
-        layers = [self.x_embedder] + ([self.s_embedder] if self.head else [])
-        if xavier:
-            layers = [module for module in self.modules() if isinstance(module, nn.Linear)]
-        for layer in layers:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        # as in DiT
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        if isinstance(self.y_embedder, LabelCondition):
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for block in self.blocks:
-            if isinstance(block.mlp, SwiGLU):
-                block.mlp.zero_padding()
-        # adaLN-Zero: every block starts as the identity, and the velocity as zero
-        modulations = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
-        for layer in (*modulations, self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        initialise_dit(self, xavier)
 
     def drop_condition(self, condition: Tensor | None, dropped: Tensor) -> Tensor:
         """The null condition where `dropped` (B,) is true, `condition` elsewhere (None: null everywhere)."""
@@ -808,11 +881,172 @@ class DiT(nn.Module, Hub, library_name="rae"):
         return self.final_layer(s, c)
 
 
+@dataclass
+class Caption:
+    """Text tokens of a frozen language model, padded on the right."""
+
+    tokens: Tensor  # (B, K, Z)
+    mask: Tensor  # (B, K) bool, False for padding
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def repeat(self, times: int) -> "Caption":
+        return Caption(self.tokens.repeat(times, 1, 1), self.mask.repeat(times, 1))
+
+
+class ContextLabels(LabelCondition):
+    """Class labels (B,) -> (B, count, width): trained tokens, to each of which the label is added."""
+
+    def __init__(self, num_classes: int, width: int, count: int):
+        super().__init__(num_classes, width)
+        self.learnable_tokens = nn.Parameter(torch.randn(count, width) / math.sqrt(width))
+
+    def forward(self, labels: Tensor) -> tuple[Tensor, None]:
+        return self.learnable_tokens + super().forward(labels), None
+
+
+class ContextCaption(nn.Module):
+    """A Caption -> (B, K, width) and its mask. The null condition hides all text."""
+
+    def __init__(self, condition_width: int, width: int, count: int):
+        super().__init__()
+        self.count = count
+        self.norm = RMSNorm(condition_width)
+        self.proj = nn.Linear(condition_width, width)
+
+    def drop(self, caption: Caption | None, dropped: Tensor) -> Caption:
+        if caption is None:
+            no_tokens = self.norm.weight.new_zeros(len(dropped), 0, len(self.norm.weight))
+            return Caption(no_tokens, dropped.new_zeros(len(dropped), 0))
+        return Caption(caption.tokens, caption.mask & ~dropped[:, None])
+
+    def forward(self, caption: Caption) -> tuple[Tensor, Tensor]:
+        if (length := caption.tokens.shape[1]) > self.count:
+            raise ValueError(f"a caption has {length} tokens, this DiT takes up to {self.count}: shorten it")
+        return self.proj(self.norm(caption.tokens)), caption.mask
+
+
+class InContextDiT(nn.Module, Hub, library_name="rae"):
+    """The diffusion transformer of RAEv2: timestep and condition are tokens of the sequence beside the latent
+    tokens, and the backbone has no adaLN. Only the DDT head is modulated, by the backbone.
+
+    latent_shape, width, depth, heads, head, num_classes: as for `DiT`.
+    condition_width: of the text tokens of a `Caption`. time_tokens, condition_tokens: how many tokens the
+        timestep and the condition have; for captions at most.
+    base_depth: the backbone block, counted from 1, after which a second output layer, the base head, makes a
+        weaker prediction for internal guidance; None: no base head.
+    """
+
+    def __init__(
+        self,
+        latent_shape: tuple[int, int],
+        width: int,
+        depth: int,
+        heads: int,
+        head: tuple[int, int, int] | None = None,
+        num_classes: int | None = None,
+        condition_width: int | None = None,
+        time_tokens: int = 4,
+        condition_tokens: int = 8,
+        base_depth: int | None = None,
+    ):
+        super().__init__()
+        if num_classes and condition_width:
+            raise ValueError("a DiT takes labels (num_classes) or captions (condition_width), not both")
+        if base_depth is not None and not 1 <= base_depth <= depth:
+            raise ValueError(f"base_depth {base_depth}: the backbone has blocks 1 to {depth}")
+        tokens, channels = latent_shape
+        self.depth, self.head, self.base_depth = depth, head, base_depth
+        # ---- embedders of timestep and condition; RAEv2 trains the frequencies
+        self.t_embedder = TimeEmbedding(width)
+        self.t_embedder.W.requires_grad_(True)
+        self.time_tokens = nn.Parameter(torch.randn(time_tokens, width) / math.sqrt(width))
+        self.y_embedder = None
+        if num_classes:
+            self.y_embedder = ContextLabels(num_classes, width, condition_tokens)
+        elif condition_width:
+            self.y_embedder = ContextCaption(condition_width, width, condition_tokens)
+        # ---- positions: only the latent tokens have one, the others are not rotated
+        rope = rope_table(tokens, width // heads)
+        extra = time_tokens + (condition_tokens if self.y_embedder else 0)
+        still = torch.stack([torch.ones(extra, rope.shape[2]), torch.zeros(extra, rope.shape[2])])
+        self.register_buffer("rope", torch.cat([rope, still], dim=1), persistent=False)
+        # ---- backbone, DDT head, base head
+        blocks = [Block(width, heads, None, qk_norm=True) for _ in range(depth)]
+        out_width = width
+        if head:
+            out_width = head[0]
+            self.s_embedder = nn.Linear(channels, width)
+            self.s_projector = nn.Identity() if out_width == width else nn.Linear(width, out_width)
+            self.register_buffer("head_rope", rope_table(tokens, out_width // head[2]), persistent=False)
+            blocks += [Block(out_width, head[2], out_width, qk_norm=True) for _ in range(head[1])]
+        self.x_embedder = nn.Linear(channels, out_width)
+        self.blocks = nn.ModuleList(blocks)
+        self.final_layer = FinalLayer(out_width, channels, out_width if head else None)
+        if base_depth:
+            self.base_final_layer = FinalLayer(width, channels, width if head else None)
+        initialise_dit(self, xavier=False)
+
+    drop_condition = DiT.drop_condition
+
+    def forward(
+        self, x: Tensor, t: Tensor, condition: Tensor | Caption | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The prediction (B, N, C) at x (B, N, C), t (B,) in [0, 1], and that of the base head or None.
+        condition: labels (B,) or a `Caption`; None is the null condition."""
+        # ---- sequence: latents, timestep, condition -> (B, N + T + K, width)
+        tokens, time = x.shape[1], self.t_embedder(t)[:, None]
+        parts = [(self.s_embedder if self.head else self.x_embedder)(x), self.time_tokens + time]
+        keys = None
+        if self.y_embedder is not None:
+            if condition is None:
+                condition = self.y_embedder.drop(None, torch.ones_like(t, dtype=torch.bool))
+            context, mask = self.y_embedder(condition)
+            parts.append(context)
+            if mask is not None:
+                # padding is hidden as keys; all other tokens are seen
+                keys = F.pad(mask, (tokens + len(self.time_tokens), 0), value=True)
+        elif condition is not None:
+            raise ValueError("this DiT is unconditional, but a condition was given")
+        s = torch.cat([part.float() for part in parts], dim=1)
+
+        # ---- backbone; the timestep is added again to what leaves it, if there is a DDT head
+        base = None
+        for number, block in enumerate(self.blocks[: self.depth], start=1):
+            s = block(s, None, self.rope[:, : s.shape[1]], keys)
+            if number == self.base_depth:
+                u = F.silu(time + s[:, :tokens]) if self.head else s[:, :tokens]
+                base = self.base_final_layer(u, u)
+        s = s[:, :tokens]
+        if not self.head:
+            return self.final_layer(s), base
+
+        # ---- DDT head: it sees x anew, and the backbone's output is its condition
+        c = self.s_projector(F.silu(time + s))
+        s = self.x_embedder(x)
+        for block in self.blocks[self.depth :]:
+            s = block(s, c, self.head_rope)
+        return self.final_layer(s, c), base
+
+
+def build_dit(latent_shape: tuple[int, int], config: dict) -> DiT | InContextDiT:
+    """From its arguments; those of an InContextDiT have `time_tokens`."""
+    return (InContextDiT if "time_tokens" in config else DiT)(latent_shape, **config)
+
+
 # -----------------------------------------------------------------------------------------------------------
 # 5. flow matching: x_t = (1 - t) data + t noise, velocity = noise - data
 
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # x (B, N, C), t (B,) -> (B, N, C)
+T_MIN = 0.05  # smallest denominator where clean latents become a velocity (RAEv2)
+
+
+def to_velocity(x_t: Tensor, clean: Tensor, t: Tensor) -> Tensor:
+    """The velocity (x_t - clean) / t at x_t (B, N, C), t (B,), for clean latents or a prediction of them."""
+    # the error of a prediction would be divided by almost nothing near t = 0
+    return (x_t - clean) / t.clamp(min=T_MIN)[:, None, None]
 
 
 def default_alpha(latent_shape: tuple[int, int]) -> float:
@@ -932,6 +1166,21 @@ def guided(
     return guided_velocity
 
 
+def internally_guided(
+    velocities: Callable, scale: float, interval: tuple[float, float] = (0.0, 1.0)
+) -> Velocity:
+    """Internal guidance (RAEv2): the base head of the same model is the weaker one, so that one evaluation
+    does. velocities(x, t) -> (velocity, the base head's)."""
+
+    def guided_velocity(x: Tensor, t: Tensor) -> Tensor:
+        velocity, base = velocities(x, t)
+        if scale == 1 or (interval != (0.0, 1.0) and not interval[0] <= t[0] <= interval[1]):
+            return velocity
+        return base + scale * (velocity - base)
+
+    return guided_velocity
+
+
 # -----------------------------------------------------------------------------------------------------------
 # 6. labels to image, text to image
 
@@ -949,11 +1198,19 @@ class LatentModel(nn.Module, Hub):
 
     PATHS = ("autoencoder", "reader")  # the folders that config.json may name, relative to the model's own
 
-    def __init__(self, latent_shape: tuple[int, int], autoencoder: str | None, alpha: float | None):
+    def __init__(
+        self,
+        latent_shape: tuple[int, int],
+        autoencoder: str | None,
+        alpha: float | None,
+        prediction: str = "velocity",
+    ):
         super().__init__()
         if alpha is not None and not 0 < alpha < math.inf:
             raise ValueError(f"alpha {alpha}: give a number above 0")
-        self.latent_shape = tuple(latent_shape)
+        if prediction not in ("velocity", "x"):
+            raise ValueError(f"unknown prediction {prediction!r}: velocity or x")
+        self.latent_shape, self.prediction = tuple(latent_shape), prediction
         self.alpha = default_alpha(latent_shape) if alpha is None else alpha
         self.autoencoder_path = autoencoder
         # opened ones, by path; in a dict they are no submodules: their weights stay in their own folders
@@ -961,7 +1218,7 @@ class LatentModel(nn.Module, Hub):
 
     @property
     def device(self) -> torch.device:
-        return self.dit.pos_embed.device
+        return self.dit.x_embedder.weight.device
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -980,6 +1237,15 @@ class LatentModel(nn.Module, Hub):
             self._autoencoders[path] = open_autoencoder(path)
         return self._autoencoders[path].to(self.device)
 
+    def velocities(self, x: Tensor, t: Tensor, condition=None, **options) -> tuple[Tensor, Tensor | None]:
+        """The velocity (B, N, C) at x (B, N, C), t (B,), and that of the base head, None without one."""
+        outputs = self.dit(x, t, condition, **options)
+        velocity, base = outputs if isinstance(self.dit, InContextDiT) else (outputs, None)
+        if self.prediction == "x":
+            velocity = to_velocity(x, velocity, t)
+            base = base if base is None else to_velocity(x, base, t)
+        return velocity, base
+
     @torch.no_grad()
     def generate(
         self,
@@ -994,11 +1260,13 @@ class LatentModel(nn.Module, Hub):
         interval: tuple[float, float] = (0.0, 1.0),
         start: float = 1.0,
         skip: int | None = None,
+        internal_guidance: float = 1.0,
     ) -> Tensor:
         """Latents (B, N, C) for B prompts or class labels.
 
         guidance: guidance scale, 1 for none: classifier-free guidance, or AutoGuidance with a `guide`, a
             weaker model of the same latents. interval: the guidance interval, in t.
+        internal_guidance: scale of the guidance by the model's own base head, 1 for none (RAEv2).
         skip: number of a DiT block. The model without it is a second guide, at scale 2 (arXiv 2411.18664).
         noise: (B, N, C); if None it is drawn with `generator`, on its device.
         steps, solver, grid, start: see `sample`.
@@ -1009,6 +1277,8 @@ class LatentModel(nn.Module, Hub):
             raise ValueError(f"the guide generates latents {guide.latent_shape}, not {self.latent_shape}")
         if skip is not None and not 0 <= skip < self.dit.depth:
             raise ValueError(f"no block {skip} to skip: the DiT has blocks 0 to {self.dit.depth - 1}")
+        if internal_guidance != 1 and not getattr(self.dit, "base_depth", None):
+            raise ValueError(f"internal guidance {internal_guidance} needs a model with a base head")
         # ---- condition and noise
         condition = self.condition(inputs)
         if noise is None:
@@ -1017,13 +1287,21 @@ class LatentModel(nn.Module, Hub):
             noise = torch.randn(len(inputs), *self.latent_shape, generator=generator, device=device)
         noise = to_device(noise.float(), self.device)
 
-        # ---- velocity, guided by a weaker one: the null condition, another model, or one block less
-        velocity = partial(self.dit, condition=condition)
+        # ---- velocity, guided by weaker ones: the base head, the null condition or another model
+        def velocity_of(model: LatentModel, condition, scale: float = 1.0, **options) -> Velocity:
+            return internally_guided(
+                partial(model.velocities, condition=condition, **options), scale, interval
+            )
+
+        velocity = velocity_of(self, condition, internal_guidance)
         if guidance != 1:
-            weaker = partial(guide.dit, condition=guide.condition(inputs)) if guide else self.dit
+            if guide:
+                weaker = velocity_of(guide, guide.condition(inputs))
+            else:
+                weaker = velocity_of(self, None, internal_guidance)
             velocity = guided(velocity, weaker, guidance, interval)
         if skip is not None:
-            velocity = guided(velocity, partial(self.dit, condition=condition, skip=skip), 2.0, interval)
+            velocity = guided(velocity, velocity_of(self, condition, skip=skip), 2.0, interval)
         return sample(velocity, noise, steps, self.alpha, solver, grid, start)
 
     # -- one folder: config.json, model.safetensors, and for text the tokenizer's files
@@ -1061,8 +1339,10 @@ class LatentModel(nn.Module, Hub):
 class ClassToImage(LatentModel, library_name="rae"):
     """A DiT conditioned on class labels, or unconditional (RAE section 5).
 
-    dit: arguments of `DiT` without latent_shape: width, depth, heads, ...; num_classes, or unconditional.
+    dit: arguments of `DiT` or `InContextDiT` without latent_shape: width, depth, heads, ...; num_classes, or
+        unconditional.
     latent_shape, autoencoder, alpha: as for `TextToImage`.
+    prediction: what the DiT's output is, the velocity or the clean latents "x" (RAEv2).
     class_names: of the labels, for people to read.
     """
 
@@ -1072,11 +1352,12 @@ class ClassToImage(LatentModel, library_name="rae"):
         latent_shape: tuple[int, int],
         autoencoder: str | None = None,
         alpha: float | None = None,
+        prediction: str = "velocity",
         class_names: list[str] | None = None,
     ):
-        super().__init__(latent_shape, autoencoder, alpha)
+        super().__init__(latent_shape, autoencoder, alpha, prediction)
         self.class_names = class_names
-        self.dit = DiT(latent_shape, **dit)
+        self.dit = build_dit(latent_shape, dit)
 
     @property
     def num_classes(self) -> int | None:
@@ -1094,15 +1375,18 @@ class ClassToImage(LatentModel, library_name="rae"):
         return to_device(labels, self.device)
 
     def forward(
-        self, labels: Tensor | None, x_t: Tensor, t: Tensor, dropped: Tensor, context_latents: None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Velocity of k draws for each label (B,), and a text loss of zero; see `TextToImage.forward`."""
-        if self.num_classes is not None:
-            labels = self.dit.drop_condition(labels.repeat(len(x_t) // max(1, len(labels))), dropped)
-        return self.dit(x_t, t, labels), x_t.new_zeros(())
+        self, condition, x_t: Tensor, t: Tensor, dropped: Tensor, context_latents: None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Velocities of k draws for each label or caption, and a text loss of zero; see
+        `TextToImage.forward`."""
+        if self.dit.y_embedder is not None:
+            draws = len(x_t) // max(1, len(condition))
+            condition = self.dit.drop_condition(condition.repeat(draws), dropped)
+        return *self.velocities(x_t, t, condition), x_t.new_zeros(())
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        self._hub_mixin_config["class_names"] = self.class_names
+        if self.class_names:
+            self._hub_mixin_config["class_names"] = self.class_names
         super()._save_pretrained(save_directory)
 
     @classmethod
@@ -1117,6 +1401,79 @@ class ClassToImage(LatentModel, library_name="rae"):
         model = model or super().from_pretrained(source, revision=revision)
         model.autoencoder_path = autoencoder or model.autoencoder_path
         return model
+
+
+@cache
+def open_text_encoder(path: str, device: torch.device) -> tuple:
+    """Tokenizer and frozen language model without its output layer; a model and its EMA share them."""
+    options = {"trust_remote_code": False}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, padding_side="right", **options)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = transformers.AutoModel.from_pretrained(path, **options).float().requires_grad_(False).eval()
+    return tokenizer, model.to(device)
+
+
+class CaptionToImage(ClassToImage, library_name="rae"):
+    """An InContextDiT conditioned on the tokens of a frozen language model (RAEv2, text to image).
+
+    text_encoder: folder or hub id of a language model of `transformers`, which keeps its weights.
+    dit: arguments of `InContextDiT` with condition_width, the width of the language model.
+    latent_shape, autoencoder, alpha, prediction: as for `ClassToImage`.
+    """
+
+    PATHS = ("autoencoder", "text_encoder")
+
+    def __init__(
+        self,
+        text_encoder: str,
+        dit: dict,
+        latent_shape: tuple[int, int],
+        autoencoder: str | None = None,
+        alpha: float | None = None,
+        prediction: str = "x",
+    ):
+        super().__init__(dit, latent_shape, autoencoder, alpha, prediction)
+        self.text_encoder_path = text_encoder
+
+    def check_prompts(self, texts: list[str]) -> None:
+        """Raises ValueError for text that is empty or longer than the DiT's condition."""
+        tokenizer, _ = open_text_encoder(self.text_encoder_path, self.device)
+        most = self.dit.y_embedder.count
+        for text in texts:
+            if not text.strip():
+                raise ValueError("empty prompt: describe an image, for example 'a red circle'")
+            if (length := len(tokenizer.encode(text))) > most:
+                raise ValueError(f"the prompt has {length} tokens, the limit is {most}: shorten it")
+
+    @torch.no_grad()
+    def condition(self, prompts: list[str] | Caption, truncate: bool = False) -> Caption:
+        """Last hidden states of the prompts, after the final norm and without a chat template. Long prompts
+        are cut with `truncate`, as in RAEv2's training, else refused."""
+        if isinstance(prompts, Caption):
+            return prompts
+        if not truncate:
+            self.check_prompts(prompts)
+        tokenizer, model = open_text_encoder(self.text_encoder_path, self.device)
+        width = len(self.dit.y_embedder.norm.weight)
+        if model.config.hidden_size != width:
+            path, actual = self.text_encoder_path, model.config.hidden_size
+            raise ValueError(f"{path} has width {actual}, the DiT takes {width}")
+        options = {"truncation": True, "max_length": self.dit.y_embedder.count, "return_tensors": "pt"}
+        ids = tokenizer(list(prompts), padding=True, **options)
+        inputs = {name: to_device(ids[name], self.device) for name in ("input_ids", "attention_mask")}
+        with torch.autocast(self.device.type, enabled=False):
+            tokens = model(**inputs).last_hidden_state
+        return Caption(tokens, inputs["attention_mask"].bool())
+
+
+def text_model_class(source: str) -> type[LatentModel]:
+    """CaptionToImage or TextToImage, whichever a folder or hub id holds."""
+    import convert
+
+    # the authors' names and files are Scale-RAE's
+    has_config = convert.exists(f"{source}/config.json", None)
+    is_caption = has_config and "text_encoder" in convert.read_config(source)[0]
+    return CaptionToImage if is_caption else TextToImage
 
 
 IMAGE = -200  # stands for one latent token of an image in a sequence of token ids
@@ -1352,9 +1709,9 @@ class TextToImage(LatentModel, library_name="rae"):
 
     def forward(
         self, chat: Chat, x_t: Tensor, t: Tensor, dropped: Tensor, context_latents: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Velocity (k A, N, C) of the chat's A images to generate, and cross-entropy summed over its
-        supervised tokens.
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Velocity (k A, N, C) of the chat's A images to generate, that of the base head or None, and
+        cross-entropy summed over the supervised tokens.
 
         x_t (k A, N, C), shifted t (k A,), dropped (k A,) bool, the condition dropout: k draws per image, all
         images' first draws first. context_latents: (C, *read_shape), images to read.
@@ -1369,7 +1726,8 @@ class TextToImage(LatentModel, library_name="rae"):
         # ---- images: the hidden states at the queries condition the DiT, the same for all k draws
         condition = self.answer_condition(hidden, chat)
         condition = condition.repeat(len(x_t) // max(1, len(condition)), 1, 1)
-        return self.dit(x_t, t, self.dit.drop_condition(condition, dropped)), cross_entropy
+        velocities = self.velocities(x_t, t, self.dit.drop_condition(condition, dropped))
+        return *velocities, cross_entropy
 
     # -- inference
 
@@ -1597,6 +1955,9 @@ ENCODERS = {  # hub ids
     "dino-s16": "facebook/dino-vits16",
 }
 
+# RAEv2's names for the layers of dinov3-l that are averaged, counted from 0; k1 is the last one alone
+LAYERS = {"k7": [11, 13, 15, 17, 19, 21, 23], "k23": list(range(1, 24))}
+
 # RAE appendix. Caution: the MLP of XL is not 4 x its width. S is ours, for small GPUs.
 DECODERS = {
     "ViT-S": {"width": 384, "depth": 12, "heads": 6, "mlp_width": 1536},
@@ -1615,6 +1976,8 @@ SCALE_RAE_DITS = {  # Scale-RAE table 10
     "5.5B": {"width": 3072, "depth": 32, "heads": 32},
     "9.8B": {"width": 4096, "depth": 32, "heads": 32},
 }
+IN_CONTEXT = {"time_tokens": 4, "condition_tokens": 8, "base_depth": 8}  # RAEv2
+CAPTION_TOKENS = 256  # longer captions are cut (RAEv2)
 NANO_DIT = {"width": 256, "depth": 6, "heads": 4, "condition_width": 128}
 NANO_GUIDE = {"width": 128, "depth": 4, "heads": 4, "condition_width": 128}  # for AutoGuidance
 DITS = {
@@ -1628,7 +1991,11 @@ DITS = {
     "DiT-DH-XL": {"width": 1152, "depth": 28, "heads": 16} | RAE_HEAD,
     **SCALE_RAE_DITS,
     **{f"{name}-DH": size | SCALE_RAE_HEAD for name, size in SCALE_RAE_DITS.items()},
+    # RAEv2; for captions with CAPTION_TOKENS
+    "raev2": {"width": 1440, "depth": 28, "heads": 20, "head": (2048, 2, 16)} | IN_CONTEXT,
     "nano": NANO_DIT,
+    "nano-in-context": {"width": 256, "depth": 6, "heads": 4} | IN_CONTEXT | {"base_depth": 3},
+    "nano-guide-in-context": {"width": 128, "depth": 4, "heads": 4} | IN_CONTEXT | {"base_depth": 2},
     "nano-DH": NANO_DIT | {"head": (320, 2, 5)},
     "nano-guide": NANO_GUIDE,
     "nano-guide-DH": NANO_GUIDE | {"head": (320, 2, 5)},

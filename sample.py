@@ -52,6 +52,14 @@ PRESETS = {
     "nano": {},
     "scale-rae": {"guidance": 1.0, "grid": "scale-rae"},  # Scale-RAE: no guidance, 50 points
     "rae-256": IMAGENET | {"model": "rae-dit-dh-xl-256", "guide": "rae-dit-dh-s-256", "guidance": 1.42},
+    "raev2-imagenet": {  # RAEv2: internal guidance, no second evaluation
+        "model": "raev2-imagenet",
+        "steps": 100,
+        "guidance": 1.0,
+        "internal_guidance": 1.78,
+        "interval": "0.1,1",
+    },
+    "raev2-t2i": {"guidance": 6.0},
     "rae-512": IMAGENET | {"model": "rae-dit-dh-xl-512", "guide": "rae-dit-dh-s-512", "guidance": 1.5},
 }
 CONFLICTS = {
@@ -81,14 +89,11 @@ class Config:
     autoencoder: str = flag("", "RAE or VAE: folder or hub id (default: the one that the model names)")
     # sampler
     steps: int = flag(50, "sampling steps", at_least=1)
-    guidance: float = flag(
-        3.0, "guidance scale: classifier-free, or AutoGuidance with --guide; 1 is off", at_least=0
-    )
+    guidance: float = flag(3.0, "scale of classifier-free guidance, or of --guide; 1 is off", at_least=0)
     guide: str = flag("", "weaker model of the same latents, for AutoGuidance")
+    internal_guidance: float = flag(1.0, "scale of the guidance by the base head of a RAEv2 model; 1 is off")
     interval: str = flag("0,1", "guidance interval of t; t = 1 is noise")
-    skip: int | None = flag(
-        None, "also guide, at scale 2, by the model without this block of the DiT", at_least=0
-    )
+    skip: int | None = flag(None, "also guide, at scale 2, by the DiT without this block", at_least=0)
     solver: str = flag("euler", "ODE solver", choices=["euler", "heun"])
     grid: str = flag("full", "timesteps; the others are the papers'", choices=["full", "rae", "scale-rae"])
     seed: int = flag(0, "seed of the first image of each prompt", at_least=0, at_most=2**63)
@@ -188,9 +193,7 @@ def prompt_jobs(config: Config, count: int) -> list[list[Job]]:
     if layout == "none":
         # A prompt that is given twice would give the same images twice.
         prompts = list(dict.fromkeys(prompts))
-    stems = [file_name(prompt) for prompt in prompts]
-    if layout == "dpg":
-        stems = [file.stem for file in dpg_files(config)]
+    stems = [file.stem for file in dpg_files(config)] if layout == "dpg" else map(file_name, prompts)
     groups = []
     for i, (prompt, stem) in enumerate(zip(prompts, stems, strict=True)):
         group = []
@@ -230,7 +233,7 @@ def sampler_settings(config: Config, guide: LatentModel | None = None) -> dict:
         low, high = 1.0, 0.0  # refused below
     if not 0 <= low <= high <= 1:
         raise ValueError(f"--interval {config.interval}: give two numbers from 0 to 1, like 0.1,0.9")
-    names = ("steps", "guidance", "skip", "solver", "grid")
+    names = ("steps", "guidance", "internal_guidance", "skip", "solver", "grid")
     return {name: getattr(config, name) for name in names} | {"guide": guide, "interval": (low, high)}
 
 
@@ -261,7 +264,9 @@ def load_guide(config: Config, model: LatentModel) -> LatentModel | None:
 
 def draw(config: Config, dist_ctx: DistContext) -> None:
     # ---- models -------------------------------------------------------------------------------------------
-    model_class = rae.ClassToImage if config.classes else rae.TextToImage
+    model_class = rae.ClassToImage if config.classes else rae.text_model_class(config.model)
+    if config.best_of and model_class is rae.CaptionToImage:
+        raise ValueError(f"{config.model} cannot judge images: --best-of needs a TextToImage")
     model = common.load_model(model_class, config.model, config.autoencoder, dist_ctx)
     guide = load_guide(config, model)
     sampler = sampler_settings(config, guide)
@@ -382,7 +387,8 @@ def kept_jobs(group: list[Job], settings: dict, config: Config) -> list[Job]:
 
 def describe_settings(config: Config, model: LatentModel, guide: LatentModel | None, dist_ctx: DistContext):
     """All that determines how an image looks, besides its input and seed."""
-    names = ["model", "autoencoder", "steps", "guidance", "guide", "interval", "skip", "solver", "grid"]
+    names = ["model", "autoencoder", "steps", "guidance", "internal_guidance", "guide"]
+    names += ["interval", "skip", "solver", "grid"]
     names += ["best_of", "n", "verifier"] if config.best_of else []
     settings = {name: getattr(config, name) for name in names} | {"dtype": dist_ctx.dtype}
     # A training run may have written other weights to the same path since.

@@ -72,7 +72,7 @@ SCALE_RAE_RECIPE = RAE_RECIPE | {  # Scale-RAE table 7; crops, EMA and clipping 
     "statistics": 0,  # latents are not normalised
 }
 PRESETS = {
-    "nano": {"muon": 0.02, "tau": 0.2},
+    "nano": {"muon": 0.008, "tau": 0.2},
     "nano-full": {  # every loss, at the size of a laptop
         "perceptual": "encoder",
         "gram_weight": 1e4,  # the features are smaller than VGG's
@@ -83,6 +83,14 @@ PRESETS = {
     "rae-dinov2-b": RAE_RECIPE | {"encoder": rae.ENCODERS["dinov2-b"], "encoder_size": 224},
     "rae-siglip2-b": RAE_RECIPE | {"encoder": rae.ENCODERS["siglip2-b"]},
     "rae-mae-b": RAE_RECIPE | {"encoder": rae.ENCODERS["mae-b"], "encoder_size": 256},
+    # RAEv2: no crops. Its "general" decoders are trained on four sources at equal weight, 0.54 M steps
+    "raev2-k7": RAE_RECIPE
+    | {
+        "encoder": rae.ENCODERS["dinov3-l"],
+        "encoder_size": 256,
+        "layers": ",".join(map(str, rae.LAYERS["k7"])),
+        "crop": "centre",
+    },
     "scale-rae-siglip2": SCALE_RAE_RECIPE
     | {
         "encoder": rae.ENCODERS["siglip2-so400m"],
@@ -107,28 +115,21 @@ class Config(common.TrainConfig):
     out: str = flag("runs/decoder", "folder of this run")
     # model
     encoder: str = flag(str(common.WEIGHTS / "encoder"), "frozen encoder: transformers folder or hub id")
+    layers: str = flag("", "encoder layers to average, like 11,17,23 counted from 0 (default: only the last)")
     encoder_size: int | None = flag(
         None, "side of its input in pixels (default: that of its config)", at_least=1
     )
     decoder: str = flag("nano", "size of the decoder", choices=rae.DECODERS)
-    patch_size: int | None = flag(
-        None, "side in pixels of a token's output (default: the encoder's patch)", at_least=1
-    )
+    patch_size: int | None = flag(None, "pixels per token and side (default: the encoder's)", at_least=1)
     init: str = flag("", "start from this RAE (folder, hub id or name) instead of a new decoder")
     generator: str = flag("", "text-to-image model: decode latents that it regenerated from noised ones")
-    statistics: int = flag(
-        8192, "images to measure latent mean and std on (0: do not normalise; -1: all)", at_least=-1
-    )
+    statistics: int = flag(8192, "images to measure latent mean and std on (0: none; -1: all)", at_least=-1)
     # data
     data: str = flag("nano", "source of images, or several with weights, see data.py")
-    crop: str = flag(
-        "centre", "centre square, or a random one at 1.5 x the size", choices=["centre", "random"]
-    )
+    crop: str = flag("centre", "random: a square at 1.5 x the size", choices=["centre", "random"])
     # losses
     tau: float = flag(0.0, "noise-augmented decoding: an image's sigma is uniform in [0, tau)", at_least=0)
-    perceptual: str = flag(
-        "none", "its features: VGG16's or the encoder's", choices=["lpips", "encoder", "none"]
-    )
+    perceptual: str = flag("none", "features: VGG16's or encoder's", choices=["lpips", "encoder", "none"])
     gram_weight: float = flag(0.0, "weight of the distance of the features' Gram matrices", at_least=0)
     gan_weight: float = flag(0.0, "weight of the adversarial loss (0: no discriminator)", at_least=0)
     adaptive: bool = flag(True, "scale the adversarial gradient to that of the other losses (VQGAN)")
@@ -467,7 +468,7 @@ class LastLayer:
     def gradient(self, of_images: Tensor) -> Tensor:
         """(B, 3, H, W), of the images decoded last -> (3 p^2, width), summed over all ranks."""
         p = self.model.decoder.patch_size
-        pixels = (of_images * self.model.image_std).type_as(self.tokens)
+        pixels = (of_images * self.model.output_std).type_as(self.tokens)
         pixels = rearrange(pixels, "b c (h p) (w q) -> (b h w) (p q c)", p=p, q=p)
         gradient = pixels.T.float() @ self.tokens.flatten(0, 1).float()
         if dist.is_initialized():
@@ -575,13 +576,18 @@ def build_model(config: Config, dist_ctx: common.DistContext) -> tuple[rae.RAE, 
         size = dict(rae.DECODERS[config.decoder])
         if config.patch_size:
             size["patch_size"] = config.patch_size
+        layers = None
+        if config.layers:
+            try:
+                layers = [int(layer) for layer in config.layers.split(",")]
+            except ValueError:
+                raise ValueError(f"--layers {config.layers}: give numbers like 11,17,23") from None
         with common.loading(config.encoder):
-            return rae.RAE(config.encoder, size, config.encoder_size).to(dist_ctx.device), None
+            model = rae.RAE(config.encoder, size, config.encoder_size, layers=layers)
+        return model.to(dist_ctx.device), None
     model = generator.autoencoder if generator else common.load_autoencoder(config.init, dist_ctx)
     if not isinstance(model, rae.RAE):
-        raise ValueError(
-            "--init, or the generator's autoencoder, is a VAE: this script trains an RAE's decoder"
-        )
+        raise ValueError("--init, or the generator's autoencoder, is a VAE: only an RAE's decoder is trained")
     for name, actual in (("patch_size", model.decoder.patch_size), ("encoder_size", model.encoder_size)):
         value = getattr(config, name)
         if value not in (None, actual):
@@ -629,7 +635,7 @@ def make_optimizers(
             (matrices if to_muon else rest).append(parameter)
     of_decoder = [adamw(rest, config.lr)]
     if matrices:
-        of_decoder.append(common.Muon(matrices, config.muon, weight_decay=0.0))
+        of_decoder.append(common.Muon(matrices, config.muon))
     optimizers = [common.Optimizers(*of_decoder, clip=config.clip)]
     if discriminator:
         of_discriminator = adamw(discriminator.parameters(), config.disc_lr)
@@ -662,10 +668,8 @@ def save_grid(run: common.Run, ema: rae.RAE, images: Tensor, dist_ctx: common.Di
 def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
     if config.gan_weight and config.gan_start < config.disc_start:
-        raise ValueError(
-            f"--gan-start {config.gan_start}: the discriminator starts to train at --disc-start "
-            f"{config.disc_start}, so the decoder cannot learn from it earlier"
-        )
+        flags = f"--gan-start {config.gan_start} is before --disc-start {config.disc_start}"
+        raise ValueError(f"{flags}: the decoder cannot learn from an untrained discriminator")
     dist_ctx = common.init_distributed(config.dtype, config.shard)
     device = dist_ctx.device
     run = common.Run(config, dist_ctx)

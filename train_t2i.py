@@ -3,6 +3,7 @@
     python train_t2i.py                                            # the nano world, on a laptop
     python train_t2i.py --resume                                   # continues after an interruption
     python train_t2i.py --preset nano-class                        # class labels instead of text
+    torchrun --nproc-per-node 8 train_t2i.py --preset raev2-imagenet --data imagenet/train   # RAEv2
     python train_t2i.py --preset dit-dh-s-imagenet256 --data imagenet/train --grad-accum 16 \\
         --activation-checkpointing                                 # one small GPU
     torchrun --nproc-per-node 8 train_t2i.py --preset dit-dh-xl-imagenet256 --data imagenet/train
@@ -15,7 +16,8 @@
 A language model reads the request, and its hidden states at the latent queries condition the DiT. They are
 trained together: loss = cross-entropy + 2 x velocity error (Scale-RAE section 3). Questions about images,
 mixed into the data, train the projector that reads latents. With --condition class the DiT alone is trained,
-on the labels of folders, .cls files or a column `label`: loss = velocity error (RAE section 5). Latents are
+on the labels of folders, .cls files or a column `label`: loss = velocity error (RAE section 5); with
+--condition caption, on captions that a frozen language model reads (RAEv2). Latents are
 encoded on the fly, or read from a folder that encode.py wrote. Writes OUT/model (a TextToImage or
 ClassToImage folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl, OUT/losses.png and
 OUT/samples/.
@@ -25,6 +27,7 @@ import copy
 import itertools
 import math
 import os
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,11 +76,24 @@ SCALE_RAE = {  # stage 1, from the authors' script. Variants: --dit 2.4B-DH for 
     "activation_checkpointing": True,
     "save_every": 1000,
 }
+RAEV2 = {  # RAEv2's configs. Muon and AdamW have the same learning rate; constant for a while, then linear
+    "autoencoder": "raev2-k7",
+    "dit": "raev2",
+    "prediction": "x",
+    "batch": 1024,
+    "muon": 2e-4,
+    "dit_lr": 2e-4,
+    "warmup": 0,
+    "final_lr": 0.1,
+    "ema": 0.9995,
+    "workers": 8,
+    "save_every": 2 * EPOCH,
+}
 NANO = {  # A nano image is still recognisable at t = 0.9, where only the prompt should count: the papers'
     # alpha of 0.92 hardly trains such noise levels. Uniform t keeps the low ones, which draw the outlines.
     "alpha": 3.0,
     "t_distribution": "uniform",
-    "muon": 0.02,
+    "muon": 0.01,
     "batch": 32,
     "draws": 2,
 }
@@ -90,6 +106,22 @@ PRESETS = {
     "dit-dh-xl-imagenet512": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b-512"},
     "dit-dh-s-imagenet256": IMAGENET | {"dit": "DiT-DH-S", "autoencoder": "rae-dinov2-b"},
     "dit-xl-imagenet256": IMAGENET | {"dit": "DiT-XL", "autoencoder": "rae-dinov2-b"},
+    "raev2-imagenet": RAEV2
+    | {
+        "condition": "class",
+        "num_classes": 1000,
+        "steps": 80 * EPOCH,
+        "decay_start": 25 * EPOCH,
+        "decay_end": 50 * EPOCH,
+    },
+    "raev2-t2i": RAEV2
+    | {
+        "condition": "caption",
+        "language_model": "Qwen/Qwen3-0.6B",
+        "steps": 200_000,
+        "decay_start": 50_000,
+        "decay_end": 150_000,
+    },
     "scale-rae-0.5b": SCALE_RAE | {"dit": "0.5B"},
     "scale-rae-2.4b": SCALE_RAE | {"dit": "2.4B"},
     "scale-rae-3.1b": SCALE_RAE | {"dit": "3.1B"},
@@ -117,7 +149,7 @@ GRID_STEPS, GRID_GUIDANCE = 25, 3.0  # of the sample grids
 class Config(common.TrainConfig):
     out: str = flag("runs/t2i", "folder of this run")
     # model
-    condition: str = flag("text", "conditioning", choices=["text", "class", "none"])
+    condition: str = flag("text", "conditioning", choices=["text", "caption", "class", "none"])
     num_classes: int | None = flag(None, "number of classes, if --data does not tell", at_least=1)
     autoencoder: str = flag("", "RAE or VAE: folder, hub id or name (default: that of --init, or nano's)")
     language_model: str = flag(str(common.WEIGHTS / "language-model"), "transformers folder or hub id")
@@ -129,6 +161,9 @@ class Config(common.TrainConfig):
         "frozen part: the language model, or all but the DiT, its connector and the latent queries",
         choices=["none", "language-model", "all-but-dit"],
     )
+    prediction: str = flag(
+        "velocity", "output of the DiT: velocity or clean latents", choices=["velocity", "x"]
+    )
     alpha: float | None = flag(
         None, "factor of the timestep shift (default: --init's, or sqrt(N C / 4096))", above=0
     )
@@ -137,9 +172,7 @@ class Config(common.TrainConfig):
     val_data: str = flag("", "held-out source (default: --data with another seed, held out for nano only)")
     eval_every: int = flag(500, "steps between validation losses", at_least=1)
     flip: bool = flag(False, "mirror half of the images")
-    max_seq_len: int = flag(
-        512, "tokens of a conversation, images included; longer ones are skipped", at_least=1
-    )
+    max_seq_len: int = flag(512, "most tokens of a conversation, images included", at_least=1)
     # optimization
     steps: int = flag(10_000, "optimizer steps", at_least=1)
     lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector", above=0)
@@ -152,14 +185,11 @@ class Config(common.TrainConfig):
     t_distribution: str = flag(
         "logit-normal", "distribution of t, before the timestep shift", choices=["logit-normal", "uniform"]
     )
+    base_weight: float = flag(1.0, "weight of the base head's loss, if the DiT has one", at_least=0)
     draws: int = flag(1, "draws of noise and t per image; the condition is computed once", at_least=1)
     noise_only_steps: int = flag(0, "first steps of a new model at t = 1 only", at_least=0)
-    dropout: float = flag(
-        0.1, "condition dropout: fraction of images trained with the null condition", at_least=0, at_most=1
-    )
-    ema: float = flag(
-        0.999, "EMA decay of the weights that are saved and sampled (0: no EMA)", at_least=0, at_most=1
-    )
+    dropout: float = flag(0.1, "share of images with the null condition", at_least=0, at_most=1)
+    ema: float = flag(0.999, "EMA decay of the weights that are saved (0: no EMA)", at_least=0, at_most=1)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -181,6 +211,7 @@ def build_model(
         for name, actual, expected in (
             ("latents", init.latent_shape, latent_shape),
             ("classes", getattr(init, "num_classes", None), num_classes),
+            ("prediction", init.prediction, config.prediction),
             ("latents to read", getattr(init, "read_shape", None), read_shape),
         ):
             if actual != expected:
@@ -195,14 +226,31 @@ def build_model(
             model.reader_path = config.reader
     elif config.condition == "text":
         reads = {"reader": config.reader, "reader_channels": read_shape[1]} if reader else {}
-        dit = rae.DITS[config.dit]
+        if "time_tokens" in rae.DITS[config.dit]:
+            raise ValueError(f"--dit {config.dit} is RAEv2's: give --condition caption, class or none")
         with common.loading(config.language_model):
             model = rae.TextToImage(
-                config.language_model, dit, latent_shape, config.autoencoder, config.alpha, **reads
+                config.language_model,
+                rae.DITS[config.dit],
+                latent_shape,
+                config.autoencoder,
+                config.alpha,
+                **reads,
             )
+    elif config.condition == "caption":
+        if "time_tokens" not in rae.DITS[config.dit]:
+            raise ValueError(f"--dit {config.dit} cannot read captions: give raev2 or nano-in-context")
+        with common.loading(config.language_model):
+            encoder = transformers.AutoConfig.from_pretrained(config.language_model, trust_remote_code=False)
+        text = {"condition_width": encoder.hidden_size, "condition_tokens": rae.CAPTION_TOKENS}
+        dit = rae.DITS[config.dit] | text
+        model = rae.CaptionToImage(
+            config.language_model, dit, latent_shape, config.autoencoder, config.alpha, config.prediction
+        )
     else:
         dit = rae.class_dit(config.dit, num_classes)
-        model = rae.ClassToImage(dit, latent_shape, config.autoencoder, config.alpha, class_names)
+        names = {"prediction": config.prediction, "class_names": class_names}
+        model = rae.ClassToImage(dit, latent_shape, config.autoencoder, config.alpha, **names)
     for name, parameter in model.named_parameters():
         is_frozen = {
             "none": False,
@@ -228,12 +276,13 @@ def count_classes(config: Config, source: data.Mixture) -> int | None:
 
 
 def make_optimizers(config: Config, model: nn.Module) -> common.Optimizers:
-    """AdamW in two groups, the DiT and the rest; with --muon, the matrices of the DiT's blocks go to Muon."""
+    """AdamW in two groups, the DiT and the rest. With --muon, all matrices of the DiT go to Muon but those of
+    the latents' embedders, which are convolutions in the authors' code (RAEv2)."""
     dit, rest, matrices = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if config.muon and name.startswith("dit.blocks.") and parameter.ndim == 2:
+        if config.muon and parameter.ndim == 2 and re.match(r"dit\.(?!x_embedder|s_embedder)", name):
             matrices.append(parameter)
         elif name.startswith(("dit.", "diff_head_projector.")):
             dit.append(parameter)
@@ -244,7 +293,7 @@ def make_optimizers(config: Config, model: nn.Module) -> common.Optimizers:
         groups.append({"params": rest, "lr": config.lr, "betas": (0.9, 0.999)})
     optimizers = [torch.optim.AdamW(groups, weight_decay=0.0, fused=True)]
     if matrices:
-        optimizers.append(common.Muon(matrices, config.muon, weight_decay=0.0))
+        optimizers.append(common.Muon(common.muon_groups(model, matrices), config.muon))
     return common.Optimizers(*optimizers)
 
 
@@ -268,6 +317,10 @@ def flops_per_step(
         condition = zeros(1, tokens, model.diff_head_projector.out_features)
     elif config.condition == "class":
         condition = zeros(1, dtype=torch.long)
+    elif config.condition == "caption":
+        embedder = model.dit.y_embedder
+        mask = torch.ones(1, embedder.count, dtype=torch.bool, device="meta")
+        condition = rae.Caption(zeros(1, embedder.count, len(embedder.norm.weight)), mask)
     flops = 3 * config.draws * common.count_flops(model.dit, zeros(1, tokens, channels), zeros(1), condition)
     if config.condition == "text":
         language_model = model.language_model.model
@@ -292,7 +345,7 @@ def flops_per_step(
 class Inputs(NamedTuple):
     """What the model is conditioned on in one micro-batch of B samples with P images."""
 
-    condition: rae.Chat | Tensor | None  # conversations, or labels (B,)
+    condition: rae.Chat | rae.Caption | Tensor | None  # conversations, captions, or labels (B,)
     answers: Tensor  # (A,) which of the P images are to be generated
     contexts: Tensor  # (P - A,) which are to be read
     index: list[int]  # sample numbers of the images to generate
@@ -307,7 +360,15 @@ def prepare(config: Config, model: rae.LatentModel, batch: dict) -> Inputs:
     else:
         if config.condition == "class" and None in batch["label"]:
             raise ValueError(f"{config.data} has images without labels: see the top of data.py")
-        condition = model.condition(batch["label"])
+        if config.condition == "caption":
+            captions = [data.requested_caption(turns) for turns in batch["conversation"]]
+            if None in captions:
+                raise ValueError(
+                    f"{config.data} has questions: --condition caption learns from captions only"
+                )
+            condition = model.condition(captions, truncate=True)
+        else:
+            condition = model.condition(batch["label"])
         is_answer, tokens = torch.ones_like(numbers, dtype=torch.bool), 0
     # indices are computed on the CPU and copied without a host-device sync
     answers, contexts = is_answer.nonzero().flatten(), (~is_answer).nonzero().flatten()
@@ -344,7 +405,7 @@ def open_data(
     """The training and the validation source. Raises ValueError for latents of another autoencoder, and for a
     reader that does not fit."""
     shape, is_text = autoencoder.latent_shape, config.condition == "text"
-    options = {"flip": config.flip, "text_only": is_text, "captions": is_text}
+    options = {"flip": config.flip, "text_only": is_text, "captions": config.condition in ("text", "caption")}
     if is_text:
         if init:
             tokenizer = init.tokenizer
@@ -366,16 +427,13 @@ def open_data(
     infos += [(val_name, info) for info in val_source.latents]
     for name, info in infos:
         if tuple(info["latent_shape"]) != shape or not is_of(info, config.autoencoder, autoencoder):
-            raise ValueError(
-                f"{name} has latents {tuple(info['latent_shape'])} of {info['autoencoder']}. That is not "
-                f"--autoencoder {config.autoencoder} with {shape}, or its weights have changed: give the "
-                f"one that made them, or run encode.py again"
-            )
+            made_by = f"{tuple(info['latent_shape'])} of {info['autoencoder']}"
+            now = f"--autoencoder {config.autoencoder} with {shape}, or its weights have changed"
+            cure = "give the one that made them, or run encode.py again"
+            raise ValueError(f"{name} has latents {made_by}. That is not {now}: {cure}")
     if reader and not (is_text and reader.latent_shape[0] == shape[0]):
-        raise ValueError(
-            f"--reader {config.reader} has {reader.latent_shape[0]} tokens: it needs as many as the latents, "
-            f"{shape[0]}, and --condition text"
-        )
+        tokens = f"{reader.latent_shape[0]} tokens, the latents {shape[0]}"
+        raise ValueError(f"--reader {config.reader} has {tokens}: use as many, and --condition text")
     if reader and source.latents:
         raise ValueError(f"--reader {config.reader} reads images, but {config.data} has latents only")
     return source, val_source
@@ -392,12 +450,11 @@ def validation_batch(config: Config, source: data.Mixture) -> dict:
     """The first of 16 batches that asks for an image, since data may begin with questions."""
     for batch in itertools.islice(data.Loader(source, VAL_SAMPLES, workers=0), 16):
         asks = map(data.requested_caption, batch["conversation"])
-        if config.condition != "text" or any(caption is not None for caption in asks):
+        if config.condition not in ("text", "caption") or any(caption is not None for caption in asks):
             return batch
     name = config.val_data or config.data
-    raise ValueError(
-        f"{name} asks for no image in its first {16 * VAL_SAMPLES} samples: give another --val-data"
-    )
+    count = 16 * VAL_SAMPLES
+    raise ValueError(f"{name} asks for no image in its first {count} samples: give another --val-data")
 
 
 class Validation:
@@ -420,7 +477,7 @@ class Validation:
             answers, contexts = latents[inputs.answers].float(), readable[inputs.contexts]
             self.parts.append((inputs.condition, answers, contexts, noise))
         self.guidance = 1.0 if config.condition == "none" else GRID_GUIDANCE
-        if config.condition == "text":
+        if config.condition in ("text", "caption"):
             captions = map(data.requested_caption, batch["conversation"])
             self.grid_inputs = [caption for caption in captions if caption is not None][:16]
         else:
@@ -437,7 +494,7 @@ class Validation:
             t = torch.tensor(VAL_TIMES, device=noise.device).repeat_interleave(len(noise) // levels)
             x_t = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
             with self.dist_ctx.autocast():
-                velocity, _ = ema(condition, x_t, t, torch.zeros_like(t).bool(), contexts)
+                velocity, *_ = ema(condition, x_t, t, torch.zeros_like(t).bool(), contexts)
             errors += weight * (velocity - (noise - latents)).square().view(levels, -1).mean(dim=1)
         errors = errors.tolist()
         losses = {f"val_loss_{level}": error for level, error in zip(VAL_TIMES, errors, strict=True)}
@@ -461,7 +518,8 @@ class Validation:
 def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
     is_text = config.condition == "text"
-    config.data = config.data or ("nano" if is_text else "nano:classes")
+    nano = {"text": "nano", "caption": "nano:objects"}  # the mixture has questions
+    config.data = config.data or nano.get(config.condition, "nano:classes")
     if config.decay_end is not None and (config.decay_start is None or config.decay_end < config.decay_start):
         raise ValueError(f"--decay-end {config.decay_end} needs a --decay-start before it")
     dist_ctx = common.init_distributed(config.dtype, config.shard)
@@ -477,13 +535,15 @@ def main() -> None:
                 raise ValueError(
                     f"--{flag_name} is for a new model: that of --init {config.init} has its own"
                 )
-        cls = rae.TextToImage if is_text else rae.ClassToImage
+        classes = {"text": rae.TextToImage, "caption": rae.CaptionToImage}
+        cls = classes.get(config.condition, rae.ClassToImage)
         with common.loading(config.init):
             init = cls.from_pretrained(config.init, config.autoencoder).train()
         config.autoencoder = init.autoencoder_path
         # a preset's alpha is for new models
-        if "alpha" not in config.given and not config.resumed:
-            config.alpha = init.alpha
+        for name in ("alpha", "prediction"):
+            if name not in config.given and not config.resumed:
+                setattr(config, name, getattr(init, name))
     config.autoencoder = config.autoencoder or str(common.WEIGHTS / "rae")
     autoencoder = common.load_autoencoder(config.autoencoder, dist_ctx)
     reader = common.load_autoencoder(config.reader, dist_ctx) if config.reader else None
@@ -509,6 +569,8 @@ def main() -> None:
         common.checkpoint_blocks(model.blocks)
     optimizers = make_optimizers(config, model)
     frozen = {"autoencoder": autoencoder, "reader": reader}
+    if config.condition == "caption":
+        frozen["language model"] = rae.open_text_encoder(model.text_encoder_path, device)[1]
     state = run.load(modules, [optimizers], export, frozen, source.identity)
     start = step = state["step"]
     validation = Validation(config, model, autoencoder, reader, val_batch, dist_ctx)
@@ -551,13 +613,20 @@ def main() -> None:
                 t = torch.ones_like(t)
             dropped = rae.to_device(u_drop < config.dropout, device)
             x_t = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
+            # the clean latents that the DiT predicts become a velocity in the same way, with a clamped t
+            target = rae.to_velocity(x_t, latents, t) if config.prediction == "x" else noise - latents
 
-            # ---- forward: language model or labels -> condition -> DiT
+            # ---- forward: language model, caption or labels -> condition -> DiT
             with dist_ctx.autocast():
-                velocity, cross_entropy = model(inputs.condition, x_t, t, dropped, readable[inputs.contexts])
+                velocity, base_velocity, cross_entropy = model(
+                    inputs.condition, x_t, t, dropped, readable[inputs.contexts]
+                )
 
             # ---- loss
-            squared_error = (velocity - (noise - latents)).square().mean(dim=(1, 2))
+            squared_error = (velocity - target).square().mean(dim=(1, 2))
+            if base_velocity is not None:  # RAEv2's base head learns the same
+                base_error = (base_velocity - target).square().mean(dim=(1, 2))
+                squared_error = squared_error + config.base_weight * base_error
             flow_loss = squared_error.sum() / max(1, total_images * config.draws)
             text_loss = cross_entropy / max(1, total_tokens)
             loss = text_loss + flow_weight * flow_loss

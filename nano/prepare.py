@@ -287,7 +287,7 @@ def train(model, loss, steps: int, lr: float, out: Path, save=None, muon: Sequen
     others = [p for p in model.parameters() if p.requires_grad and not any(p is matrix for matrix in muon)]
     optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
     if muon:
-        optimizers.append(common.Muon(muon, lr=0.02, weight_decay=0.0))
+        optimizers.append(common.Muon(muon, lr=0.01))
     optimizers = common.Optimizers(*optimizers)
     out.mkdir(parents=True, exist_ok=True)
     started, log = time.time(), []

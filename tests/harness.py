@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TINY_DIT = {"width": 32, "depth": 1, "heads": 2}
+TINY_IN_CONTEXT = {"depth": 2, "head": (48, 1, 2), "time_tokens": 2, "condition_tokens": 3, "base_depth": 1}
 TINY_DECODER = {"width": 32, "depth": 1, "heads": 2, "mlp_width": 48}
 
 server = multiprocessing.get_context("forkserver")
@@ -32,6 +33,7 @@ def shrink(plots: bool) -> None:
     import train_t2i
 
     rae.DITS |= {"nano": TINY_DIT | {"condition_width": 20}, "nano-guide": TINY_DIT}
+    rae.DITS["nano-in-context"] = rae.DITS["nano-guide-in-context"] = TINY_DIT | TINY_IN_CONTEXT
     rae.DECODERS["nano"] = TINY_DECODER
     train_t2i.GRID_STEPS, train_t2i.VAL_SAMPLES = 1, 8
     if not plots:

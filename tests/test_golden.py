@@ -304,9 +304,9 @@ def test_adaptive_weight(case):
     given, expected = inputs(case), GOLDEN[case]["adaptive"]
     decoder = rae.from_official(official(case, "decoder"), heads=4)
     mean, std = (torch.tensor(GOLDEN["H1"]["config"][name]) for name in ("pix_mean", "pix_std"))
-    model = SimpleNamespace(decoder=decoder, image_std=std.view(3, 1, 1))
+    model = SimpleNamespace(decoder=decoder, output_std=std.view(3, 1, 1))
     last_layer = train_decoder.LastLayer(model)
-    decoded = decoder(given.z) * model.image_std + mean.view(3, 1, 1)
+    decoded = decoder(given.z) * model.output_std + mean.view(3, 1, 1)
     check(decoded, GOLDEN[case]["outputs"]["adaptive_image"], 1e-6)
     images = decoded.detach().requires_grad_()
     l1, gan = F.l1_loss(images, given.target), -discriminator(case)(2 * images - 1).mean()
@@ -571,7 +571,7 @@ def losses(model, batch, latents, noise, t):
     answers = batch.is_answer
     x_1, x_0, t, context = noise[answers], latents[answers], t[answers], latents[~answers]
     x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * x_1
-    velocity, cross_entropy = model(batch, x_t, t, torch.zeros(len(t), dtype=torch.bool), context)
+    velocity, _, cross_entropy = model(batch, x_t, t, torch.zeros(len(t), dtype=torch.bool), context)
     return cross_entropy, (velocity - (x_1 - x_0)).square().mean(dim=(1, 2))
 
 

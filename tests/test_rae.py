@@ -82,7 +82,7 @@ def test_the_padding_of_swiglu_stays_zero():
     for muon in (False, True):
         biases, matrices = [layer.w12.bias, layer.w3.bias], [layer.w12.weight, layer.w3.weight]
         adamw = torch.optim.AdamW(biases if muon else layer.parameters(), 0.1, fused=True)
-        more = [common.Muon(matrices, 0.1, weight_decay=0.0)] if muon else []
+        more = [common.Muon(matrices, 0.1)] if muon else []
         optimizers = common.Optimizers(adamw, *more)
         for _ in range(3):
             before = layer.w12.weight.detach().clone()

@@ -86,17 +86,19 @@ def decoder() -> rae.Decoder:
     return model
 
 
-def check_decoder(model: rae.RAE, parts, decoder: rae.Decoder, stats: dict) -> None:
+def check_decoder(model: rae.RAE, parts, decoder: rae.Decoder, stats: dict, denormalised=True) -> None:
     """The encoder has its pretrained weights, and the decoder is this one, between these statistics."""
     assert (model.image_size, model.encoder_size) == (16, 32)
     check_equal(model.decoder, decoder)
     image = torch.rand(2, 3, 40, 30)
-    tokens = rae.RAE(str(parts / "encoder"), DECODER).encode(image)
+    layers = model.encoder.layers
+    tokens = rae.RAE(str(parts / "encoder"), DECODER, layers=layers).encode(image)
     mean = torch.zeros(16, 24) if stats.get("mean") is None else stats["mean"].flatten(1).T
     std = torch.ones(16, 24) if stats.get("var") is None else (stats["var"].flatten(1).T + 1e-5).sqrt()
     latents = model.encode(image)
     torch.testing.assert_close(latents, (tokens - mean) / std)
-    torch.testing.assert_close(model.decode(latents), decoder(tokens) * 0.5 + 0.5, atol=1e-5, rtol=0)
+    pixels = decoder(tokens) * 0.5 + 0.5 if denormalised else decoder(tokens)
+    torch.testing.assert_close(model.decode(latents), pixels, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("stats", [{}, {"mean": None, "var": STATISTICS["var"]}, STATISTICS])
@@ -118,7 +120,8 @@ def test_released_autoencoders_by_name(parts, decoder, hub, monkeypatch):
     }
     monkeypatch.setitem(rae.DECODERS, "tiny", {k: v for k, v in DECODER.items() if k != "patch_size"})
     for name, files in convert.RELEASED.items():
-        monkeypatch.setitem(convert.RELEASED, name, files | {"encoder": str(parts / "encoder")})
+        tiny = {"encoder": str(parts / "encoder"), "layers": [0, 1] if files.get("layers") else None}
+        monkeypatch.setitem(convert.RELEASED, name, files | tiny)
         if "stats" in files:
             save(decoder.state_dict(), hub / files["decoder"])
             save(STATISTICS, hub / files["stats"])
@@ -126,7 +129,9 @@ def test_released_autoencoders_by_name(parts, decoder, hub, monkeypatch):
             save(decoder.state_dict(), hub / files["decoder"] / "model.pt")
             (hub / files["decoder"] / "config.json").write_text(json.dumps({"decoder_hidden_size": 1}))
         model = common.load_autoencoder(name, DIST_CTX)
-        check_decoder(model, parts, decoder, STATISTICS if "stats" in files else {})
+        is_raev2 = name.startswith("raev2")
+        check_decoder(model, parts, decoder, STATISTICS if "stats" in files else {}, not is_raev2)
+        assert model.encoder.layers == tiny["layers"]
 
 
 def test_decoder_repository_of_scale_rae(parts, decoder, tmp_path):

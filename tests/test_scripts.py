@@ -55,11 +55,12 @@ def test_presets_of_stage_2(name, parse):
     config = parse(train_t2i, "--preset", name)
     assert 0 <= train_t2i.learning_rate(config, config.steps - 1) < train_t2i.learning_rate(config, 500) <= 1
     vectors = {"condition_width": rae.DITS[config.dit]["width"]} | rae.DITS[config.dit]
-    size = vectors if config.condition == "text" else rae.class_dit(config.dit, config.num_classes)
+    size = rae.class_dit(config.dit, config.num_classes) if config.condition == "class" else vectors
     with torch.device("meta"):
-        model = rae.DiT((256, 1152), **size)
-        condition_width = model.t_embedder.mlp[2].out_features
-        inputs = {"text": torch.zeros(1, 256, condition_width), "class": torch.zeros(1, dtype=torch.long)}
+        model = rae.build_dit((256, 1152), size)
+        inputs = {"class": torch.zeros(1, dtype=torch.long)}
+        inputs["text"] = torch.zeros(1, 256, model.t_embedder.mlp[2].out_features)
+        inputs["caption"] = rae.Caption(torch.zeros(1, 8, size["width"]), torch.ones(1, 8).bool())
         x, t = torch.zeros(1, 256, 1152), torch.zeros(1)
     assert common.count_flops(model, x, t, inputs[config.condition] if model.y_embedder else None) > 0
 
@@ -104,7 +105,7 @@ def test_numbers_without_a_meaning_are_refused(module, parse):
 
 
 def test_help_shows_the_values_of_the_preset(parse, capsys):
-    for flags, muon in (([], 0.02), (["--preset", "nano-full"], 0.0)):
+    for flags, muon in (([], 0.008), (["--preset", "nano-full"], 0.0)):
         with pytest.raises(SystemExit):
             parse(train_decoder, *flags, "-h")
         assert f"decoder's matrices (0: AdamW) (default {muon})" in " ".join(capsys.readouterr().out.split())

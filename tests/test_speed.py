@@ -181,7 +181,7 @@ def text_loss(model: rae.TextToImage, autoencoder: rae.RAE, inputs, noise, u_tim
     dropped = rae.to_device(u_drop < 0.1, model.device)
     x_t = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
     with dist_ctx.autocast():
-        velocity, text_loss = model(inputs.condition, x_t, t, dropped, readable[inputs.contexts])
+        velocity, _, text_loss = model(inputs.condition, x_t, t, dropped, readable[inputs.contexts])
     return text_loss / inputs.tokens + 2 * (velocity - (noise - latents)).square().mean()
 
 

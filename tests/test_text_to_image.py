@@ -96,7 +96,7 @@ def run(model, conversations, x_t, t, dropped):
     chat = model.chat(conversations)
     context = torch.randn(16, 24, generator=torch.Generator().manual_seed(7))
     contexts = context.expand(int((~chat.is_answer).sum()), -1, -1)
-    velocity, cross_entropy = model(chat, x_t, t, dropped, contexts)
+    velocity, _, cross_entropy = model(chat, x_t, t, dropped, contexts)
     return velocity, cross_entropy, chat.supervised_tokens
 
 

@@ -207,7 +207,7 @@ def test_optimizers_skip_a_step_that_is_not_finite():
     torch.manual_seed(0)
     matrix, vector = torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.randn(4))
     adamw = torch.optim.AdamW([vector], 0.1, fused=True)
-    optimizers = common.Optimizers(common.Muon([matrix], lr=0.1, weight_decay=0.0), adamw)
+    optimizers = common.Optimizers(common.Muon([matrix], lr=0.1), adamw)
     for is_good in (True, False, True):
         tensors = [matrix, vector, *(x for _, values in optimizers.state() for x in values.values())]
         before = [tensor.detach().clone() for tensor in tensors]
@@ -628,7 +628,8 @@ def test_a_run_removes_its_own_checkpoints_only(tmp_path):
         save_checkpoint(tmp_path, step, keep=1).forget_after(step)
     assert {path.name for path in common.Run.complete_checkpoints(open_run(tmp_path)[0])} == {"0000004"}
     after = contents(tmp_path)
-    moved = {path.replace("0000003/", "0000003.1/"): content for path, content in foreign.items()}
+    [renamed] = (path.name for path in folder.glob("0000003.*"))
+    moved = {path.replace("0000003/", f"{renamed}/"): content for path, content in foreign.items()}
     for path, content in moved.items():
         if content == b"mine" or ".lock" not in path and "model" not in path:
             assert path in after and after[path] == content or path.endswith("0000003"), path
@@ -762,8 +763,11 @@ def empty(file: Path) -> None:
     file.write_text("{}")
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, cut, empty, Path.unlink])
-@pytest.mark.parametrize("name", ["state.json", "*.safetensors"])
+@pytest.mark.parametrize(
+    "name, damage",
+    [("state.json", flip_a_bit), ("state.json", cut), ("state.json", empty)]
+    + [("*.safetensors", damage) for damage in (flip_a_bit, cut, Path.unlink)],
+)
 def test_a_damaged_checkpoint_is_found_and_the_one_before_is_used(name, damage, tmp_path, capsys):
     for step in (1, 2):
         save_checkpoint(tmp_path, step)
@@ -773,9 +777,7 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_is_used(name, damage, 
     run, state = open_run(tmp_path)
     assert state["step"] == 1 and run.source.name == "0000001"
     assert re.search("cannot resume from .*0000002: .*; going back to .*0000001", capsys.readouterr().err)
-    with pytest.raises(
-        ValueError, match="give auto" if not file.exists() and name == "state.json" else "0000002: "
-    ):
+    with pytest.raises(ValueError, match="0000002: "):
         open_run(tmp_path, resume=str(newest))
     save_checkpoint(tmp_path, 2)  # in its place
     assert open_run(tmp_path)[1]["step"] == 2
@@ -811,13 +813,12 @@ def test_many_skipped_samples_are_worth_a_warning(tmp_path):
     config = common.TrainConfig(out=str(tmp_path), batch=16)
     for skipped, warned in ((1, 0), (3, 1)):
         run, lines = common.Run(config, CPU), []
-        run.skips_since = (0, 0)
         for step in (1, 2, 3, 4, 5, 6):
             run.count_skipped(SimpleNamespace(skipped=["a.png: no image"] * skipped), lines.append)
             run.warn_of_skips(step, lines.append)
         warnings = [line for line in lines if line.startswith("warning: ")]
         assert len(warnings) == warned
-    assert warnings == ["warning: 6 of the last 38 samples (16%) were skipped, such as: a.png: no image"]
+    assert warnings == [f"warning: 3 of 19 samples (16%) were skipped, see {tmp_path / 'skipped.log'}"]
 
 
 # -----------------------------------------------------------------------------------------------------------
