@@ -324,7 +324,9 @@ def known_fields(row: dict) -> dict:
     """The captions, label and conversations of a row."""
     # Any other column goes, because it may be called "name" or "error", and empty captions are often null.
     types = dict.fromkeys(CAPTIONS, str) | dict.fromkeys(LABELS, int) | {"conversations": object}
-    return {key: value for key, value in row.items() if key in types and isinstance(value, types[key])}
+    fields = {key: value for key, value in row.items() if isinstance(value, types.get(key, ()))}
+    # True is an int, too
+    return {key: value for key, value in fields.items() if not isinstance(value, bool)}
 
 
 def sample_or_reason(row: dict, transform: Transform, uniform: np.ndarray) -> dict:
@@ -636,6 +638,8 @@ class LatentFolder:
         part = int(np.searchsorted(self.ends, row, side="right"))
         views = self.parts[part][row - self.ends[part]]  # a negative index: from the end of the part
         latents = np.array(views[int(uniform[0] * self.views)])
+        if not np.isfinite(latents).all():
+            raise SkipSample(f"{self.folder}: row {row} has latents that are not finite")
         return fields | {"latents": latents, "conversation": conversation}
 
     def once(self, limit: int | None, rank: int, world_size: int) -> Iterator[dict]:

@@ -8,6 +8,7 @@ import tarfile
 from io import BytesIO
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from harness import TINY_DIT
@@ -171,6 +172,12 @@ def test_latents_on_disk_train_as_on_any_number_of_processes(world, parts, tmp_p
             config.autoencoder = str(parts / name)
             with pytest.raises(ValueError, match="give the one that made them"):
                 train_t2i.open_data(config, None, wrong, None)
+    broken = np.load(out / "00000.npy")
+    broken[0] = np.nan
+    np.save(out / "00000.npy", broken)
+    source = data.open_source(str(out), 32, 0)
+    reasons = [reason for number in range(42) for reason in source[number]["skipped"]]
+    assert reasons and all("row 0 has latents that are not finite" in reason for reason in reasons)
     (out / "00000.jsonl").write_text("")
     with pytest.raises(ValueError):
         data.open_source(str(out), 32, 0)

@@ -1001,19 +1001,19 @@ def test_requests_for_nothing_are_skipped_and_questions_are_not():
 
 
 def test_labels_out_of_range_are_skipped(tmp_path):
-    labels = (0, 9, 10, -1, None)
+    labels = (0, 9, 10, -1, None, True)
     files = {}
     for number, label in enumerate(labels):
         files |= {f"{number}.png": png(number), f"{number}.json": json.dumps({"label": label}).encode()}
     write_tar(tmp_path / "0.tar", files)
     source = data.open_source(str(tmp_path), SIZE, 0)
-    assert len(list(source.once(None, 0, 1))) == 5
+    assert len(list(source.once(None, 0, 1))) == 6
     source.need_labels(10)
     samples = list(source.once(None, 0, 1))
     assert sorted(sample["label"] for sample in samples if "image" in sample) == [0, 9]
     reasons = sorted(reason.split(": ")[-1] for sample in samples for reason in sample.get("skipped", []))
     wrong = ", but the classes are 0 to 9"
-    assert reasons == [f"label -1{wrong}", f"label 10{wrong}", "no label"]
+    assert reasons == [f"label -1{wrong}", f"label 10{wrong}", "no label", "no label"]
 
 
 def test_damaged_images_are_skipped_and_named(tmp_path):
