@@ -1275,6 +1275,8 @@ class LatentModel(nn.Module, Hub):
             raise ValueError("an unconditional model has no classifier-free guidance: give a guide")
         if guidance != 1 and guide is not None and guide.latent_shape != self.latent_shape:
             raise ValueError(f"the guide generates latents {guide.latent_shape}, not {self.latent_shape}")
+        if skip is not None and isinstance(self.dit, InContextDiT):
+            raise ValueError(f"skip {skip} is for a DiT with adaLN: this one has internal guidance")
         if skip is not None and not 0 <= skip < self.dit.depth:
             raise ValueError(f"no block {skip} to skip: the DiT has blocks 0 to {self.dit.depth - 1}")
         if internal_guidance != 1 and not getattr(self.dit, "base_depth", None):
