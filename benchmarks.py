@@ -53,7 +53,7 @@ import rae
 def read_scored(path: Path, fields: tuple[str, ...], networks: dict[str, str]) -> dict[tuple, dict]:
     """Rows of a file by the values of `fields`. Raises ValueError for rows scored with other networks."""
     scored = {}
-    for row in common.read_rows(path) if path.exists() else []:
+    for row in common.read_rows(path, fields[0]) if path.exists() else []:
         for flag, source in networks.items():
             if row.get(flag) != source:
                 was = f"{flag} {row.get(flag)}, not {source}"

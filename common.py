@@ -698,13 +698,14 @@ def table(results: list[dict]) -> str:
     return "\n".join("| " + " | ".join(f"{cell:19}" for cell in line) + " |" for line in lines)
 
 
-def read_rows(metrics: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; damaged lines, such as one that a crash cut off, are skipped."""
+def read_rows(path: Path, key: str = "step") -> list[dict]:
+    """The rows of a metrics.jsonl, or of another .jsonl whose rows have a `key`; damaged lines, such as one
+    that a crash cut off, are skipped."""
     rows = []
-    for line in metrics.read_text(errors="replace").splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         with suppress(ValueError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+    return [row for row in rows if isinstance(row, dict) and row.get(key) is not None]
 
 
 def plot_losses(metrics: Path, path: Path) -> None:
