@@ -730,9 +730,8 @@ def test_foreign_checkpoints_are_refused_and_no_pickle_is_run(tmp_path):
 
 
 def test_damaged_log_lines_are_skipped(tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(
-        b'{"step": 1}\n\xff\n3\nnull\n{}\n{"step": "2"}\n{"step": 2, "lo'
-    )
+    damaged = b'{"step": 1}\n\xff\n3\nnull\n{}\n{"step": null}\n{"step": 2, "lo'
+    (tmp_path / "metrics.jsonl").write_bytes(damaged)
     assert common.read_rows(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
 
