@@ -893,6 +893,7 @@ class Run:
         fixed = {name: p for name, p in self.export.named_parameters() if not p.requires_grad}
         hashes = {f"frozen {type(self.export).__name__}": hash_tensors(fixed)}
         hashes |= {name: fingerprint(model) for name, model in frozen.items() if model}
+        hashes["prediction"] = getattr(self.export, "prediction", "")
         return {"frozen": hashes, "data": data}
 
     def newest_undamaged(self) -> dict:
@@ -941,7 +942,10 @@ class Run:
             # ---- what the checkpoint depends on but does not hold
             then = state.get("identity", {"frozen": {}, "data": None})
             for name, value in self.identity["frozen"].items():
-                if then["frozen"].get(name, value) != value:
+                before = then["frozen"].get(name, value)
+                if before != value and name == "prediction":
+                    raise ValueError(f"its model was trained with --prediction {before}, not {value}")
+                if before != value:
                     raise ValueError(f"the weights of the {name} have changed since: put the old ones back")
             now = self.identity["data"]
             if then["data"] not in (None, now) and self.dist_ctx.is_main:

@@ -882,6 +882,8 @@ def diffusers_config(model: rae.RAE) -> dict:
     """The arguments of AutoencoderRAE. Raises ValueError for an encoder that it would build differently."""
     encoder, decoder = model.encoder.config, model.decoder
     families = {known["model_type"]: name for name, known in DIFFUSERS_ENCODERS.items()}
+    if model.encoder.layers is not None or not torch.equal(model.output_mean, model.image_mean):
+        raise ValueError("diffusers has no autoencoder of RAEv2: no mean of layers, no output in [0, 1]")
     if encoder.model_type not in families:
         raise ValueError(f"diffusers builds no encoder {encoder.model_type}, only {', '.join(families)}")
     sizes = decoder_sizes(decoder.state_dict(), {"heads": decoder.decoder_layers[0].heads})
@@ -949,6 +951,11 @@ def open_class_to_image(source: str, revision: str | None) -> rae.ClassToImage |
     if not source.endswith(".pt"):
         return None
     dit = from_official(read_tensors(source, revision))
+    if hasattr(dit.y_embedder, "proj"):
+        raise ValueError(
+            f"{source} is conditioned on captions: make a rae.CaptionToImage and set its `dit` to what "
+            "rae.from_official gives"
+        )
     sizes = dict(dit._hub_mixin_config)
     latent_shape = sizes.pop("latent_shape")
     with torch.device("meta"):  # no memory: the DiT exists already

@@ -279,6 +279,8 @@ class Encoder(nn.Module):
         # files are often bf16; the encoder runs in fp32, or under autocast
         self.model = model.float().requires_grad_(False).eval()
         self.layers, self.pooled = layers, family.pooled
+        # a buffer, because buffers tell whether latents are another autoencoder's (common.fingerprint)
+        self.register_buffer("layer_numbers", torch.tensor(layers or []), persistent=False)
         self.norm = family.norm or "layernorm"  # name of the final norm
         self.prefix = family.class_tokens + getattr(config, "num_register_tokens", 0)
         self.interpolate = family.interpolate
@@ -522,6 +524,7 @@ class RAE(nn.Module, Hub, library_name="rae"):
         encoder_size: int | None = None,
         heads: int | None = None,
         layers: list[int] | None = None,
+        denormalise: bool | None = None,
         revision: str | None = None,
     ) -> "RAE":
         """An autoencoder in eval mode. `source` is one of
@@ -530,8 +533,8 @@ class RAE(nn.Module, Hub, library_name="rae"):
         - a name in `convert.RELEASED`, such as "rae-dinov2-b": what the authors published;
         - a decoder of RAE (`model.pt`) or a decoder repository of Scale-RAE, together with `encoder`, a hub
           id or folder that has its weights, and optionally `stats`, the file of latent statistics. A file on
-          the hub is org/repository/path. encoder_size and heads are known for what is published. layers: of
-          a decoder of RAEv2.
+          the hub is org/repository/path. encoder_size and heads are known for what is published. layers
+          and denormalise (False): of a decoder of RAEv2.
         """
         import convert
 
@@ -543,6 +546,7 @@ class RAE(nn.Module, Hub, library_name="rae"):
             encoder_size=encoder_size,
             heads=heads,
             layers=layers,
+            denormalise=denormalise,
         )
         return model or super().from_pretrained(source, revision=revision)
 
@@ -1369,7 +1373,7 @@ class ClassToImage(LatentModel, library_name="rae"):
         """Labels (B,) on the model's device; None if the model is unconditional."""
         if self.num_classes is None:
             return None
-        labels = torch.as_tensor(labels)
+        labels = torch.as_tensor(labels, dtype=None if len(labels) else torch.long)
         if labels.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"labels are {labels.dtype}, not integers")
         if wrong := [label for label in labels.tolist() if not 0 <= label < self.num_classes]:
@@ -1453,6 +1457,8 @@ class CaptionToImage(ClassToImage, library_name="rae"):
         are cut with `truncate`, as in RAEv2's training, else refused."""
         if isinstance(prompts, Caption):
             return prompts
+        if not any(prompts):  # no image on this rank, or no text: the null condition
+            return self.dit.y_embedder.drop(None, torch.ones(len(prompts), device=self.device).bool())
         if not truncate:
             self.check_prompts(prompts)
         tokenizer, model = open_text_encoder(self.text_encoder_path, self.device)

@@ -226,8 +226,11 @@ def build_model(
             model.reader_path = config.reader
     elif config.condition == "text":
         reads = {"reader": config.reader, "reader_channels": read_shape[1]} if reader else {}
-        if "time_tokens" in rae.DITS[config.dit]:
-            raise ValueError(f"--dit {config.dit} is RAEv2's: give --condition caption, class or none")
+        if "time_tokens" in rae.DITS[config.dit] or config.prediction == "x":
+            raise ValueError(
+                f"--dit {config.dit} --prediction {config.prediction}: in-context DiTs and prediction x need "
+                "--condition caption, class or none"
+            )
         with common.loading(config.language_model):
             model = rae.TextToImage(
                 config.language_model,
@@ -504,8 +507,11 @@ class Validation:
     def save_grid(self, ema: rae.LatentModel, path: Path) -> None:
         """Samples of the EMA weights; under FSDP every rank has to take part."""
         noise = self.noise[torch.arange(len(self.grid_inputs)) % len(self.noise)]
+        inputs = self.grid_inputs
+        if isinstance(ema, rae.CaptionToImage):
+            inputs = ema.condition(inputs, truncate=True)  # as in the loop, where long captions are cut
         with self.dist_ctx.autocast():
-            latents = ema.generate(self.grid_inputs, GRID_STEPS, self.guidance, noise=noise)
+            latents = ema.generate(inputs, GRID_STEPS, self.guidance, noise=noise)
             images = self.autoencoder.decode(latents)
         if self.dist_ctx.is_main:
             prompts = "\n".join(map(str, self.grid_inputs))
@@ -614,7 +620,7 @@ def main() -> None:
             dropped = rae.to_device(u_drop < config.dropout, device)
             x_t = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
             # the clean latents that the DiT predicts become a velocity in the same way, with a clamped t
-            target = rae.to_velocity(x_t, latents, t) if config.prediction == "x" else noise - latents
+            target = rae.to_velocity(x_t, latents, t) if model.prediction == "x" else noise - latents
 
             # ---- forward: language model, caption or labels -> condition -> DiT
             with dist_ctx.autocast():

@@ -35,6 +35,7 @@ def shrink(plots: bool) -> None:
     rae.DITS |= {"nano": TINY_DIT | {"condition_width": 20}, "nano-guide": TINY_DIT}
     rae.DITS["nano-in-context"] = rae.DITS["nano-guide-in-context"] = TINY_DIT | TINY_IN_CONTEXT
     rae.DECODERS["nano"] = TINY_DECODER
+    rae.CAPTION_TOKENS = 4  # most captions are cut
     train_t2i.GRID_STEPS, train_t2i.VAL_SAMPLES = 1, 8
     if not plots:
         common.plot_losses = lambda *_: None

@@ -80,12 +80,17 @@ def rope_tables(config, rows, heads, widths):
     return tables
 
 
-def in_context(case):
-    """The official state dict of a case, the DiT from it, and its patch size."""
+def official_dit(case):
+    """The whole official state dict of a case."""
     config, weights = GOLDEN[case]["config"], official(case)
     weights["t_embedder.W"] = ramp(256, a=0.37, b=0.9, scale=1.5, chirp=0.0)
     widths, heads = (torch.tensor(config[key]).flatten().tolist() for key in ("hidden_size", "num_heads"))
-    weights |= rope_tables(config, config["num_t_tokens"] + config["num_c_tokens"], heads, widths)
+    return weights | rope_tables(config, config["num_t_tokens"] + config["num_c_tokens"], heads, widths)
+
+
+def in_context(case):
+    """The DiT of a case, and its patch size."""
+    config, weights = GOLDEN[case]["config"], official_dit(case)
     dit = rae.from_official(weights, base_depth=config.get("base_model_depth", 8))
     return dit, torch.tensor(config["patch_size"]).flatten()[0].item()
 
@@ -159,7 +164,7 @@ def test_text_encoder(tmp_path, monkeypatch):
     captions = rae.CaptionToImage(str(tmp_path), dit, (16, 24))
     encoder = transformers.AutoModel.from_pretrained(tmp_path)
     monkeypatch.setattr(rae, "open_text_encoder", lambda path, device: (Tokenizer(), encoder.eval()))
-    caption = captions.condition(["", ""], truncate=True)
+    caption = captions.condition(["a", "b"], truncate=True)
     assert torch.equal(caption.mask, mask.bool())
     check_all(caption.tokens, GOLDEN["B2"]["outputs"]["tokens"], 5e-6)
 
@@ -273,6 +278,7 @@ LAYERS = {
     "mls_last_only": [4],
     "mls": [0, 1, 2],
 }
+DECODER = {"patch_size": 8, "width": 32, "depth": 1, "heads": 2, "mlp_width": 48}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE = partial(ramp, 2, 3, 64, 64, a=0.031, b=0.4, scale=0.5, offset=0.5, chirp=0.0009)
 
@@ -494,6 +500,9 @@ def test_processes_accumulation_and_resume_agree(condition, world, parts, tmp_pa
     world(1, "train_t2i.py", "--resume", "--out", tmp_path / "resumed").wait()
     final, resumed = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "resumed"))
     assert final.keys() == resumed.keys() and all(torch.equal(final[key], resumed[key]) for key in final)
+
+    flags = ["--resume", "--prediction", "velocity", "--out", tmp_path / "resumed"]
+    assert "trained with --prediction x, not velocity" in world(1, "train_t2i.py", *flags).wait(1)
 
     prompt = ["a red star"] if condition == "caption" else ["--classes", "3"]
     flags = ["--n", 1, "--steps", 2, "--guidance", 2, "--internal-guidance", 1.5, "--interval", "0.2,1"]
