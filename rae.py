@@ -887,7 +887,7 @@ class DiT(nn.Module, Hub, library_name="rae"):
 
 @dataclass
 class Caption:
-    """Text tokens of a frozen language model, padded on the right."""
+    """Text tokens of a frozen language model, padded on the right; repeated and counted as labels are."""
 
     tokens: Tensor  # (B, K, Z)
     mask: Tensor  # (B, K) bool, False for padding
@@ -1082,7 +1082,7 @@ def flow_loss(
     noise: Tensor | None = None,
     t: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared velocity error of each sample, (B,); `t` (B,) is already shifted. It is the objective that
+    """Mean squared velocity error of each sample, (B,); `t` (B,) is already shifted. For velocity prediction, it is what
     the loop of `train_t2i.py` spells out."""
     noise = torch.randn_like(latents) if noise is None else noise
     t = sample_time(torch.rand(len(latents), device=latents.device), alpha) if t is None else t
