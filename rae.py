@@ -1082,7 +1082,7 @@ def flow_loss(
     noise: Tensor | None = None,
     t: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared velocity error of each sample, (B,); `t` (B,) is already shifted. The loop of `train_t2i.py`
+    """Mean squared velocity error of each sample, (B,); `t` (B,) is already shifted. The loop of train_t2i.py
     spells it out, and adds prediction x and the base head."""
     noise = torch.randn_like(latents) if noise is None else noise
     t = sample_time(torch.rand(len(latents), device=latents.device), alpha) if t is None else t
