@@ -45,7 +45,10 @@ CHAT_TEMPLATE = (
 )
 SIZE, PATCH = 48, 8  # sides in pixels of an image and of one token's patch
 WIDTH = 96  # channels of a token
-NOISE = {"objects": 0.5, "pixels": 0.3}  # largest sigma of the noise on a token that has to predict them
+NOISE = 0.5  # largest sigma of the noise on a token that has to predict
+CLASSES = (*shapes.SHAPES, *shapes.GLYPHS)
+# of the squared errors of `describe`: an outline is right if its centre, radius and tilt are
+WEIGHTS = [1.0] * len(CLASSES) + [9.0, 9.0, 4.0, 4.0] + [1.0] * 23
 IMAGES = "nano:objects=0.7,nano:scenes=0.15,nano:text=0.15"
 
 
@@ -131,26 +134,31 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int) -> None:
 # images
 
 
-def describe(objects: Sequence[shapes.Object]) -> np.ndarray:
-    """What each token has to predict of its nearest object, (N, 14): one-hot shape, offset to the centre,
-    radius, tilt if it is visible, colour, and 1. All values fade to 0 outside of the object's edge."""
-    middle = (np.arange(SIZE // PATCH) + 0.5) * PATCH
+def describe(sample: shapes.Sample) -> np.ndarray:
+    """What each token has to predict, (N, 59): of its nearest object, one-hot class, offset to the centre,
+    radius, tilt if it is visible, colour, and 1, which all fade to 0 outside of the object's edge; and of the
+    background, colour and pattern."""
+    side = SIZE // PATCH
+    middle = (np.arange(side) + 0.5) * PATCH
     tokens = np.stack(np.meshgrid(middle, middle), axis=-1).reshape(-1, 1, 2)
-    centers = np.array([(thing.x, thing.y) for thing in objects]).reshape(1, -1, 2)
-    to_center = centers - tokens
+    target = np.zeros((side**2, len(WEIGHTS)), dtype=np.float32)
+    objects = sample.objects
+    to_center = np.array([(thing.x, thing.y) for thing in objects]) - tokens  # (N, objects, 2)
     to_edge = np.linalg.norm(to_center, axis=-1) - [thing.radius for thing in objects]
-    target = np.zeros((len(tokens), 14), dtype=np.float32)
-    if not objects:
-        return target
-    for row, nearest in enumerate(to_edge.argmin(axis=1)):
-        thing = objects[nearest]
-        target[row, shapes.SHAPES.index(thing.shape)] = 1.5
-        target[row, 6:8] = to_center[row, nearest] / PATCH
-        target[row, 8] = (thing.radius - 8) / 2
-        target[row, 9] = 0 if thing.shape in ("circle", "ring") else thing.tilt / 0.115
-        target[row, 10:13] = np.array(thing.rgb) / 127.5 - 1
-        target[row, 13] = 1
-        target[row] *= np.clip((7 - to_edge[row, nearest]) / 6, 0, 1)
+    nearest, rows = to_edge.argmin(axis=1), np.arange(side**2)
+    target[rows, [CLASSES.index(objects[i].shape) for i in nearest]] = 1.5
+    target[:, 32:34] = to_center[rows, nearest] / PATCH
+    known = [
+        ((o.radius - 8) / 2, 0 if o.shape in ("circle", "ring") else o.tilt / 0.115, *o.rgb) for o in objects
+    ]
+    target[:, 34:39] = np.array(known)[nearest]
+    target[:, 36:39] = target[:, 36:39] / 127.5 - 1
+    target[:, 39] = 1
+    target[:, :40] *= np.clip((7 - to_edge[rows, nearest, None]) / 6, 0, 1)
+    patches = rearrange(sample.background, "(h p) (w q) c -> (h w) p q c", p=PATCH, q=PATCH)
+    target[:, 40:43] = patches.mean(axis=(1, 2)) / 127.5 - 1
+    light = rearrange(patches.mean(axis=-1), "n (h p) (w q) -> n (h w) p q", p=2, q=2).mean(axis=(2, 3))
+    target[:, 43:] = (light - light.mean(axis=1, keepdims=True)) / 32
     return target
 
 
@@ -168,30 +176,23 @@ def train_encoder(out: Path, steps: int, batch: int, seed: int) -> None:
         )
     )
     model.post_layernorm.requires_grad_(False)  # RAE takes tokens without its scale and shift
-    heads = torch.nn.ModuleDict(
-        {"objects": torch.nn.Linear(WIDTH, 14), "pixels": torch.nn.Linear(WIDTH, 3 * PATCH**2)}
-    )
+    head = torch.nn.Linear(WIDTH, len(WEIGHTS))
     domains = ("objects", "objects", "scenes", "text")
-    weights = torch.ones(14)  # an outline is right if its centre, radius and tilt are
-    weights[6:8], weights[8:10] = 9, 4
-
-    def predict(target: str, tokens: torch.Tensor) -> torch.Tensor:
-        sigma = NOISE[target] * torch.rand(batch, 1, 1)
-        return heads[target](tokens + sigma * torch.randn_like(tokens))
+    weights = torch.tensor(WEIGHTS)
 
     def loss(step: int) -> torch.Tensor:
         numbers = range(step * batch, (step + 1) * batch)
         samples = [shapes.draw(domains[number % len(domains)], seed, number, SIZE) for number in numbers]
         images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
         pixels = data.to_unit(images, torch.device("cpu")) * 2 - 1
-        patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
-        objects = torch.from_numpy(np.stack([describe(sample.objects) for sample in samples]))
+        target = torch.from_numpy(np.stack([describe(sample) for sample in samples]))
         tokens = model(pixels).last_hidden_state  # (B, N, WIDTH)
-        object_loss = (weights * (predict("objects", tokens) - objects).square()).mean()
-        return 30 * object_loss + 20 * F.l1_loss(predict("pixels", tokens), patches)
+        sigma = NOISE * torch.rand(batch, 1, 1)
+        error = head((tokens + sigma * torch.randn_like(tokens)).float()) - target
+        return (weights * error.square()).sum(dim=-1).mean()
 
     matrices = [p for p in model.encoder.parameters() if p.ndim == 2]
-    train(torch.nn.ModuleList([model, heads]), loss, steps, lr=1e-3, out=out, save=model, muon=matrices)
+    train(torch.nn.ModuleList([model, head]), loss, steps, lr=1e-3, out=out, save=model, muon=matrices)
     half = [0.5, 0.5, 0.5]
     transformers.SiglipImageProcessor(
         size={"height": SIZE, "width": SIZE}, image_mean=half, image_std=half

@@ -90,9 +90,9 @@ GLYPHS = {
 
 @dataclass(frozen=True)
 class Object:
-    """One shape in an image."""
+    """One shape or letter in an image."""
 
-    shape: str
+    shape: str  # one of SHAPES or of GLYPHS
     color: str  # name of the colour
     x: float  # centre in pixels, y downwards
     y: float
@@ -106,8 +106,9 @@ class Sample:
     """An image with its caption and what is in it."""
 
     image: np.ndarray  # (size, size, 3) uint8
+    background: np.ndarray  # (size, size, 3) in [0, 255], the image without its objects
     caption: str
-    objects: tuple[Object, ...]
+    objects: tuple[Object, ...]  # shapes, or the letters of the word
     task: str | None  # GenEval's tag, in the domain `objects`
     questions: tuple[tuple[str, str], ...]  # (question, answer) pairs
     word: str | None  # in the domain `text`
@@ -219,32 +220,33 @@ def _draw_objects(chance: Chance, size: int, task: str | None = None) -> Sample:
         entry["color"] = chance.choice([color for shape, color in TRAINING_PAIRS if shape == entry["class"]])
     metadata["prompt"] = _caption(chance, metadata)
     objects = _place(chance, metadata["include"], size, gap=2.5)
-    image = _paint(_plain(chance, size), objects)
+    background = _plain(chance, size)
     questions = (*_judgements(chance, metadata), *chance.shuffled(_questions(chance, objects))[:2])
-    return Sample(image, metadata["prompt"], objects, metadata["tag"], questions, None, metadata)
+    image, tag = _paint(background, objects), metadata["tag"]
+    return Sample(image, background, metadata["prompt"], objects, tag, questions, None, metadata)
 
 
 def _draw_class(chance: Chance, size: int) -> Sample:
     label = chance.integer(len(PAIRS))
     shape, color = PAIRS[label]
     objects = _place(chance, [{"class": shape, "count": 1, "color": color}], size, gap=2.5)
-    image = _paint(_plain(chance, size), objects)
-    questions = tuple(_questions(chance, objects))
-    return Sample(image, an(f"{color} {shape}"), objects, None, questions, None, label=label)
+    background = _plain(chance, size)
+    questions, image = tuple(_questions(chance, objects)), _paint(background, objects)
+    return Sample(image, background, an(f"{color} {shape}"), objects, None, questions, None, label=label)
 
 
 def _draw_scene(chance: Chance, size: int) -> Sample:
     include = _scene(chance)
     texture, tone = chance.choice(TEXTURES), chance.choice(list(TONES))
     objects = _place(chance, include, size, gap=-0.03 * size)
-    image = _paint(_textured(chance, texture, TONES[tone], size), objects)
-    background, things = f"{an(texture)} {tone} background", _listing(include)
-    caption = chance.choice((f"{background} with {things}", f"{things} on {background}"))
+    background = _textured(chance, texture, TONES[tone], size)
+    behind, things = f"{an(texture)} {tone} background", _listing(include)
+    caption = chance.choice((f"{behind} with {things}", f"{things} on {behind}"))
     other = chance.choice(TEXTURES)
     yes_no = (f"is the background {other}?", "yes" if other == texture else "no")
     question = chance.choice((("what is the background like?", texture), yes_no))
     questions = _some(chance, [question, *_questions(chance, objects)])
-    return Sample(image, caption, objects, None, questions, None)
+    return Sample(_paint(background, objects), background, caption, objects, None, questions, None)
 
 
 def _draw_text(chance: Chance, size: int) -> Sample:
@@ -252,8 +254,8 @@ def _draw_text(chance: Chance, size: int) -> Sample:
     word = chance.choice(WORDS) if chance.coin() else spelling
     inks, level = chance.choice(((DARK_INKS, chance.uniform(205, 250)), (LIGHT_INKS, chance.uniform(15, 70))))
     ink = chance.choice(list(inks))
-    canvas = np.zeros((size, size, 3)) + level
-    _write(chance, canvas, word, _jittered(chance, inks[ink], 8))
+    background = np.zeros((size, size, 3)) + level
+    image, objects = _write(chance, background, word, ink, _jittered(chance, inks[ink], 8))
     caption = chance.choice(
         (
             f'the word "{word}"',
@@ -269,7 +271,7 @@ def _draw_text(chance: Chance, size: int) -> Sample:
         ("how many letters are there?", NUMBERS[len(word)]),
         (f"is the word {other}?", "yes" if other == ink else "no"),
     ]
-    return Sample(_bytes(canvas), caption, (), None, _some(chance, questions), word)
+    return Sample(image, background, caption, objects, None, _some(chance, questions), word)
 
 
 def _request(chance: Chance, task: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -474,7 +476,8 @@ def _ramp(distance: np.ndarray) -> np.ndarray:
     return np.minimum(np.maximum(0.5 - distance, 0.0), 1.0)
 
 
-def _paint(canvas: np.ndarray, objects: tuple[Object, ...]) -> np.ndarray:
+def _paint(background: np.ndarray, objects: tuple[Object, ...]) -> np.ndarray:
+    canvas = background.copy()
     for thing in objects:
         window, mask = coverage(thing, canvas.shape[0])
         canvas[window] += (np.array(thing.rgb) - canvas[window]) * mask[..., None]
@@ -518,18 +521,23 @@ def _pattern(texture: str, x: np.ndarray, y: np.ndarray, period: float) -> np.nd
     return stripes if texture == "striped" else stripes + bars - 2 * stripes * bars
 
 
-def _write(chance: Chance, canvas: np.ndarray, word: str, rgb: tuple[float, ...]) -> None:
-    """Draws the word at a random scale and place, with 4 x 4 samples per pixel."""
-    size, bitmap = len(canvas), letters(word)
+def _write(
+    chance: Chance, background: np.ndarray, word: str, color: str, rgb: tuple[float, float, float]
+) -> tuple[np.ndarray, tuple[Object, ...]]:
+    """The image of a word at a random scale and place, with 4 x 4 samples per pixel, and its letters."""
+    size, bitmap = len(background), letters(word)
     height, width = bitmap.shape
     scale = chance.uniform(1.4 * size / 48, min(2.4 * size / 48, (size - 4) / width))
-    starts = [chance.uniform(1, size - 1 - scale * extent) for extent in (height, width)]
+    top, left = (chance.uniform(1, size - 1 - scale * extent) for extent in (height, width))
     padded = np.zeros((height + 2, width + 2), dtype=np.int64)
     padded[1:-1, 1:-1] = bitmap
     samples = (np.arange(4 * size) + 0.5) / 4
     rows, columns = (
         np.minimum(np.maximum(np.floor((samples - start) / scale), -1), extent).astype(np.int64) + 1
-        for start, extent in zip(starts, (height, width), strict=True)
+        for start, extent in ((top, height), (left, width))
     )
     counts = padded[rows][:, columns].reshape(size, 4, size, 4).sum(axis=(1, 3))
-    canvas += (np.array(rgb) - canvas) * (counts / 16)[..., None]
+    image = _bytes(background + (np.array(rgb) - background) * (counts / 16)[..., None])
+    middles = [(left + (6 * i + 2.5) * scale, top + 3.5 * scale) for i in range(len(word))]
+    objects = (Object(letter, color, x, y, 3.5 * scale, 0.0, rgb) for letter, (x, y) in zip(word, middles))
+    return image, tuple(objects)
