@@ -2002,6 +2002,7 @@ DITS = {
     # RAEv2; for captions with CAPTION_TOKENS
     "raev2": {"width": 1440, "depth": 28, "heads": 20, "head": (2048, 2, 16)} | IN_CONTEXT,
     "nano": NANO_DIT,
+    "nano-192": {"width": 192, "depth": 6, "heads": 3, "condition_width": 128},
     "nano-in-context": {"width": 256, "depth": 6, "heads": 4} | IN_CONTEXT | {"base_depth": 3},
     "nano-guide-in-context": {"width": 128, "depth": 4, "heads": 4} | IN_CONTEXT | {"base_depth": 2},
     "nano-DH": NANO_DIT | {"head": (320, 2, 5)},

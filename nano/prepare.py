@@ -22,6 +22,7 @@ VAE: L1 of pixels and of their differences, and a trace of KL. Packed 2x2, it ha
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,7 +49,8 @@ WIDTH = 96  # channels of a token
 NOISE = 0.5  # largest sigma of the noise on a token that has to predict
 CLASSES = (*shapes.SHAPES, *shapes.GLYPHS)
 # of the squared errors of `describe`: an outline is right if its centre, radius and tilt are
-WEIGHTS = [1.0] * len(CLASSES) + [9.0, 9.0, 4.0, 4.0] + [1.0] * 23
+WEIGHTS = [1.0] * 6 + [4.0] * 26 + [9.0, 9.0, 4.0, 4.0] + [1.0] * 7 + [0.5] * 16
+DOMAINS = ("objects", "objects", "scenes", "text")  # in turn, for encoder and language model
 IMAGES = "nano:objects=0.7,nano:scenes=0.15,nano:text=0.15"
 
 
@@ -56,22 +58,60 @@ IMAGES = "nano:objects=0.7,nano:scenes=0.15,nano:text=0.15"
 # text
 
 
-def conversation(seed: int, index: int) -> list[dict]:
-    """Chat messages without an image: half ask for one and get its caption, half ask about a caption."""
-    domain = shapes.DOMAINS[index % len(shapes.DOMAINS)]
-    sample = shapes.draw(domain, seed, index, SIZE)
+SLOT = "<|endoftext|>"  # stands for a latent query of the later text-to-image model
+
+
+def conversation(seed: int, index: int) -> tuple[list[dict], dict]:
+    """Chat messages and, if they ask for an image, what the caption says: half ask for an image, half ask
+    about a caption."""
+    sample = shapes.draw(DOMAINS[index % len(DOMAINS)], seed, index, SIZE)
     chance = data.hash_seed(seed, index)
     if chance % 2:
         question, answer = sample.questions[chance // 2 % len(sample.questions)]
         question = f"{sample.caption}\n{question}"
     else:
         question = data.REQUESTS[chance // 2 % len(data.REQUESTS)].format(sample.caption)
-        answer = f"Here you go:\n{sample.caption}"
-    return [
+        answer = rae.REPLY.replace("<image>", SLOT * (SIZE // PATCH) ** 2)
+    messages = [
         {"role": "system", "content": rae.SYSTEM},
         {"role": "user", "content": question},
         {"role": "assistant", "content": answer},
     ]
+    return messages, {} if chance % 2 else sample.metadata
+
+
+COLORS = ("", *shapes.COLORS)
+FACTS = {  # what a caption can say, and its index
+    name: index
+    for index, name in enumerate([
+        *(f"{color} {shape}" for color in COLORS for shape in shapes.SHAPES),
+        *COLORS,
+        *shapes.SHAPES,
+        *shapes.RELATIONS,
+        *(f"{role} {shape}" for role in ("subject", "reference") for shape in shapes.SHAPES),
+        *(f"background {name}" for name in (*shapes.TEXTURES, *shapes.TONES)),
+        *(f"ink {name}" for name in (shapes.DARK_INKS | shapes.LIGHT_INKS)),
+        *(f"letter {place} {letter}" for place in range(4) for letter in shapes.GLYPHS),
+    ])
+}  # fmt: skip
+
+
+def facts(metadata: dict) -> np.ndarray:
+    """What a caption says as numbers (len(FACTS),): how many objects of which colour, shape and both; the
+    relation of two; texture and tone of the background; colour and letters of a word."""
+    include, said = metadata["include"], Counter()
+    for entry in include:
+        color, shape, count = entry.get("color", ""), entry["class"], entry["count"]
+        said.update({f"{color} {shape}": count, color: count, shape: count})
+        if "position" in entry:
+            relation, other = entry["position"]
+            said.update([relation, f"subject {shape}", f"reference {include[other]['class']}"])
+    said.update(f"background {name}" for name in metadata.get("background", ()))
+    said.update([f"ink {metadata['ink']}"] if "ink" in metadata else [])
+    said.update(f"letter {place} {letter}" for place, letter in enumerate(metadata.get("word", "")))
+    values = np.zeros(len(FACTS), dtype=np.float32)
+    values[[FACTS[name] for name in said]] = list(said.values())
+    return values
 
 
 def make_tokenizer(vocabulary: int = 576, documents: int = 20_000) -> transformers.PreTrainedTokenizerFast:
@@ -89,7 +129,7 @@ def make_tokenizer(vocabulary: int = 576, documents: int = 20_000) -> transforme
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    texts = (message["content"] for i in range(documents) for message in conversation(0, i))
+    texts = (m["content"].replace(SLOT, "") for i in range(documents) for m in conversation(0, i)[0])
     tokenizer.train_from_iterator((f"assistant user system\n{text}" for text in texts), trainer)
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -118,16 +158,36 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int) -> None:
         )
     )
 
+    head = torch.nn.Linear(128, len(FACTS))
+    slot = tokenizer.convert_tokens_to_ids(SLOT)
+    # rare facts, like letters and relations, count for more
+    said = np.stack(
+        [facts(metadata) for _, metadata in (conversation(0, i) for i in range(4000)) if metadata]
+    )
+    weights = torch.from_numpy(1 / (said.std(axis=0) + 0.02))
+
     def loss(step: int) -> torch.Tensor:
-        chats = [conversation(seed, step * batch + i) for i in range(batch)]
+        chats, metadata = zip(*(conversation(seed, step * batch + i) for i in range(batch)), strict=True)
         texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
         ids = tokenizer(texts, return_tensors="pt", padding=True)
-        labels = ids.input_ids.masked_fill(ids.attention_mask == 0, -100)
-        logits = model(input_ids=ids.input_ids).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        slots = (ids.input_ids == slot) & (ids.attention_mask == 1)
+        embeddings = model.get_input_embeddings()(ids.input_ids)
+        embeddings[slots] = torch.randn(slots.sum(), 128) / 128**0.5  # as the queries are initialised
+        hidden = model.model(inputs_embeds=embeddings).last_hidden_state
+        # ---- next tokens
+        labels = ids.input_ids.masked_fill((ids.attention_mask == 0) | slots, -100)
+        logits = model.lm_head(hidden[:, :-1]).float()
+        text_loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        # ---- what the caption says, at every slot
+        target = torch.from_numpy(np.stack([facts(entry) for entry in metadata if entry]))
+        tokens = hidden[slots].view(len(target), -1, 128)
+        sigma = NOISE * torch.rand(len(target), 1, 1)
+        error = head(tokens + sigma * torch.randn_like(tokens)) - target[:, None]
+        return text_loss + (weights * error.square()).sum(dim=-1).mean() / 4
 
     tokenizer.save_pretrained(out)
-    train(model, loss, steps, lr=2e-3, out=out)
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    train(torch.nn.ModuleList([model, head]), loss, steps, lr=2e-3, out=out, save=model, muon=matrices)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -177,12 +237,11 @@ def train_encoder(out: Path, steps: int, batch: int, seed: int) -> None:
     )
     model.post_layernorm.requires_grad_(False)  # RAE takes tokens without its scale and shift
     head = torch.nn.Linear(WIDTH, len(WEIGHTS))
-    domains = ("objects", "objects", "scenes", "text")
     weights = torch.tensor(WEIGHTS)
 
     def loss(step: int) -> torch.Tensor:
         numbers = range(step * batch, (step + 1) * batch)
-        samples = [shapes.draw(domains[number % len(domains)], seed, number, SIZE) for number in numbers]
+        samples = [shapes.draw(DOMAINS[number % len(DOMAINS)], seed, number, SIZE) for number in numbers]
         images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
         pixels = data.to_unit(images, torch.device("cpu")) * 2 - 1
         target = torch.from_numpy(np.stack([describe(sample) for sample in samples]))
@@ -311,12 +370,12 @@ def main() -> None:
     )
     parser.add_argument("part", choices=["language-model", "encoder", "vae", "photographs", "ship"])
     parser.add_argument("--out", type=Path, default=Path("nano/weights"), help="writes OUT/PART")
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
-    parser.add_argument("--batch", type=int, help="samples per step (default: 128; encoder 64; vae 32)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 2400; encoder 6000; vae 2000)")
+    parser.add_argument("--batch", type=int, default=32, help="samples per step (default: 32)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="ship: folder of both runs")
     args = parser.parse_args()
-    batch = args.batch or {"encoder": 64, "vae": 32}.get(args.part, 128)
+    steps = args.steps or {"encoder": 6000, "vae": 2000}.get(args.part, 2400)
     out = args.out / args.part
     if args.part == "ship":
         ship(args.out, args.runs)
@@ -324,7 +383,7 @@ def main() -> None:
         cut_photographs(out, args.seed)
     else:
         train_part = {"language-model": train_language_model, "encoder": train_encoder, "vae": train_vae}
-        train_part[args.part](out, args.steps, batch, args.seed)
+        train_part[args.part](out, steps, args.batch, args.seed)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ class Sample:
     task: str | None  # GenEval's tag, in the domain `objects`
     questions: tuple[tuple[str, str], ...]  # (question, answer) pairs
     word: str | None  # in the domain `text`
-    metadata: dict[str, Any] | None = None  # the GenEval request that the image fulfils, in `objects`
+    metadata: dict[str, Any]  # what the caption says; in `objects` a GenEval request
     label: int | None = None  # index in PAIRS, in the domain `classes`
 
 
@@ -232,7 +232,9 @@ def _draw_class(chance: Chance, size: int) -> Sample:
     objects = _place(chance, [{"class": shape, "count": 1, "color": color}], size, gap=2.5)
     background = _plain(chance, size)
     questions, image = tuple(_questions(chance, objects)), _paint(background, objects)
-    return Sample(image, background, an(f"{color} {shape}"), objects, None, questions, None, label=label)
+    metadata = {"include": [{"class": shape, "count": 1, "color": color}]}
+    caption = an(f"{color} {shape}")
+    return Sample(image, background, caption, objects, None, questions, None, metadata, label)
 
 
 def _draw_scene(chance: Chance, size: int) -> Sample:
@@ -246,7 +248,8 @@ def _draw_scene(chance: Chance, size: int) -> Sample:
     yes_no = (f"is the background {other}?", "yes" if other == texture else "no")
     question = chance.choice((("what is the background like?", texture), yes_no))
     questions = _some(chance, [question, *_questions(chance, objects)])
-    return Sample(_paint(background, objects), background, caption, objects, None, questions, None)
+    metadata, image = {"include": include, "background": [texture, tone]}, _paint(background, objects)
+    return Sample(image, background, caption, objects, None, questions, None, metadata)
 
 
 def _draw_text(chance: Chance, size: int) -> Sample:
@@ -271,7 +274,8 @@ def _draw_text(chance: Chance, size: int) -> Sample:
         ("how many letters are there?", NUMBERS[len(word)]),
         (f"is the word {other}?", "yes" if other == ink else "no"),
     ]
-    return Sample(image, background, caption, objects, None, _some(chance, questions), word)
+    metadata = {"include": [], "word": word} | ({"ink": ink} if ink in caption else {})
+    return Sample(image, background, caption, objects, None, _some(chance, questions), word, metadata)
 
 
 def _request(chance: Chance, task: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -538,6 +542,8 @@ def _write(
     )
     counts = padded[rows][:, columns].reshape(size, 4, size, 4).sum(axis=(1, 3))
     image = _bytes(background + (np.array(rgb) - background) * (counts / 16)[..., None])
-    middles = [(left + (6 * i + 2.5) * scale, top + 3.5 * scale) for i in range(len(word))]
-    objects = (Object(letter, color, x, y, 3.5 * scale, 0.0, rgb) for letter, (x, y) in zip(word, middles))
+    objects = [
+        Object(letter, color, left + (6 * i + 2.5) * scale, top + 3.5 * scale, 3.5 * scale, 0.0, rgb)
+        for i, letter in enumerate(word)
+    ]
     return image, tuple(objects)

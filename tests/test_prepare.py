@@ -30,20 +30,61 @@ def test_parts_are_ordinary_folders(monkeypatch, tmp_path):
     assert language_model.config.vocab_size == len(tokenizer)
 
 
-def test_targets_describe_the_nearest_object():
+def sample_of(background: float, *objects: shapes.Object) -> shapes.Sample:
+    canvas = np.full((48, 48, 3), background)
+    return shapes.Sample(canvas.astype(np.uint8), canvas, "", objects, None, (), None, {})
+
+
+def test_targets_describe_the_nearest_object_and_the_background():
     circle = shapes.Object("circle", "red", 12.0, 20.0, 8.0, 0.1, (255, 0, 127.5))
-    known = prepare.describe([circle]).reshape(6, 6, 14)  # tokens of 8 pixels: centres at 4, 12, 20, ...
-    assert known[2, 1].tolist() == [1.5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, -1, 0, 1]
-    assert known[2, 2].tolist() == [1.5, 0, 0, 0, 0, 0, -1, 0, 0, 0, 1, -1, 0, 1]  # on its edge
+    known = prepare.describe(sample_of(255, circle))
+    assert known.shape == (36, len(prepare.WEIGHTS))
+    assert (known[:, 40:43] == 1).all() and not known[:, 43:].any()  # plain and white
+    known = known.reshape(6, 6, -1)[..., :40]  # tokens of 8 pixels: centres at 4, 12, 20, ...
+    assert not known[..., 1:32].any()
+    assert known[2, 1, [0, *range(32, 40)]].tolist() == [1.5, 0, 0, 0, 0, 1, -1, 0, 1]
+    assert known[2, 2, 32:].tolist() == [-1, 0, 0, 0, 1, -1, 0, 1]  # on its edge
     assert not known[2, 3:].any() and not known[5].any()  # eight pixels and more away from it
     corner = known[1, 2]  # 8 right and 8 above: 3.3 pixels from the edge
-    assert corner == pytest.approx(known[2, 1] * corner[13] + corner[13] * np.eye(14)[[6, 7]].T @ [-1, 1])
-    assert corner[13] == pytest.approx((7 - (128**0.5 - 8)) / 6)
+    assert corner == pytest.approx(known[2, 1] * corner[39] + corner[39] * np.eye(40)[[32, 33]].T @ [-1, 1])
+    assert corner[39] == pytest.approx((7 - (128**0.5 - 8)) / 6)
     star = shapes.Object("star", "blue", 36.0, 20.0, 6.0, 0.115, (0, 0, 0))
-    both = prepare.describe([circle, star]).reshape(6, 6, 14)
-    assert np.array_equal(both[:, :2], known[:, :2])
-    assert both[2, 4].tolist() == pytest.approx([0, 0, 0, 1.5, 0, 0, 0, 0, -1, 1, -1, -1, -1, 1])
-    assert not prepare.describe([]).any()
+    both = prepare.describe(sample_of(255, circle, star)).reshape(6, 6, -1)
+    assert np.array_equal(both[:, :2, :40], known[:, :2])
+    assert both[2, 4, 3] == 1.5 and both[2, 4, 32:40].tolist() == pytest.approx([0, 0, -1, 1, -1, -1, -1, 1])
+
+
+def test_targets_of_words_and_textures():
+    word = shapes.draw("text", 0, 3)
+    known = prepare.describe(word)
+    for letter in word.objects:
+        token = int(letter.y // 8) * 6 + int(letter.x // 8)
+        nearest = prepare.CLASSES[known[token, :32].argmax()]
+        assert nearest in word.word and known[token, 39] == 1
+    assert "".join(letter.shape for letter in word.objects) == word.word
+    scene = shapes.draw("scenes", 0, 0)
+    light = scene.background.mean(axis=-1)
+    pattern = prepare.describe(scene)[7, 43:].reshape(4, 4)  # of the token at row 1, column 1
+    expected = (light[8:10, 10:12].mean() - light[8:16, 8:16].mean()) / 32
+    assert pattern[0, 1] == pytest.approx(expected, abs=1e-5) and abs(pattern).max() > 0.05
+
+
+def test_facts_are_what_a_caption_says():
+    def said(metadata: dict) -> dict[str, float]:
+        values = prepare.facts(metadata)
+        return {name: values[index] for name, index in prepare.FACTS.items() if values[index]}
+
+    above = {"class": "star", "count": 1, "color": "red", "position": ["above", 0]}
+    assert said({"include": [{"class": "ring", "count": 2}, above]}) == {
+        " ring": 2, "": 2, "ring": 2, "red star": 1, "red": 1, "star": 1,
+        "above": 1, "subject star": 1, "reference ring": 1,
+    }  # fmt: skip
+    assert said({"include": [], "word": "AB", "ink": "pink"}) == {
+        "ink pink": 1, "letter 0 A": 1, "letter 1 B": 1,
+    }  # fmt: skip
+    assert said({"include": [], "background": ["dotted", "beige"]}) == {
+        "background dotted": 1, "background beige": 1,
+    }  # fmt: skip
 
 
 def test_vae_is_a_folder_of_diffusers_with_measured_statistics(tmp_path):
