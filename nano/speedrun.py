@@ -1,0 +1,155 @@
+"""From nothing to images that follow the prompt: trains and evaluates every part of the nano world.
+
+    python -m nano.speedrun                              # about 90 minutes of two cores
+    python -m nano.speedrun --scale 4 --out runs/long    # four times the steps of every stage
+    python -m nano.prepare ship --runs runs/long         # makes its result the shipped weights
+
+Started again, it goes on where it was stopped: a trainer at its newest checkpoint, the language model and the
+encoder from their beginning. Prints a table and writes OUT/speedrun.json and OUT/shapes.json. Minutes are
+those of an idle machine. FLOPs are 6 per trained weight and token, and 2 per frozen one, without attention.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+
+import common
+from common import flag
+
+TOKENS, CHAT = 36, 87  # tokens of an image, and of a request with its queries
+
+
+@dataclass
+class Config:
+    scale: float = flag(1.0, "factor of the steps of every stage", above=0)
+    seed: int = flag(0, "seed of every stage")
+    dtype: str = flag("bf16", "compute dtype of trainers and evaluation", choices=["auto", "bf16", "fp32"])
+    limit: int = flag(50, "prompts per task of the evaluation", at_least=2)
+    eval_seed: int = flag(9000, "seed of the evaluation's prompts: no setting was chosen on this one")
+    out: str = flag("runs/speedrun", "folder of the run")
+
+
+@dataclass
+class Stage:
+    name: str
+    command: list[str]
+    steps: int = 0  # at scale 1
+    batch: int = 0  # samples per step
+
+
+def stages(config: Config) -> list[Stage]:
+    out = Path(config.out)
+    compute, common_flags = ["--dtype", config.dtype], ["--seed", str(config.seed)]
+    prepare = ["-m", "nano.prepare", "--out", str(out), *common_flags]
+    train = [*common_flags, *compute, "--resume", "--data"]
+    autoencoder, language_model = str(out / "decoder/model"), str(out / "language-model")
+    return [
+        Stage("language model", [*prepare, "language-model"], 2400, 32),
+        Stage("encoder", [*prepare, "encoder"], 6000, 32),
+        Stage(
+            "decoder",
+            ["train_decoder.py", "--encoder", str(out / "encoder"), "--out", str(out / "decoder"), *train],
+            2500,
+            64,
+        ),
+        Stage(
+            "text to image",
+            [
+                *("train_t2i.py", "--autoencoder", autoencoder, "--language-model", language_model),
+                *("--out", str(out / "t2i"), *train),
+            ],
+            4000,
+            32,
+        ),
+        Stage(
+            "evaluation",
+            [
+                *("-m", "nano.evaluate", "shapes", "--model", str(out / "t2i/model"), *compute),
+                *("--limit", str(config.limit), "--seed", str(config.eval_seed)),
+                *("--out", str(out / "shapes.json")),
+            ],
+        ),
+    ]
+
+
+def flops_per_sample(config: Config) -> dict[str, float]:
+    """FLOPs per sample of every stage: 6 per trained weight and token, 2 per frozen one."""
+    out = Path(config.out)
+
+    def count(folder: str, prefix: str = "") -> int:
+        with safe_open(out / folder / "model.safetensors", framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith(prefix)]
+            return sum(math.prod(file.get_slice(key).get_shape()) for key in keys)
+
+    encoder, language_model = count("encoder"), count("language-model")
+    draws = json.loads((out / "t2i/config.json").read_text())["draws"]
+    dit = count("t2i/model", "dit.")
+    return {
+        "language model": 6 * language_model * CHAT,
+        "encoder": 6 * encoder * TOKENS,
+        "decoder": (6 * count("decoder/model", "decoder.") + 2 * encoder) * TOKENS,
+        "text to image": (6 * draws * dit + 2 * encoder) * TOKENS + 6 * language_model * CHAT,
+    }
+
+
+def figure(config: Config, stage: Stage) -> str:
+    """What a finished stage reached."""
+    out = Path(config.out)
+    if stage.name == "evaluation":
+        results = json.loads((out / "shapes.json").read_text())["results"]
+        values = {row["metric"]: row["value"] for row in results}
+        return f"overall {values['shapes/model/overall']:.3f}, ceiling {values['shapes/decoded/overall']:.3f}"
+    log, key = {
+        "language model": ("language-model/log.jsonl", "loss"),
+        "encoder": ("encoder/log.jsonl", "loss"),
+        "decoder": ("decoder/metrics.jsonl", "l1_loss"),
+        "text to image": ("t2i/metrics.jsonl", "val_loss"),
+    }[stage.name]
+    row = common.read_rows(out / log, key)[-1]
+    return f"{key.replace('_', ' ')} {row[key]:.4f}"
+
+
+def run(stage: Stage, config: Config, done: dict[str, float], state: Path) -> None:
+    """Runs the rest of a stage. Its minutes count when it is stopped, too."""
+    steps = ["--steps", str(steps_of(stage, config))] if stage.steps else []
+    print(f"\n{stage.name}: python {' '.join([*stage.command, *steps])}", flush=True)
+    started = time.time()
+    try:
+        subprocess.run([sys.executable, *stage.command, *steps], check=True)
+        done["finished"].append(stage.name)
+    finally:
+        done["minutes"][stage.name] = done["minutes"].get(stage.name, 0) + (time.time() - started) / 60
+        with common.replacing(state) as temporary:
+            temporary.write_text(json.dumps(done, indent=1) + "\n")
+
+
+def steps_of(stage: Stage, config: Config) -> int:
+    return max(1, round(stage.steps * config.scale))
+
+
+def main() -> None:
+    config = common.parse(Config, __doc__)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    state = out / "speedrun.json"
+    done = json.loads(state.read_text()) if state.exists() else {"finished": [], "minutes": {}}
+    for stage in stages(config):
+        if stage.name not in done["finished"]:
+            run(stage, config, done, state)
+    flops = flops_per_sample(config)
+    print("| stage | minutes | samples | PFLOP | reached |\n|---|---|---|---|---|")
+    for stage in stages(config):
+        samples = steps_of(stage, config) * stage.batch
+        total = samples * flops.get(stage.name, 0) / 1e15
+        minutes, reached = done["minutes"][stage.name], figure(config, stage)
+        print(f"| {stage.name} | {minutes:.1f} | {samples or ''} | {total or '':.2} | {reached} |")
+
+
+if __name__ == "__main__":
+    common.main(main)
