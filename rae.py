@@ -1986,7 +1986,7 @@ SCALE_RAE_DITS = {  # Scale-RAE table 10
 }
 IN_CONTEXT = {"time_tokens": 4, "condition_tokens": 8, "base_depth": 8}  # RAEv2
 CAPTION_TOKENS = 256  # longer captions are cut (RAEv2)
-NANO_DIT = {"width": 256, "depth": 6, "heads": 4, "condition_width": 128}
+NANO_DIT = {"width": 192, "depth": 6, "heads": 3, "condition_width": 128}
 NANO_GUIDE = {"width": 128, "depth": 4, "heads": 4, "condition_width": 128}  # for AutoGuidance
 DITS = {
     "DiT-S": {"width": 384, "depth": 12, "heads": 6, "silu_condition": False},
@@ -2002,7 +2002,6 @@ DITS = {
     # RAEv2; for captions with CAPTION_TOKENS
     "raev2": {"width": 1440, "depth": 28, "heads": 20, "head": (2048, 2, 16)} | IN_CONTEXT,
     "nano": NANO_DIT,
-    "nano-192": {"width": 192, "depth": 6, "heads": 3, "condition_width": 128},
     "nano-in-context": {"width": 256, "depth": 6, "heads": 4} | IN_CONTEXT | {"base_depth": 3},
     "nano-guide-in-context": {"width": 128, "depth": 4, "heads": 4} | IN_CONTEXT | {"base_depth": 2},
     "nano-DH": NANO_DIT | {"head": (320, 2, 5)},

@@ -72,7 +72,7 @@ SCALE_RAE_RECIPE = RAE_RECIPE | {  # Scale-RAE table 7; crops, EMA and clipping 
     "statistics": 0,  # latents are not normalised
 }
 PRESETS = {
-    "nano": {"muon": 0.008, "tau": 0.2},
+    "nano": {"muon": 0.008, "tau": 0.3, "batch": 32, "steps": 5000},
     "nano-full": {  # every loss, at the size of a laptop
         "perceptual": "encoder",
         "gram_weight": 1e4,  # the features are smaller than VGG's

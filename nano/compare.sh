@@ -11,7 +11,7 @@ python=${PYTHON:-python} out=${1:-runs/compare} steps=${STEPS:-300}
 mkdir -p "$out"
 train() {  # NAME FLAGS...
     "$python" train_t2i.py --resume --out "$out/$1" --steps "$steps" --save-every "$steps" \
-        --noise-only-steps $((steps / 5)) --val-data nano:objects ${FLAGS:-} "${@:2}"
+        --val-data nano:objects ${FLAGS:-} "${@:2}"
 }
 train_decoder() {  # NAME FLAGS...
     "$python" train_decoder.py --resume --out "$out/$1" --steps "$steps" --save-every "$steps" ${FLAGS:-} "${@:2}"

@@ -47,7 +47,7 @@ def stages(config: Config) -> list[Stage]:
     out = Path(config.out)
     compute, common_flags = ["--dtype", config.dtype], ["--seed", str(config.seed)]
     prepare = ["-m", "nano.prepare", "--out", str(out), *common_flags]
-    train = [*common_flags, *compute, "--resume", "--data"]
+    train = [*common_flags, *compute, "--resume"]
     autoencoder, language_model = str(out / "decoder/model"), str(out / "language-model")
     return [
         Stage("language model", [*prepare, "language-model"], 2400, 32),
@@ -55,8 +55,8 @@ def stages(config: Config) -> list[Stage]:
         Stage(
             "decoder",
             ["train_decoder.py", "--encoder", str(out / "encoder"), "--out", str(out / "decoder"), *train],
-            2500,
-            64,
+            5000,
+            32,
         ),
         Stage(
             "text to image",
@@ -64,14 +64,14 @@ def stages(config: Config) -> list[Stage]:
                 *("train_t2i.py", "--autoencoder", autoencoder, "--language-model", language_model),
                 *("--out", str(out / "t2i"), *train),
             ],
-            4000,
+            3300,
             32,
         ),
         Stage(
             "evaluation",
             [
                 *("-m", "nano.evaluate", "shapes", "--model", str(out / "t2i/model"), *compute),
-                *("--limit", str(config.limit), "--seed", str(config.eval_seed)),
+                *("--limit", str(config.limit), "--seed", str(config.eval_seed), "--steps", "25"),
                 *("--out", str(out / "shapes.json")),
             ],
         ),

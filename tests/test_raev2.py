@@ -466,7 +466,7 @@ def train_flags(parts, condition, out):
         *("--condition", condition, "--dit", "nano-in-context", "--prediction", "x", "--out", out),
         *("--autoencoder", parts / "rae", "--language-model", parts / "language-model", "--batch", 4),
         *("--data", "nano:objects" if condition == "caption" else "nano:classes", "--workers", 0),
-        *("--muon", 0.01, "--dit-lr", 0.01, "--warmup", 0, "--noise-only-steps", 0, "--draws", 1),
+        *("--muon", 0.01, "--dit-lr", 0.01, "--warmup", 0, "--draws", 1),
         *("--steps", 3, "--save-every", 2, "--keep", 9, "--log-every", 1, "--eval-every", 3),
     ]
 
