@@ -58,42 +58,38 @@ IMAGES = "nano:objects=0.7,nano:scenes=0.15,nano:text=0.15"
 # text
 
 
-SLOT = "<|endoftext|>"  # stands for a latent query of the later text-to-image model
+SLOT, SLOTS = "<|endoftext|>", 12  # stand for a third of the latent queries of the text-to-image model
 
 
 def conversation(seed: int, index: int) -> tuple[list[dict], dict]:
-    """Chat messages and, if they ask for an image, what the caption says: half ask for an image, half ask
-    about a caption."""
+    """Chat messages and, if they ask for an image, what the caption says: three in four ask for an image, the
+    others about a caption."""
     sample = shapes.draw(DOMAINS[index % len(DOMAINS)], seed, index, SIZE)
     chance = data.hash_seed(seed, index)
-    if chance % 2:
-        question, answer = sample.questions[chance // 2 % len(sample.questions)]
+    if is_question := chance % 4 == 0:
+        question, answer = sample.questions[chance // 4 % len(sample.questions)]
         question = f"{sample.caption}\n{question}"
     else:
-        question = data.REQUESTS[chance // 2 % len(data.REQUESTS)].format(sample.caption)
-        answer = rae.REPLY.replace("<image>", SLOT * (SIZE // PATCH) ** 2)
+        question = data.REQUESTS[chance // 4 % len(data.REQUESTS)].format(sample.caption)
+        answer = rae.REPLY.replace("<image>", SLOT * SLOTS)
     messages = [
         {"role": "system", "content": rae.SYSTEM},
         {"role": "user", "content": question},
         {"role": "assistant", "content": answer},
     ]
-    return messages, {} if chance % 2 else sample.metadata
+    return messages, {} if is_question else sample.metadata
 
 
 COLORS = ("", *shapes.COLORS)
-FACTS = {  # what a caption can say, and its index
-    name: index
-    for index, name in enumerate([
-        *(f"{color} {shape}" for color in COLORS for shape in shapes.SHAPES),
-        *COLORS,
-        *shapes.SHAPES,
-        *shapes.RELATIONS,
-        *(f"{role} {shape}" for role in ("subject", "reference") for shape in shapes.SHAPES),
-        *(f"background {name}" for name in (*shapes.TEXTURES, *shapes.TONES)),
-        *(f"ink {name}" for name in (shapes.DARK_INKS | shapes.LIGHT_INKS)),
-        *(f"letter {place} {letter}" for place in range(4) for letter in shapes.GLYPHS),
-    ])
-}  # fmt: skip
+FACTS = {  # what a caption can say, and its weight: what is rare or hard counts for more
+    **{f"{color} {shape}": 1.0 for color in COLORS for shape in shapes.SHAPES},
+    **dict.fromkeys((*COLORS, *shapes.SHAPES, *(str(count) for count in range(1, 5))), 1.0),
+    **dict.fromkeys(shapes.RELATIONS, 4.0),
+    **{f"{role} {shape}": 4.0 for role in ("subject", "reference") for shape in shapes.SHAPES},
+    **{f"background {name}": 2.0 for name in (*shapes.TEXTURES, *shapes.TONES)},
+    **{f"ink {name}": 2.0 for name in shapes.DARK_INKS | shapes.LIGHT_INKS},
+    **{f"letter {place} {letter}": 1.0 for place in range(4) for letter in shapes.GLYPHS},
+}
 
 
 def facts(metadata: dict) -> np.ndarray:
@@ -102,16 +98,14 @@ def facts(metadata: dict) -> np.ndarray:
     include, said = metadata["include"], Counter()
     for entry in include:
         color, shape, count = entry.get("color", ""), entry["class"], entry["count"]
-        said.update({f"{color} {shape}": count, color: count, shape: count})
+        said.update({f"{color} {shape}": count, color: count, shape: count, str(count): 1})
         if "position" in entry:
             relation, other = entry["position"]
             said.update([relation, f"subject {shape}", f"reference {include[other]['class']}"])
     said.update(f"background {name}" for name in metadata.get("background", ()))
     said.update([f"ink {metadata['ink']}"] if "ink" in metadata else [])
     said.update(f"letter {place} {letter}" for place, letter in enumerate(metadata.get("word", "")))
-    values = np.zeros(len(FACTS), dtype=np.float32)
-    values[[FACTS[name] for name in said]] = list(said.values())
-    return values
+    return np.array([said[name] for name in FACTS], dtype=np.float32)
 
 
 def make_tokenizer(vocabulary: int = 576, documents: int = 20_000) -> transformers.PreTrainedTokenizerFast:
@@ -160,11 +154,7 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int) -> None:
 
     head = torch.nn.Linear(128, len(FACTS))
     slot = tokenizer.convert_tokens_to_ids(SLOT)
-    # rare facts, like letters and relations, count for more
-    said = np.stack(
-        [facts(metadata) for _, metadata in (conversation(0, i) for i in range(4000)) if metadata]
-    )
-    weights = torch.from_numpy(1 / (said.std(axis=0) + 0.02))
+    weights = torch.tensor(list(FACTS.values()))
 
     def loss(step: int) -> torch.Tensor:
         chats, metadata = zip(*(conversation(seed, step * batch + i) for i in range(batch)), strict=True)
@@ -173,7 +163,10 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int) -> None:
         slots = (ids.input_ids == slot) & (ids.attention_mask == 1)
         embeddings = model.get_input_embeddings()(ids.input_ids)
         embeddings[slots] = torch.randn(slots.sum(), 128) / 128**0.5  # as the queries are initialised
-        hidden = model.model(inputs_embeds=embeddings).last_hidden_state
+        places = torch.arange(ids.input_ids.shape[1]).repeat(batch, 1)
+        gaps = torch.rand(sum(map(bool, metadata)), (SIZE // PATCH) ** 2).argsort()[:, :SLOTS].sort()[0]
+        places[slots] += (gaps - torch.arange(SLOTS)).flatten()  # any twelve of the queries' places
+        hidden = model.model(inputs_embeds=embeddings, position_ids=places).last_hidden_state
         # ---- next tokens
         labels = ids.input_ids.masked_fill((ids.attention_mask == 0) | slots, -100)
         logits = model.lm_head(hidden[:, :-1]).float()
@@ -183,7 +176,7 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int) -> None:
         tokens = hidden[slots].view(len(target), -1, 128)
         sigma = NOISE * torch.rand(len(target), 1, 1)
         error = head(tokens + sigma * torch.randn_like(tokens)) - target[:, None]
-        return text_loss + (weights * error.square()).sum(dim=-1).mean() / 4
+        return text_loss + (weights * error.square()).sum(dim=-1).mean()
 
     tokenizer.save_pretrained(out)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
@@ -370,12 +363,13 @@ def main() -> None:
     )
     parser.add_argument("part", choices=["language-model", "encoder", "vae", "photographs", "ship"])
     parser.add_argument("--out", type=Path, default=Path("nano/weights"), help="writes OUT/PART")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 2400; encoder 6000; vae 2000)")
-    parser.add_argument("--batch", type=int, default=32, help="samples per step (default: 32)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 1500; encoder 6000; vae 2000)")
+    parser.add_argument("--batch", type=int, help="samples per step (default: 64; encoder and vae 32)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="ship: folder of both runs")
     args = parser.parse_args()
-    steps = args.steps or {"encoder": 6000, "vae": 2000}.get(args.part, 2400)
+    steps = args.steps or {"encoder": 6000, "vae": 2000}.get(args.part, 1500)
+    batch = args.batch or {"encoder": 32, "vae": 32}.get(args.part, 64)
     out = args.out / args.part
     if args.part == "ship":
         ship(args.out, args.runs)
@@ -383,7 +377,7 @@ def main() -> None:
         cut_photographs(out, args.seed)
     else:
         train_part = {"language-model": train_language_model, "encoder": train_encoder, "vae": train_vae}
-        train_part[args.part](out, steps, args.batch, args.seed)
+        train_part[args.part](out, steps, batch, args.seed)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def stages(config: Config) -> list[Stage]:
     train = [*common_flags, *compute, "--resume"]
     autoencoder, language_model = str(out / "decoder/model"), str(out / "language-model")
     return [
-        Stage("language model", [*prepare, "language-model"], 2400, 32),
+        Stage("language model", [*prepare, "language-model"], 1500, 64),
         Stage("encoder", [*prepare, "encoder"], 6000, 32),
         Stage(
             "decoder",

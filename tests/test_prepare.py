@@ -72,11 +72,11 @@ def test_targets_of_words_and_textures():
 def test_facts_are_what_a_caption_says():
     def said(metadata: dict) -> dict[str, float]:
         values = prepare.facts(metadata)
-        return {name: values[index] for name, index in prepare.FACTS.items() if values[index]}
+        return {name: values[index] for index, name in enumerate(prepare.FACTS) if values[index]}
 
     above = {"class": "star", "count": 1, "color": "red", "position": ["above", 0]}
     assert said({"include": [{"class": "ring", "count": 2}, above]}) == {
-        " ring": 2, "": 2, "ring": 2, "red star": 1, "red": 1, "star": 1,
+        " ring": 2, "": 2, "ring": 2, "red star": 1, "red": 1, "star": 1, "1": 1, "2": 1,
         "above": 1, "subject star": 1, "reference ring": 1,
     }  # fmt: skip
     assert said({"include": [], "word": "AB", "ink": "pink"}) == {
