@@ -5,22 +5,23 @@ and `diffusers` folders.
     python -m nano.prepare encoder              # stands in for SigLIP-2: a vision tower that knows objects
     python -m nano.prepare vae                  # stands in for FLUX's VAE, to compare with the RAE
     python -m nano.prepare photographs          # real images, crops of those of scikit-image and scikit-learn
-    python -m nano.prepare ship                 # runs/decoder and runs/t2i -> nano/weights, as bf16
+    python -m nano.prepare ship                 # what nano.speedrun trained -> nano/weights, as bf16
 
-Encoder: each token learns to tell, through one linear layer, what the nearest object is and where its centre
-lies, as SigLIP-2 does from captions and boxes of billions of images. It also learns its own patch, without
-which details below a patch would be lost to the decoder. Noise on the tokens makes the encoder spend most of
-them on objects: these, not pixels, are then what a generative model has to get right.
+Encoder: each token learns to tell, through one linear layer, what the nearest object or letter is, where its
+centre lies, and what the background looks like, as SigLIP-2 learns from captions of billions of images. Noise
+on the tokens makes the encoder spend them on that and not on pixels, which the decoder draws again: so a
+generative model has few numbers to get right.
 
-Language model: next tokens of requests, captions and questions with answers. It answers a request by
-repeating the caption, so that what follows a request attends to it. The latent queries, which later take the
-caption's place, could not learn that from the images alone.
+Language model: next tokens of questions about captions with their answers. After a request for an image, what
+stands at the places of the later latent queries learns to tell, through noise and one linear layer, what the
+caption says. The queries could learn that from the images alone only slowly.
 
 VAE: L1 of pixels and of their differences, and a trace of KL. Packed 2x2, it has as many tokens as the RAE.
 """
 
 import argparse
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -315,8 +316,11 @@ def cut_photographs(out: Path, seed: int, crops: int = 128) -> None:
 
 
 def ship(out: Path, runs: Path) -> None:
-    """Copies the models of both runs with one log line in ten. Matrices become bf16; statistics, frequencies
-    and position tables stay as they are."""
+    """Copies the parts of a speedrun, with one log line in ten of the trainers. Matrices become bf16;
+    statistics, frequencies and position tables stay as they are."""
+    for part in ("language-model", "encoder"):
+        if (runs / part).is_dir():
+            shutil.copytree(runs / part, out / part, dirs_exist_ok=True)
     for run in ("decoder", "t2i"):
         if not (runs / run / "model").is_dir():
             raise ValueError(f"no model at {runs / run / 'model'}: train it first")
@@ -366,7 +370,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps (default: 1500; encoder 6000; vae 2000)")
     parser.add_argument("--batch", type=int, help="samples per step (default: 64; encoder and vae 32)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="ship: folder of both runs")
+    parser.add_argument("--runs", type=Path, default=Path("runs/speedrun"), help="ship: folder of a speedrun")
     args = parser.parse_args()
     steps = args.steps or {"encoder": 6000, "vae": 2000}.get(args.part, 1500)
     batch = args.batch or {"encoder": 32, "vae": 32}.get(args.part, 64)
