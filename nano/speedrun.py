@@ -142,13 +142,14 @@ def main() -> None:
     for stage in stages(config):
         if stage.name not in done["finished"]:
             run(stage, config, done, state)
-    flops = flops_per_sample(config)
-    print("| stage | minutes | samples | PFLOP | reached |\n|---|---|---|---|---|")
+    flops, totals = flops_per_sample(config), [0.0, 0.0]
+    print("\n| stage | minutes | samples | PFLOP | reached |\n|---|---|---|---|---|")
     for stage in stages(config):
-        samples = steps_of(stage, config) * stage.batch
-        total = samples * flops.get(stage.name, 0) / 1e15
-        minutes, reached = done["minutes"][stage.name], figure(config, stage)
-        print(f"| {stage.name} | {minutes:.1f} | {samples or ''} | {total or '':.2} | {reached} |")
+        minutes, samples = done["minutes"][stage.name], steps_of(stage, config) * stage.batch
+        petaflops = samples * flops.get(stage.name, 0) / 1e15
+        totals = [totals[0] + minutes, totals[1] + petaflops]
+        print(f"| {stage.name} | {minutes:.1f} | {samples:,} | {petaflops:.3f} | {figure(config, stage)} |")
+    print(f"| all | {totals[0]:.1f} | | {totals[1]:.3f} | |")
 
 
 if __name__ == "__main__":
