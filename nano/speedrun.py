@@ -5,12 +5,12 @@
     python -m nano.prepare ship --runs runs/long         # makes its result the shipped weights
 
 Started again, it goes on where it was stopped: a trainer at its newest checkpoint, the language model and the
-encoder from their beginning. Prints a table and writes OUT/speedrun.json and OUT/shapes.json. Minutes are
-those of an idle machine. FLOPs are 6 per trained weight and token, and 2 per frozen one, without attention.
+encoder from their beginning. Prints a table and writes OUT/speedrun.json and OUT/shapes.json. FLOPs are 6 per trained weight and token, and 2 per frozen one, without attention.
 """
 
 import json
 import math
+import resource
 import subprocess
 import sys
 import time
@@ -115,16 +115,25 @@ def figure(config: Config, stage: Stage) -> str:
     return f"{key.replace('_', ' ')} {row[key]:.4f}"
 
 
+def clocks() -> tuple[float, float]:
+    """Seconds on the wall, and of all cores that the finished stages computed."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.time(), used.ru_utime + used.ru_stime
+
+
 def run(stage: Stage, config: Config, done: dict[str, float], state: Path) -> None:
     """Runs the rest of a stage. Its minutes count when it is stopped, too."""
     steps = ["--steps", str(steps_of(stage, config))] if stage.steps else []
     print(f"\n{stage.name}: python {' '.join([*stage.command, *steps])}", flush=True)
-    started = time.time()
+    started = clocks()
     try:
         subprocess.run([sys.executable, *stage.command, *steps], check=True)
         done["finished"].append(stage.name)
     finally:
-        done["minutes"][stage.name] = done["minutes"].get(stage.name, 0) + (time.time() - started) / 60
+        before = done["minutes"].get(stage.name, (0, 0))
+        done["minutes"][stage.name] = [
+            b + (now - then) / 60 for b, now, then in zip(before, clocks(), started, strict=True)
+        ]
         with common.replacing(state) as temporary:
             temporary.write_text(json.dumps(done, indent=1) + "\n")
 
@@ -142,14 +151,16 @@ def main() -> None:
     for stage in stages(config):
         if stage.name not in done["finished"]:
             run(stage, config, done, state)
-    flops, totals = flops_per_sample(config), [0.0, 0.0]
-    print("\n| stage | minutes | samples | PFLOP | reached |\n|---|---|---|---|---|")
+    flops, totals = flops_per_sample(config), [0.0, 0.0, 0.0]
+    print("\n| stage | minutes | core-minutes | samples | PFLOP | reached |\n|---|---|---|---|---|---|")
     for stage in stages(config):
-        minutes, samples = done["minutes"][stage.name], steps_of(stage, config) * stage.batch
-        petaflops = samples * flops.get(stage.name, 0) / 1e15
-        totals = [totals[0] + minutes, totals[1] + petaflops]
-        print(f"| {stage.name} | {minutes:.1f} | {samples:,} | {petaflops:.3f} | {figure(config, stage)} |")
-    print(f"| all | {totals[0]:.1f} | | {totals[1]:.3f} | |")
+        samples = steps_of(stage, config) * stage.batch if stage.batch else 0
+        numbers = [*done["minutes"][stage.name], samples * flops.get(stage.name, 0) / 1e15]
+        totals = [total + number for total, number in zip(totals, numbers, strict=True)]
+        minutes, core_minutes, petaflops = numbers
+        cells = f"{minutes:.1f} | {core_minutes:.1f} | {samples:,} | {petaflops:.3f}"
+        print(f"| {stage.name} | {cells} | {figure(config, stage)} |")
+    print(f"| all | {totals[0]:.1f} | {totals[1]:.1f} | | {totals[2]:.3f} | |")
 
 
 if __name__ == "__main__":
