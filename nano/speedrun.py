@@ -5,7 +5,8 @@
     python -m nano.prepare ship --runs runs/long         # makes its result the shipped weights
 
 Started again, it goes on where it was stopped: a trainer at its newest checkpoint, the language model and the
-encoder from their beginning. Prints a table and writes OUT/speedrun.json and OUT/shapes.json. FLOPs are 6 per trained weight and token, and 2 per frozen one, without attention.
+encoder from their beginning. Prints a table and writes OUT/speedrun.json and OUT/shapes.json. FLOPs are 6 per
+trained weight and token and 2 per frozen one, without attention.
 """
 
 import json
