@@ -248,6 +248,8 @@ def init_distributed(dtype: str = "auto", shard: str = "none") -> DistContext:
         device = torch.device("mps")
     else:
         device = torch.device("cpu")
+        # at the few tokens of the nano world, plain matmuls are faster than the flash kernel of CPUs
+        torch.backends.cuda.enable_flash_sdp(False)
     mesh = None
     if world_size > 1:
         # gloo beside NCCL: counts and signals are summed on the CPU, without a host-device sync

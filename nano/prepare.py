@@ -372,6 +372,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/speedrun"), help="ship: folder of a speedrun")
     args = parser.parse_args()
+    common.init_distributed("fp32")
     steps = args.steps or {"encoder": 6000, "vae": 2000}.get(args.part, 1500)
     batch = args.batch or {"encoder": 32, "vae": 32}.get(args.part, 64)
     out = args.out / args.part
