@@ -674,7 +674,8 @@ def open_autoencoder(source: str | Path) -> RAE | VAE:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    # under autocast the scale is bf16, in which 1 + 0.003 is 1
+    return x * (1 + scale.float()) + shift
 
 
 def adaln(condition_width: int | None, width: int, count: int) -> nn.Sequential | None:
@@ -879,7 +880,7 @@ class DiT(nn.Module, Hub, library_name="rae"):
         # ---- DDT head: it sees x anew, without positions, and the backbone's output is its condition
         if self.head:
             c = self.s_projector(F.silu(time + s if self.readd_time else s))
-            s = self.x_embedder(x)
+            s = self.x_embedder(x).float()  # a residual stream in fp32, like the backbone's
             for block in self.blocks[self.depth :]:
                 s = block(s, c, self.head_rope)
         return self.final_layer(s, c)
@@ -1028,7 +1029,7 @@ class InContextDiT(nn.Module, Hub, library_name="rae"):
 
         # ---- DDT head: it sees x anew, and the backbone's output is its condition
         c = self.s_projector(F.silu(time + s))
-        s = self.x_embedder(x)
+        s = self.x_embedder(x).float()
         for block in self.blocks[self.depth :]:
             s = block(s, c, self.head_rope)
         return self.final_layer(s, c), base
