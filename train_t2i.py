@@ -99,7 +99,7 @@ NANO = {  # A nano image is still recognisable at t = 0.9, where only the prompt
     "ema": 0.998,
 }
 PRESETS = {
-    "nano": NANO | {"steps": 3300},
+    "nano": NANO | {"steps": 4000},
     "nano-class": NANO | {"condition": "class", "steps": 3000, "out": "runs/class"},
     "dit-dh-xl-imagenet256": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b"},
     "dit-dh-xl-imagenet512": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b-512"},

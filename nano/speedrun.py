@@ -65,7 +65,7 @@ def stages(config: Config) -> list[Stage]:
                 *("train_t2i.py", "--autoencoder", autoencoder, "--language-model", language_model),
                 *("--out", str(out / "t2i"), *train),
             ],
-            3300,
+            4000,
             32,
         ),
         Stage(
