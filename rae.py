@@ -852,13 +852,11 @@ class DiT(nn.Module, Hub, library_name="rae"):
             raise ValueError("this DiT is unconditional: it has no null condition")
         return self.y_embedder.drop(condition, dropped)
 
-    def forward(
-        self, x: Tensor, t: Tensor, condition: Tensor | None = None, skip: int | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """Velocity (B, N, C) at x (B, N, C), t (B,) in [0, 1].
 
         condition: labels (B,) or vectors (B, N, condition_width); None, or the label `num_classes`, is the
-        null condition. skip: the number of a backbone block to leave out, counted from 0.
+        null condition.
         """
         # ---- condition: timestep + label (B, 1, Z), or timestep + vector per token (B, N, Z)
         time = self.t_embedder(t)[:, None]
@@ -874,9 +872,8 @@ class DiT(nn.Module, Hub, library_name="rae"):
 
         # ---- backbone: (B, N, C) -> (B, N, width)
         s = (self.s_embedder if self.head else self.x_embedder)(x) + self.pos_embed
-        for number, block in enumerate(self.blocks[: self.depth]):
-            if number != skip:
-                s = block(s, c, self.rope)
+        for block in self.blocks[: self.depth]:
+            s = block(s, c, self.rope)
         # ---- DDT head: it sees x anew, without positions, and the backbone's output is its condition
         if self.head:
             c = self.s_projector(F.silu(time + s if self.readd_time else s))
@@ -1242,9 +1239,9 @@ class LatentModel(nn.Module, Hub):
             self._autoencoders[path] = open_autoencoder(path)
         return self._autoencoders[path].to(self.device)
 
-    def velocities(self, x: Tensor, t: Tensor, condition=None, **options) -> tuple[Tensor, Tensor | None]:
+    def velocities(self, x: Tensor, t: Tensor, condition=None) -> tuple[Tensor, Tensor | None]:
         """The velocity (B, N, C) at x (B, N, C), t (B,), and that of the base head, None without one."""
-        outputs = self.dit(x, t, condition, **options)
+        outputs = self.dit(x, t, condition)
         velocity, base = outputs if isinstance(self.dit, InContextDiT) else (outputs, None)
         if self.prediction == "x":
             velocity = to_velocity(x, velocity, t)
@@ -1264,7 +1261,6 @@ class LatentModel(nn.Module, Hub):
         guide: "LatentModel | None" = None,
         interval: tuple[float, float] = (0.0, 1.0),
         start: float = 1.0,
-        skip: int | None = None,
         internal_guidance: float = 1.0,
     ) -> Tensor:
         """Latents (B, N, C) for B prompts or class labels.
@@ -1272,7 +1268,6 @@ class LatentModel(nn.Module, Hub):
         guidance: guidance scale, 1 for none: classifier-free guidance, or AutoGuidance with a `guide`, a
             weaker model of the same latents. interval: the guidance interval, in t.
         internal_guidance: scale of the guidance by the model's own base head, 1 for none (RAEv2).
-        skip: number of a DiT block. The model without it is a second guide, at scale 2 (arXiv 2411.18664).
         noise: (B, N, C); if None it is drawn with `generator`, on its device.
         steps, solver, grid, start: see `sample`.
         """
@@ -1280,10 +1275,6 @@ class LatentModel(nn.Module, Hub):
             raise ValueError("an unconditional model has no classifier-free guidance: give a guide")
         if guidance != 1 and guide is not None and guide.latent_shape != self.latent_shape:
             raise ValueError(f"the guide generates latents {guide.latent_shape}, not {self.latent_shape}")
-        if skip is not None and isinstance(self.dit, InContextDiT):
-            raise ValueError(f"skip {skip} is for a DiT with adaLN: this one has internal guidance")
-        if skip is not None and not 0 <= skip < self.dit.depth:
-            raise ValueError(f"no block {skip} to skip: the DiT has blocks 0 to {self.dit.depth - 1}")
         if internal_guidance != 1 and not getattr(self.dit, "base_depth", None):
             raise ValueError(f"internal guidance {internal_guidance} needs a model with a base head")
         # ---- condition and noise
@@ -1295,10 +1286,8 @@ class LatentModel(nn.Module, Hub):
         noise = to_device(noise.float(), self.device)
 
         # ---- velocity, guided by weaker ones: the base head, the null condition or another model
-        def velocity_of(model: LatentModel, condition, scale: float = 1.0, **options) -> Velocity:
-            return internally_guided(
-                partial(model.velocities, condition=condition, **options), scale, interval
-            )
+        def velocity_of(model: LatentModel, condition, scale: float = 1.0) -> Velocity:
+            return internally_guided(partial(model.velocities, condition=condition), scale, interval)
 
         velocity = velocity_of(self, condition, internal_guidance)
         if guidance != 1:
@@ -1307,8 +1296,6 @@ class LatentModel(nn.Module, Hub):
             else:
                 weaker = velocity_of(self, None, internal_guidance)
             velocity = guided(velocity, weaker, guidance, interval)
-        if skip is not None:
-            velocity = guided(velocity, velocity_of(self, condition, skip=skip), 2.0, interval)
         return sample(velocity, noise, steps, self.alpha, solver, grid, start)
 
     # -- one folder: config.json, model.safetensors, and for text the tokenizer's files

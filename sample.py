@@ -93,7 +93,6 @@ class Config:
     guide: str = flag("", "weaker model of the same latents, for AutoGuidance")
     internal_guidance: float = flag(1.0, "scale of the guidance by the base head of a RAEv2 model; 1 is off")
     interval: str = flag("0,1", "guidance interval of t; t = 1 is noise")
-    skip: int | None = flag(None, "also guide, at scale 2, by the DiT without this block", at_least=0)
     solver: str = flag("euler", "ODE solver", choices=["euler", "heun"])
     grid: str = flag("full", "timesteps; the others are the papers'", choices=["full", "rae", "scale-rae"])
     seed: int = flag(0, "seed of the first image of each prompt", at_least=0, at_most=2**63)
@@ -233,7 +232,7 @@ def sampler_settings(config: Config, guide: LatentModel | None = None) -> dict:
         low, high = 1.0, 0.0  # refused below
     if not 0 <= low <= high <= 1:
         raise ValueError(f"--interval {config.interval}: give two numbers from 0 to 1, like 0.1,0.9")
-    names = ("steps", "guidance", "internal_guidance", "skip", "solver", "grid")
+    names = ("steps", "guidance", "internal_guidance", "solver", "grid")
     return {name: getattr(config, name) for name in names} | {"guide": guide, "interval": (low, high)}
 
 
@@ -388,7 +387,7 @@ def kept_jobs(group: list[Job], settings: dict, config: Config) -> list[Job]:
 def describe_settings(config: Config, model: LatentModel, guide: LatentModel | None, dist_ctx: DistContext):
     """All that determines how an image looks, besides its input and seed."""
     names = ["model", "autoencoder", "steps", "guidance", "internal_guidance", "guide"]
-    names += ["interval", "skip", "solver", "grid"]
+    names += ["interval", "solver", "grid"]
     names += ["best_of", "n", "verifier"] if config.best_of else []
     settings = {name: getattr(config, name) for name in names} | {"dtype": dist_ctx.dtype}
     # A training run may have written other weights to the same path since.

@@ -122,7 +122,6 @@ class Config(common.TrainConfig):
     decoder: str = flag("nano", "size of the decoder", choices=rae.DECODERS)
     patch_size: int | None = flag(None, "pixels per token and side (default: the encoder's)", at_least=1)
     init: str = flag("", "start from this RAE (folder, hub id or name) instead of a new decoder")
-    generator: str = flag("", "text-to-image model: decode latents that it regenerated from noised ones")
     statistics: int = flag(8192, "images to measure latent mean and std on (0: none; -1: all)", at_least=-1)
     # data
     data: str = flag("nano", "source of images, or several with weights, see data.py")
@@ -174,40 +173,11 @@ def latent_statistics(
 
 
 @torch.no_grad()
-def encode(
-    config: Config,
-    model: rae.RAE,
-    generator: rae.TextToImage | None,
-    batch: dict,
-    step: int,
-    dist_ctx: common.DistContext,
-) -> tuple[Tensor, Tensor]:
+def encode(model: rae.RAE, batch: dict, dist_ctx: common.DistContext) -> tuple[Tensor, Tensor]:
     """Images (B, 3, H, W) in [0, 1] of a micro-batch, and their latents (B, N, C)."""
     images = data.to_unit(batch["image"], dist_ctx.device)
     with dist_ctx.autocast():
-        latents = model.encode(images)
-        if generator:
-            latents = regenerated(latents, generator, batch["caption"], config.seed, batch["index"], step)
-    return images, latents
-
-
-def regenerated(
-    latents: Tensor, generator: rae.TextToImage, captions: list[str], seed: int, index: list[int], step: int
-) -> Tensor:
-    """Latents (B, N, C) noised to one t of U(0, 0.8) per step and sampled from there by a text-to-image
-    model.
-
-    What is where in an image is decided at higher noise levels and stays. At lower ones the model makes its
-    own mistakes: parts that look clean but do not quite agree, unlike noise. The decoder learns which of them
-    to believe. (Not from a paper: found in the nano world, see docs/nano.md.)
-    """
-    start = 0.8 * data.uniform_draws(1, seed, [step], "remade").item()
-    unshifted = rae.shift_time(start, 1 / generator.alpha)
-    steps = math.ceil(4 / max(unshifted, 1e-3))  # of which four are below the start
-    noise, _, _ = data.flow_draws(
-        generator.latent_shape, data.hash_seed(seed, "remade"), index, latents.device
-    )
-    return generator.generate(captions, steps, noise=torch.lerp(latents.float(), noise, start), start=start)
+        return images, model.encode(images)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -566,13 +536,10 @@ def discriminator_step(
 # set-up
 
 
-def build_model(config: Config, dist_ctx: common.DistContext) -> tuple[rae.RAE, rae.TextToImage | None]:
-    """A new RAE, or that of --init or the generator; and the generator."""
+def build_model(config: Config, dist_ctx: common.DistContext) -> rae.RAE:
+    """A new RAE, or that of --init."""
     torch.manual_seed(config.seed)
-    generator = None
-    if config.generator:
-        generator = common.load_model(rae.TextToImage, config.generator, config.init, dist_ctx)
-    if not (config.generator or config.init):
+    if not config.init:
         size = dict(rae.DECODERS[config.decoder])
         if config.patch_size:
             size["patch_size"] = config.patch_size
@@ -584,15 +551,15 @@ def build_model(config: Config, dist_ctx: common.DistContext) -> tuple[rae.RAE, 
                 raise ValueError(f"--layers {config.layers}: give numbers like 11,17,23") from None
         with common.loading(config.encoder):
             model = rae.RAE(config.encoder, size, config.encoder_size, layers=layers)
-        return model.to(dist_ctx.device), None
-    model = generator.autoencoder if generator else common.load_autoencoder(config.init, dist_ctx)
+        return model.to(dist_ctx.device)
+    model = common.load_autoencoder(config.init, dist_ctx)
     if not isinstance(model, rae.RAE):
-        raise ValueError("--init, or the generator's autoencoder, is a VAE: only an RAE's decoder is trained")
+        raise ValueError(f"--init {config.init} is a VAE: only an RAE's decoder is trained")
     for name, actual in (("patch_size", model.decoder.patch_size), ("encoder_size", model.encoder_size)):
         value = getattr(config, name)
         if value not in (None, actual):
             raise ValueError(f"--{name.replace('_', '-')} {value}: the model to start from has {actual}")
-    return model, generator
+    return model
 
 
 def build_loss_networks(
@@ -675,13 +642,9 @@ def main() -> None:
     run = common.Run(config, dist_ctx)
 
     # ---- model and data ------------------------------------------------------------------------------------
-    model, generator = build_model(config, dist_ctx)
-    options = {"crop": config.crop}
-    if generator:  # it takes captions of up to 256 tokens
-        options["length"] = partial(rae.chat_length, tokenizer=generator.tokenizer, image_tokens=0)
-        options |= {"max_seq_len": 256, "captions": True}
-    source = data.open_source(config.data, model.image_size, config.seed, **options)
-    if run.source is None and config.statistics and not (generator or config.init):
+    model = build_model(config, dist_ctx)
+    source = data.open_source(config.data, model.image_size, config.seed, crop=config.crop)
+    if run.source is None and config.statistics and not config.init:
         measure_statistics(config, model, run, dist_ctx)
     perceptual, discriminator = build_loss_networks(config, model, dist_ctx)
 
@@ -694,7 +657,6 @@ def main() -> None:
     for module in (model, ema):
         common.shard_model(module.decoder, module.decoder.decoder_layers, dist_ctx)
     blocks = [*model.decoder.decoder_layers, *model.encoder.blocks]
-    blocks += generator.dit.blocks if generator else []
     blocks += discriminator.backbone.encoder.blocks if discriminator else []
     common.compile_blocks(blocks, config.compile, dist_ctx)
     if config.activation_checkpointing:
@@ -703,7 +665,7 @@ def main() -> None:
     optimizers = make_optimizers(config, model, discriminator)
     optimizer, disc_optimizer = optimizers[0], optimizers[-1]
     modules = {"model": model, "ema": ema} | ({"discriminator": discriminator} if discriminator else {})
-    frozen = {"generator": generator, "discriminator": discriminator.backbone if discriminator else None}
+    frozen = {"discriminator": discriminator.backbone if discriminator else None}
     state = run.load(modules, optimizers, export, frozen, source.identity)
     start = step = state["step"]
     val_source = data.open_source(config.data, model.image_size, config.seed + 1)
@@ -724,7 +686,7 @@ def main() -> None:
         for micro_batch in data.micro_batches(run.next_batch(loader, step), config.grad_accum):
             # ---- latents: frozen encoder, no gradient ------------------------- (B, 3, H, W) -> (B, N, C)
             index = micro_batch["index"]
-            images, latents = encode(config, model, generator, micro_batch, step, dist_ctx)
+            images, latents = encode(model, micro_batch, dist_ctx)
             encoded.append((images, latents, index))
             noisy = latents
             if config.tau:  # noise-augmented decoding (RAE)

@@ -45,9 +45,6 @@ class Config:
     # sampler
     steps: int = flag(50, "sampler steps", at_least=1)
     guidance: float = flag(3.0, "scale of classifier-free guidance", at_least=0)
-    skip: int | None = flag(
-        None, "also guide, at scale 2, by the model without this block of its DiT", at_least=0
-    )
     solver: str = flag("euler", "ODE solver", choices=["euler", "heun"])
     # system
     seed: int = flag(1000, "of the prompts, images and noise; training uses small ones")
@@ -189,12 +186,7 @@ def main() -> None:
     dist_ctx = common.init_distributed(config.dtype)
     print(dist_ctx)
     model = common.load_model(rae.TextToImage, config.model, "", dist_ctx)
-    sampler = {
-        "steps": config.steps,
-        "guidance": config.guidance,
-        "solver": config.solver,
-        "skip": config.skip,
-    }
+    sampler = {"steps": config.steps, "guidance": config.guidance, "solver": config.solver}
     results = []
     for name in names:
         part = EVALUATIONS[name](model, sampler, config, dist_ctx)

@@ -33,9 +33,6 @@ class Config:
     images: int = flag(4, "images per prompt", at_least=1)
     batch: int = flag(64, "images at once", at_least=1)
     seed: int = flag(1000, "of the prompts and noise; training uses small ones")
-    skip: int | None = flag(
-        None, "also guide, at scale 2, by the model without this block of its DiT", at_least=0
-    )
     dtype: str = flag("auto", "compute dtype; weights are fp32", choices=["auto", "bf16", "fp32"])
     out: str = flag("docs/sampling.png", "the plot; the results are beside it, as .json")
 
@@ -70,7 +67,7 @@ def measure(
             latents = model.autoencoder.encode(data.to_unit(torch.stack(true), dist_ctx.device)).float()
             noised = (1 - setting.start) * latents + setting.start * noise
         prompts = [request["prompt"] for request in batch]
-        _, images = generate(model, prompts, noised, dist_ctx, **setting._asdict(), skip=config.skip)
+        _, images = generate(model, prompts, noised, dist_ctx, **setting._asdict())
         for request, image in zip(batch, images, strict=True):
             right[request["tag"]].append(scorer.score(image, request)[0])
     return scorer.overall(right)

@@ -538,8 +538,6 @@ def test_wrong_input(parts, tmp_path, world):
     dit = TINY_DIT | TINY_IN_CONTEXT | {"num_classes": 10, "base_depth": None}
     with pytest.raises(ValueError, match="needs a model with a base head"):
         rae.ClassToImage(dit, (16, 24)).generate([1], internal_guidance=1.5)
-    with pytest.raises(ValueError, match="skip 0 is for a DiT with adaLN"):
-        rae.ClassToImage(dit, (16, 24)).generate([1], skip=0)
     dit = TINY_DIT | TINY_IN_CONTEXT | {"condition_width": 20}
     long = rae.Caption(torch.zeros(1, 4, 20), torch.ones(1, 4).bool())
     with pytest.raises(ValueError, match="4 tokens, this DiT takes up to 3"):

@@ -34,8 +34,7 @@ def test_run_writes_plot_and_results(parts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sampling, "STEPS", [sampling.Setting(), sampling.Setting("heun", 2)])
     monkeypatch.setattr(sampling, "STARTS", [sampling.Setting(start=0.0), sampling.Setting(start=0.5)])
     monkeypatch.setattr(sampling, "GUIDANCES", [sampling.Setting(steps=3)])
-    flags = ["--model", parts / "t2i", "--limit", 1, "--images", 2, "--skip", 0]
-    flags += ["--out", tmp_path / "plot.png"]
+    flags = ["--model", parts / "t2i", "--limit", 1, "--images", 2, "--out", tmp_path / "plot.png"]
     monkeypatch.setattr(sys, "argv", ["sampling.py", *map(str, flags)])
     sampling.main()
     assert Image.open(tmp_path / "plot.png").size[0] > 800

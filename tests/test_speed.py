@@ -207,7 +207,7 @@ def test_sampling_waits_for_nothing(models):
     with models["device"]:
         condition, noise = torch.randn(2, 16, 20), torch.randn(2, 16, 24)
     model = models["text"][0].eval()
-    latents = model.generate(condition, 3, 3.0, noise=noise, solver="heun", skip=1)
+    latents = model.generate(condition, 3, 3.0, noise=noise, solver="heun")
     assert models["autoencoder"][0].decode(latents).shape == (2, 3, 32, 32)
 
 
@@ -240,7 +240,7 @@ def test_sampling_on_a_gpu_takes_the_noise_there_and_waits_for_nothing(on_gpu, n
     model, noise = on_gpu[name].eval(), torch.empty(2, 16, 24, device="cpu")
     inputs = torch.empty(2, 16, 20, device=GPU) if name == "text" else [1, 2]
     with Host() as host, torch.no_grad():
-        latents = model.generate(inputs, 3, 2.0, noise=noise, solver="heun", skip=1)
+        latents = model.generate(inputs, 3, 2.0, noise=noise, solver="heun")
         images = on_gpu["autoencoder"].decode(latents)
     assert images.device == GPU
     assert host.transfers == ["cpu to cuda, without waiting"] * (1 if name == "text" else 2)  # the labels

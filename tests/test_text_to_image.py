@@ -1,7 +1,5 @@
 """TextToImage: tokens and labels, which images are answers, losses, sampling, dialogue, its folder."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,26 +158,6 @@ def test_condition_equals_the_training_sequence(model):
         alone = model.answer_condition(model.hidden_states(model.embed(chat)), chat)
         torch.testing.assert_close(alone[0], expected, atol=1e-5, rtol=1e-5)
     assert rae.REQUEST == data.REQUESTS[0] and data.request("x", 0.0)[1][1] == rae.REPLY
-
-
-def test_a_model_without_a_block_guides_the_whole(model):
-    """Twice what classifier-free guidance makes, less the velocity of a DiT that never had the block."""
-    prompts, noise = ["a red circle", "two blue rings"], torch.randn(2, *model.latent_shape)
-    condition, smaller = model.condition(prompts), copy.deepcopy(model.dit)
-    del smaller.blocks[1]
-    smaller.depth -= 1
-    expected = noise
-    with torch.no_grad():
-        for t, dt in rae.time_grid(3, model.alpha):
-            time = torch.full((2,), t)
-            asked, any_image = (model.dit(expected, time, each) for each in (condition, None))
-            guided = any_image + 1.5 * (asked - any_image)
-            expected = expected + dt * (2 * guided - smaller(expected, time, condition))
-    made = model.generate(prompts, 3, 1.5, noise=noise, skip=1)
-    torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(made, model.generate(prompts, 3, 1.5, noise=noise), atol=1e-2)
-    with pytest.raises(ValueError, match="no block 2 to skip: the DiT has blocks 0 to 1"):
-        model.generate(prompts, 3, noise=noise, skip=2)
 
 
 def test_guidance_changes_the_image_and_prompts_matter(model):

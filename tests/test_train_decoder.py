@@ -1,8 +1,6 @@
 """Stage 1: statistics, losses, discriminator, recipes, runs. The authors' numbers are in test_golden.py."""
 
-import itertools
 import json
-import math
 import shutil
 import sys
 import urllib.error
@@ -211,17 +209,10 @@ def test_ema_weights_are_saved_and_shown_when_compiled_too(world, parts, tmp_pat
 
 def test_starting_from_another_model(world, parts, tmp_path):
     """Its encoder, decoder and statistics: at a learning rate of almost 0, all of it is saved again."""
-    still = ["--lr", 1e-30, "--muon", 0, "--steps", 1, "--batch", 2, "--workers", 0, "--data", "nano:text"]
-    runs = [
-        world(1, "train_decoder.py", "--init", parts / "rae", *still, "--out", tmp_path / "init"),
-        world(1, "train_decoder.py", "--generator", parts / "t2i", *still, "--out", tmp_path / "regenerated"),
-    ]
-    [run.wait() for run in runs]
-    expected, losses = rae.RAE.from_pretrained(parts / "rae").state_dict(), []
-    for out in (tmp_path / "init", tmp_path / "regenerated"):  # a generator brings its own autoencoder
-        torch.testing.assert_close(rae.RAE.from_pretrained(out / "model").state_dict(), expected)
-        losses.append(json.loads((out / "metrics.jsonl").read_text())["l1_loss"])
-    assert losses[0] != pytest.approx(losses[1], rel=1e-3)  # of other latents
+    still = ["--lr", 1e-30, "--muon", 0, "--steps", 1, "--batch", 2, "--workers", 0]
+    world(1, "train_decoder.py", "--init", parts / "rae", *still, "--out", tmp_path).wait()
+    expected = rae.RAE.from_pretrained(parts / "rae").state_dict()
+    torch.testing.assert_close(rae.RAE.from_pretrained(tmp_path / "model").state_dict(), expected)
 
 
 def test_lpips_without_its_weights_says_so(monkeypatch):
@@ -231,39 +222,6 @@ def test_lpips_without_its_weights_says_so(monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     with pytest.raises(OSError, match="--perceptual lpips downloads VGG16, which failed"):
         Perceptual("lpips")
-
-
-def test_regenerated_latents(parts):
-    """Noised to one t below 0.8 per step, each image by its own noise, and sampled from there by its caption,
-    in four steps and what is left of a fifth."""
-    generator = rae.TextToImage.from_pretrained(parts / "t2i").eval()
-    latents = torch.randn(64, 16, 24, generator=torch.Generator().manual_seed(0))
-    numbers, captions = list(range(64)), ["a red circle"] * 64
-    torch.nn.init.zeros_(generator.dit.final_layer.linear.weight)
-    torch.nn.init.zeros_(generator.dit.final_layer.linear.bias)
-    starts = []
-    for step in range(20):  # a generator that leaves latents where they are
-        noised = train_decoder.regenerated(latents, generator, captions, 7, numbers, step)
-        starts.append(1 - ((noised * latents).mean() / latents.square().mean()).item())
-        noise = noised - (1 - starts[-1]) * latents
-        assert noise.std().item() == pytest.approx(starts[-1], abs=0.01)
-    assert 0 < min(starts) < 0.2 and 0.6 < max(starts) < 0.81
-    some = train_decoder.regenerated(latents[5:7], generator, captions[:2], 7, [5, 6], 19)
-    torch.testing.assert_close(some, noised[5:7])  # in any batch
-
-    torch.nn.init.normal_(generator.dit.final_layer.linear.weight)
-    made = train_decoder.regenerated(latents[:2], generator, captions[:2], 7, [0, 1], 19)
-    start = 0.8 * data.uniform_draws(1, 7, [19], "remade").item()
-    linear = start / (generator.alpha - (generator.alpha - 1) * start)
-    grid = torch.arange(math.ceil(4 / linear) + 1).double() / math.ceil(4 / linear)
-    times = [t for t in rae.shift_time(grid, generator.alpha).tolist() if t < start][::-1]
-    assert len(times) in (4, 5)
-    x, condition = noised[:2], generator.condition(captions[:2])
-    for t, after in itertools.pairwise([start, *times]):
-        with torch.no_grad():
-            x = x + (after - t) * generator.dit(x, torch.full((2,), t), condition)
-    assert not torch.allclose(x, noised[:2], atol=0.1)
-    torch.testing.assert_close(made, x, atol=1e-4, rtol=1e-4)
 
 
 def test_a_damaged_encoder_is_refused(parts, tmp_path):
