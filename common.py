@@ -208,7 +208,7 @@ class DistContext:
     rank: int
     world_size: int
     dtype: torch.dtype  # of the compute; parameters are fp32
-    mesh: "torch.distributed.DeviceMesh | None" = None  # (replicate, shard), for several processes
+    mesh: "torch.distributed.DeviceMesh | None" = None  # (replicate, shard), if weights are sharded
 
     @property
     def is_main(self) -> bool:
@@ -226,11 +226,11 @@ class DistContext:
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        if self.mesh is None:
+        if self.world_size == 1:
             return f"{self.device.type}, 1 process, {dtype} compute, fp32 weights"
         backend = "nccl" if self.device.type == "cuda" else "gloo"
+        replicas, shards = self.mesh.shape if self.mesh else (self.world_size, 1)
         processes = f"{self.device.type}, {self.world_size} processes ({backend})"
-        replicas, shards = self.mesh.shape
         return f"{processes}, {dtype} compute, fp32 weights, {replicas} replicas of {shards} shards"
 
 
@@ -253,29 +253,44 @@ def init_distributed(dtype: str = "auto", shard: str = "none") -> DistContext:
     mesh = None
     if world_size > 1:
         # gloo beside NCCL: counts and signals are summed on the CPU, without a host-device sync
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # whoever finishes its share of sampling first waits for the others, longer than the usual half hour
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
         # launchers other than torchrun do not set LOCAL_WORLD_SIZE
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() or world_size))
         shards = {"none": 1, "full": world_size, "hybrid": per_node}[shard]
-        names = ("replicate", "shard")
-        mesh = dist.init_device_mesh(device.type, (world_size // shards, shards), mesh_dim_names=names)
+        if shards > 1:
+            names = ("replicate", "shard")
+            mesh = dist.init_device_mesh(device.type, (world_size // shards, shards), mesh_dim_names=names)
     name = ("bf16" if device.type == "cuda" else "fp32") if dtype == "auto" else dtype
     return DistContext(device, rank, world_size, {"bf16": torch.bfloat16, "fp32": torch.float32}[name], mesh)
 
 
 def shard_model(module: nn.Module, blocks: Iterable[nn.Module], dist_ctx: DistContext, *methods: str) -> None:
-    """Moves a module to the device; with several processes by FSDP2, one block at a time. Every rank has to
-    run every block, in the same order. `methods` are entry points beside `forward`."""
+    """Moves a module to the device. With --shard, FSDP2 spreads it over ranks, one block at a time: every
+    rank has to run every block, in the same order. `methods` are entry points beside `forward`.
+
+    Gradients are summed over ranks, not averaged, because losses are divided by global counts: here by FSDP,
+    without --shard by `Optimizers.step`."""
     if dist_ctx.mesh is None:
         module.to(dist_ctx.device)
         return
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     # with several replicas hybrid sharding, whose gradients are also summed over the replicas
     mesh = dist_ctx.mesh if dist_ctx.mesh.shape[0] > 1 else dist_ctx.mesh["shard"]
+    # Tables of one row would be padded to a row for every rank.
+    tables = {p for p in module.parameters() if len(p) == 1 and not p.requires_grad}
+    for table in tables:
+        table.data = table.to(dist_ctx.device)
+    policy = MixedPrecisionPolicy()
+    if dist_ctx.dtype != torch.float32:
+        # Blocks are gathered in bf16, half the bytes, and autocast keeps no copy of them. The rest stays fp32.
+        policy = MixedPrecisionPolicy(dist_ctx.dtype, torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=tables)
     for part in (*blocks, module):
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
-        # Gradients are summed over ranks, not averaged: losses are divided by global counts.
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
     for method in methods:
@@ -286,7 +301,9 @@ def compile_blocks(
     blocks: Iterable[nn.Module], enabled: bool | None, dist_ctx: DistContext, mode: str | None = None
 ) -> None:
     """Compiles the forward pass of each block; by default on CUDA only."""
-    # `forward` alone: FSDP's hooks around it, which gather the weights, stay eager
+    # Blocks share their code, and so one list of compiled variants: the default limit of 8 is soon reached,
+    # and from then on blocks run eagerly. `forward` alone: FSDP's hooks around it stay eager.
+    torch._dynamo.config.recompile_limit = 64
     if dist_ctx.device.type == "cuda" if enabled is None else enabled:
         for block in blocks:
             block.forward = torch.compile(block.forward, mode=mode)
@@ -306,7 +323,8 @@ def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
     from torch.utils.checkpoint import checkpoint
 
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        # no dropout, so that no random state has to be kept
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def to_host(*tensors: Tensor) -> tuple[list[Tensor], Callable[[], None]]:
@@ -369,12 +387,18 @@ def one_or_nan(loss: Tensor) -> Tensor:
 
 
 def sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Over all processes, for a replicated module outside of FSDP."""
-    if dist.is_initialized():
-        # one message instead of one for each parameter
-        flat = torch.cat([p.grad.flatten() for p in parameters])
+    """Over all processes, for parameters that FSDP does not hold."""
+    replicated = [p for p in parameters if not hasattr(p, "device_mesh")]
+    if not dist.is_initialized():
+        return
+    # buckets of about 64 MB: fewer messages than parameters, and little memory
+    while replicated:
+        bucket = [replicated.pop()]
+        while replicated and sum(p.numel() for p in bucket) + replicated[-1].numel() < 2**24:
+            bucket.append(replicated.pop())
+        flat = torch.cat([p.grad.flatten() for p in bucket])
         dist.all_reduce(flat)
-        for p, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        for p, summed in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             p.grad.copy_(summed.view_as(p))
 
 
@@ -485,7 +509,8 @@ class Optimizers:
         self.init_state()
 
     def step(self) -> Tensor:
-        """Clips the gradients, applies them, and returns their norm before clipping."""
+        """Sums the gradients over ranks, clips and applies them; returns their norm before clipping."""
+        sum_gradients(self.parameters)
         grad_norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.clip))
         # A non-finite norm is the same on all ranks, so that all skip the step together. The decision stays
         # on the device: reading the norm would make every step wait for the GPU.
@@ -784,11 +809,16 @@ def fingerprint(model: nn.Module | None) -> str:
 
 
 def hash_tensors(tensors: dict[str, Tensor]) -> str:
-    """A hash of names, shapes and values, the latter as fp32."""
-    total = hashlib.blake2b(digest_size=16)
+    """A hash of names, shapes and values, the latter as fp32, computed where they are and read back once."""
+    total, sums = hashlib.blake2b(digest_size=16), [torch.zeros(())]
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {list(tensor.shape)}".encode())
-        total.update(tensor.detach().to("cpu", torch.float32).flatten().numpy())
+        for part in tensor.detach().flatten().split(2**24):
+            bits = part.float().view(torch.int32).long()
+            # integers wrap around alike on every device; odd factors lose no bit of a value
+            factors = 0x9E3779B97F4A7C1 * (2 * torch.arange(len(bits), device=bits.device) + 1)
+            sums.append((bits * factors).sum())
+    total.update(torch.stack([x.to(sums[-1].device) for x in sums]).cpu().numpy())
     return total.hexdigest()
 
 
@@ -805,11 +835,17 @@ class Run:
     def __init__(self, config, dist_ctx: DistContext):
         self.out, self.config, self.dist_ctx = Path(config.out), config, dist_ctx
         self.checkpoints, self.metrics = self.out / "checkpoints", self.out / "metrics.jsonl"
-        self.stop_signal, self.pending, self.wandb = None, None, None
+        self.stop_signal, self.asked, self.pending, self.wandb = None, False, None, None
         self.skipped_samples, self.has_warned = 0, False
         self.flops_per_step = 0
         # a group of its own: checkpoints are written in a thread, which must not mix with the loop's sums
         self.group = dist.new_group(backend="gloo") if dist_ctx.world_size > 1 else None
+        # copies to the CPU by way of pinned memory that is kept; it would be of no use without a GPU
+        self.stager = None
+        if dist_ctx.device.type == "cuda":
+            from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+            self.stager = DefaultStager(StagingOptions(use_shared_memory=False, use_async_staging=False))
         # a file system may show a new folder to one node earlier than to another
         self.sources = from_main(self.open_folder, dist_ctx)
         self.source = self.sources[0] if self.sources else None
@@ -980,24 +1016,25 @@ class Run:
             gathered = full_tensor(tensor)
             if self.dist_ctx.is_main:
                 exported[name].copy_(gathered)
-        # ---- main process: the model folder, the plot
         if self.dist_ctx.is_main:
             with writing(path):
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
-            with replacing(self.out / "model", folder=True) as folder:
-                self.export.save_pretrained(folder)
-            if self.metrics.exists():
-                plot_losses(self.metrics, self.out / "losses.png")
-        # ---- every rank's shards: `async_save` returns when they are copied, and writes in the background
+        # ---- every rank's shards, and its part of what all ranks hold: `async_save` returns when they are
+        # copied, and writes in the background
+        state_dict = training_state(self.modules, self.optimizers)
         if self.group:
             # the folder exists before other ranks write into it
             dist.barrier(self.group)
+            replicated = [name for name, tensor in state_dict.items() if not hasattr(tensor, "device_mesh")]
+            of_others = set(replicated) - set(replicated[self.dist_ctx.rank :: self.dist_ctx.world_size])
+            state_dict = {name: state_dict[name] for name in state_dict.keys() - of_others}
         future = dcp.async_save(
-            training_state(self.modules, self.optimizers),
+            state_dict,
             storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True),
             process_group=self.group,
             no_dist=self.group is None,
+            async_stager=self.stager,
         )
         published = Future()
         self.pending, self.saved_step = (path, published), step
@@ -1005,9 +1042,15 @@ class Run:
         future.add_done_callback(partial(self.publish, temporary, path, state, published))
 
     def publish(self, temporary: Path, path: Path, state: dict, published: Future, written: Future) -> None:
-        """Completes and renames a checkpoint that all ranks have written; keeps the newest --keep."""
+        """Writes the model folder and the plot; completes and renames a checkpoint that all ranks have
+        written; keeps the newest --keep."""
         try:
             written.result()
+            if self.dist_ctx.is_main:
+                with replacing(self.out / "model", folder=True) as folder:
+                    self.export.save_pretrained(folder)
+                if self.metrics.exists():
+                    plot_losses(self.metrics, self.out / "losses.png")
             # every rank reads what it wrote
             shards = temporary.glob(f"shard-{self.dist_ctx.rank + 1:05d}-*")
             parts = self.gather({shard.name: file_checksum(shard) for shard in shards})
@@ -1094,7 +1137,8 @@ class Run:
             batch = next(loader)
         except (OSError, ValueError) as error:
             failure = error
-        [failed] = global_sum(failure is not None)
+        # one message for both questions: whether to stop, which `stopping` answers, and whether data failed
+        failed, self.asked = global_sum(failure is not None, self.stop_signal is not None)
         if not failed:
             return batch
         if step > self.saved_step:
@@ -1108,16 +1152,16 @@ class Run:
         return step % every == 0 or step == self.config.steps
 
     def stopping(self, step: int) -> bool:
-        """After every step: whether any process was asked to stop, so that all leave the loop together."""
+        """After every step: whether any process had been asked to stop when the step began, so that all leave
+        the loop together."""
         self.check_checkpoint(wait=False)
         # reading the counter waits for the GPU, so not at every step
         if step % 10 == 0:
             for optimizer in self.optimizers:
                 optimizer.check_skipped()
-        [asked] = global_sum(self.stop_signal is not None)
-        if asked:
+        if self.asked:
             self.stop_signal = self.stop_signal or signal.SIGTERM
-        return bool(asked)
+        return bool(self.asked)
 
     def start_timer(self, step: int) -> None:
         """Throughput is counted from here: after set-up, a log line, or a checkpoint."""

@@ -1217,8 +1217,11 @@ def micro_batches(batch: dict, count: int) -> list[dict]:
         micro_batch = {}
         for key, values in batch.items():
             rows = images if key in PER_IMAGE else samples
-            is_tensor = isinstance(values, torch.Tensor)
-            micro_batch[key] = values[rows] if is_tensor else [values[row] for row in rows]
+            if isinstance(values, torch.Tensor):
+                part = values[rows]
+                micro_batch[key] = part.pin_memory() if values.is_pinned() else part
+            else:
+                micro_batch[key] = [values[row] for row in rows]
         result.append(micro_batch)
     return result
 

@@ -1646,6 +1646,9 @@ class TextToImage(LatentModel, library_name="rae"):
     def collate(self, encoded: list[tuple[list[int], list[int]]]) -> Chat:
         """A batch from (ids, labels) pairs, padded on the right to the longest."""
         length = max(len(ids) for ids, _ in encoded)
+        if self.device.type == "cuda":
+            # cuDNN plans attention anew for every length, which takes up to half a second
+            length += -length % 64
         # any id will do as padding: attention is causal, and no token sees what is behind it
         ids = torch.tensor([row + [0] * (length - len(row)) for row, _ in encoded])
         labels = torch.tensor([row + [IGNORED] * (length - len(row)) for _, row in encoded])

@@ -526,8 +526,6 @@ def discriminator_step(
         loss, share = losses["disc_loss"], len(images) / config.batch
         (loss * share).backward(common.one_or_nan(loss))
         add_losses(totals, losses, share)
-    # the heads are replicated outside of FSDP
-    common.sum_gradients(optimizer.parameters)
     optimizer.step()
     return totals
 
