@@ -285,7 +285,7 @@ def shard_model(module: nn.Module, blocks: Iterable[nn.Module], dist_ctx: DistCo
         table.data = table.to(dist_ctx.device)
     policy = MixedPrecisionPolicy()
     if dist_ctx.dtype != torch.float32:
-        # Blocks are gathered in bf16, half the bytes, and autocast keeps no copy of them. The rest stays fp32.
+        # Blocks are gathered in bf16: half the bytes, and no copies for autocast. The rest stays fp32.
         policy = MixedPrecisionPolicy(dist_ctx.dtype, torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)

@@ -73,7 +73,6 @@ SCALE_RAE = {  # stage 1, from the authors' script. Variants: --dit 2.4B-DH for 
     "warmup": 0.0134,
     "ema": 0.0,
     "workers": 8,
-    "activation_checkpointing": True,
     "save_every": 1000,
 }
 RAEV2 = {  # RAEv2's configs. Muon and AdamW have the same learning rate; constant for a while, then linear
@@ -101,8 +100,10 @@ NANO = {  # A nano image is still recognisable at t = 0.9, where only the prompt
 PRESETS = {
     "nano": NANO | {"steps": 4000},
     "nano-class": NANO | {"condition": "class", "steps": 3000, "out": "runs/class"},
-    "dit-dh-xl-imagenet256": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b"},
-    "dit-dh-xl-imagenet512": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b-512"},
+    # accumulation, so that 8 and 16 GPUs of 80 GB hold the activations (docs/plan.md)
+    "dit-dh-xl-imagenet256": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b", "grad_accum": 2},
+    "dit-dh-xl-imagenet512": IMAGENET
+    | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b-512", "grad_accum": 4},
     "dit-dh-s-imagenet256": IMAGENET | {"dit": "DiT-DH-S", "autoencoder": "rae-dinov2-b"},
     "dit-xl-imagenet256": IMAGENET | {"dit": "DiT-XL", "autoencoder": "rae-dinov2-b"},
     "raev2-imagenet": RAEV2
@@ -123,9 +124,10 @@ PRESETS = {
     },
     "scale-rae-0.5b": SCALE_RAE | {"dit": "0.5B"},
     "scale-rae-2.4b": SCALE_RAE | {"dit": "2.4B"},
-    "scale-rae-3.1b": SCALE_RAE | {"dit": "3.1B"},
-    "scale-rae-5.5b": SCALE_RAE | {"dit": "5.5B"},
-    "scale-rae-9.8b": SCALE_RAE | {"dit": "9.8B"},
+    # 32 samples a GPU of the larger ones leave no room in 80 GB for what their blocks keep (docs/plan.md)
+    "scale-rae-3.1b": SCALE_RAE | {"dit": "3.1B", "activation_checkpointing": True},
+    "scale-rae-5.5b": SCALE_RAE | {"dit": "5.5B", "activation_checkpointing": True},
+    "scale-rae-9.8b": SCALE_RAE | {"dit": "9.8B", "activation_checkpointing": True},
     "scale-rae-finetune": SCALE_RAE  # stage 2, table 9
     | {
         "autoencoder": "",  # that of --init

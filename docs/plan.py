@@ -6,7 +6,8 @@
 The models are built on the meta device, where they take no memory. torch counts the FLOPs of one sample's
 forward pass and the bytes that autograd saves for the backward pass. The assumptions:
 
-    compute   bf16 on fp32 weights; checkpointed blocks, whose recomputation is not in the MFU
+    compute   bf16 on fp32 weights; blocks are checkpointed where the preset says so, and their recomputation
+              is not in the MFU; compiled, others keep three quarters of what autograd saves
     sharding  --shard full on up to 8 GPUs, --shard hybrid on more: only gradients travel between nodes
     time      the largest of compute, NVLink and network, as if they overlapped perfectly
 """
@@ -26,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common  # noqa: E402
 import rae  # noqa: E402
+import train_decoder  # noqa: E402
+import train_t2i  # noqa: E402
 from bench import DINOV2, QWEN, SIGLIP, flops_of  # noqa: E402
 from common import flag  # noqa: E402
 
@@ -73,9 +76,13 @@ class Part(NamedTuple):
 
 class Run(NamedTuple):
     parts: list[Part]
-    batch: int
+    preset: dict
     steps: int
-    ema: bool = False
+    tokens: int = TOKENS
+
+    @property
+    def batch(self) -> int:
+        return self.preset["batch"]
 
 
 def encoder(model_class: type[nn.Module], config: dict) -> Part:
@@ -88,9 +95,9 @@ def decoder(channels: int, passes: int) -> Part:
     return Part(model, lambda m: m(torch.zeros(1, 256, channels)), 1152, passes)
 
 
-def dit(channels: int, config: dict, condition: Tensor) -> Part:
-    model = rae.DiT((256, channels), **config)
-    inputs = torch.zeros(1, 256, channels), torch.zeros(1), condition
+def dit(channels: int, config: dict, condition: Tensor, tokens: int = 256) -> Part:
+    model = rae.DiT((tokens, channels), **config)
+    inputs = torch.zeros(1, tokens, channels), torch.zeros(1), condition
     return Part(model, lambda m: m(*inputs), config["width"], TRAINABLE)
 
 
@@ -105,37 +112,42 @@ def language_model(size: str, passes: int) -> Part:
     return Part(model, forward, width, passes)
 
 
-def text_run(dit_size: str, qwen_size: str, steps: int = 30_000, passes: int = TRAINABLE) -> Run:
-    width = rae.DITS[dit_size]["width"]
-    config = rae.DITS[dit_size] | {"condition_width": width}
+def text_run(preset: str, qwen_size: str, steps: int = 30_000, passes: int = TRAINABLE) -> Run:
+    preset = train_t2i.PRESETS[preset]
+    width = rae.DITS[preset["dit"]]["width"]
+    config = rae.DITS[preset["dit"]] | {"condition_width": width}
     parts = [dit(1152, config, torch.zeros(1, 256, width)), language_model(qwen_size, passes)]
     parts += [encoder(transformers.SiglipVisionModel, SIGLIP), decoder(1152, IDLE)]
-    return Run(parts, batch=2048, steps=steps)
+    return Run(parts, preset, steps)
 
 
-def class_run(epochs: int) -> Run:
-    parts = [dit(768, rae.class_dit("DiT-DH-XL", 1000), torch.zeros(1, dtype=torch.long))]
+def class_run(preset: str, epochs: int, tokens: int = 256) -> Run:
+    preset = train_t2i.PRESETS[preset]
+    config = rae.class_dit(preset["dit"], 1000)
+    parts = [dit(768, config, torch.zeros(1, dtype=torch.long), tokens)]
     parts += [encoder(transformers.Dinov2WithRegistersModel, DINOV2), decoder(768, IDLE)]
-    return Run(parts, batch=1024, steps=epochs * 1251, ema=True)
+    return Run(parts, preset, epochs * train_t2i.EPOCH, tokens)
 
 
 def decoder_run(images: float) -> Run:
     parts = [decoder(1152, TRAINABLE), encoder(transformers.SiglipVisionModel, SIGLIP)]
-    return Run(parts, batch=512, steps=round(images / 512), ema=True)
+    preset = train_decoder.PRESETS["scale-rae-siglip2"]
+    return Run(parts, preset, round(images / preset["batch"]))
 
 
 RUNS = {
-    "DiT-DH-XL, ImageNet 256, 80 epochs": partial(class_run, 80),
-    "DiT-DH-XL, ImageNet 256, 800 epochs": partial(class_run, 800),
+    "DiT-DH-XL, ImageNet 256, 80 epochs": partial(class_run, "dit-dh-xl-imagenet256", 80),
+    "DiT-DH-XL, ImageNet 256, 800 epochs": partial(class_run, "dit-dh-xl-imagenet256", 800),
+    "DiT-DH-XL, ImageNet 512, 400 epochs": partial(class_run, "dit-dh-xl-imagenet512", 400, 1024),
     "decoder ViT-XL, 73M images, L1 alone": partial(decoder_run, 73e6),
-    "0.5B + 1.5B, 30k steps": partial(text_run, "0.5B", "1.5B"),
-    "0.5B + 1.5B frozen, 30k": partial(text_run, "0.5B", "1.5B", passes=FROZEN),
-    "2.4B + 1.5B, 30k": partial(text_run, "2.4B", "1.5B"),
-    "2.4B + 1.5B frozen, 30k": partial(text_run, "2.4B", "1.5B", passes=FROZEN),
-    "2.4B + 1.5B, 60k": partial(text_run, "2.4B", "1.5B", 60_000),
-    "9.8B + 7B, 30k": partial(text_run, "9.8B", "7B"),
-    "9.8B + 7B frozen, 30k": partial(text_run, "9.8B", "7B", passes=FROZEN),
-    "9.8B + 7B, 60k": partial(text_run, "9.8B", "7B", 60_000),
+    "0.5B + 1.5B, 30k steps": partial(text_run, "scale-rae-0.5b", "1.5B"),
+    "0.5B + 1.5B frozen, 30k": partial(text_run, "scale-rae-0.5b", "1.5B", passes=FROZEN),
+    "2.4B + 1.5B, 30k": partial(text_run, "scale-rae-2.4b", "1.5B"),
+    "2.4B + 1.5B frozen, 30k": partial(text_run, "scale-rae-2.4b", "1.5B", passes=FROZEN),
+    "2.4B + 1.5B, 60k": partial(text_run, "scale-rae-2.4b", "1.5B", 60_000),
+    "9.8B + 7B, 30k": partial(text_run, "scale-rae-9.8b", "7B"),
+    "9.8B + 7B frozen, 30k": partial(text_run, "scale-rae-9.8b", "7B", passes=FROZEN),
+    "9.8B + 7B, 60k": partial(text_run, "scale-rae-9.8b", "7B", 60_000),
 }
 
 
@@ -148,14 +160,15 @@ def size(module: nn.Module) -> int:
 
 
 def saved_bytes(part: Part) -> int:
-    """Bytes that autograd saves of one sample for the backward pass, without the weights. The meta device has
-    no fused attention: the attention matrices are in it."""
+    """Bytes that autograd saves of one sample for the backward pass, without the weights and without the
+    attention matrices, which fused attention does not keep."""
     weights = {p.untyped_storage()._cdata for p in [*part.module.parameters(), *part.module.buffers()]}
     saved = {}
 
     def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
+        is_attention = tensor.ndim > 2 and tensor.shape[-1] == tensor.shape[-2]
+        if storage._cdata not in weights and not is_attention:
             saved[storage._cdata] = storage  # a reference, so that the address is not used again
         return tensor
 
@@ -172,7 +185,9 @@ class Cost:
     replicated: int = 0  # bytes on every GPU: fp32 weights of the modules without gradients
     gathered: int = 0  # bytes on every GPU: fp32 and bf16 weights of two blocks and of all outside the blocks
     traffic: int = 0  # bytes that a GPU moves in a step: fp32 weights twice, and gradients
-    sample: int = 0  # bytes of one sample: fp32 inputs of all blocks, everything inside one block, logits
+    # bytes of one sample: logits, and what the blocks keep, or if they are checkpointed their fp32 inputs and
+    # everything inside one
+    sample: int = 0
 
     def fixed(self, gpus: int) -> float:
         """GB on each GPU without samples."""
@@ -214,11 +229,14 @@ def cost_of(run: Run) -> Cost:
         blocks = max((m for m in part.module.modules() if isinstance(m, nn.ModuleList)), key=len)
         is_trainable = part.passes == TRAINABLE
         cost.trainable += parameters * is_trainable
-        cost.sharded += parameters * (16 + 4 * run.ema if is_trainable else 4)
+        cost.sharded += parameters * (16 + 4 * bool(run.preset["ema"]) if is_trainable else 4)
         cost.traffic += parameters * (12 if is_trainable else 8)
         cost.gathered += 6 * (parameters - size(blocks) + 2 * size(blocks[0]))
-        cost.sample += 4 * TOKENS * part.width * len(blocks)
-        largest_block = max(largest_block, saved_bytes(part) // 2 // len(blocks))  # // 2: bf16
+        if run.preset.get("activation_checkpointing"):
+            cost.sample += 4 * run.tokens * part.width * len(blocks)
+            largest_block = max(largest_block, saved_bytes(part) // 2 // len(blocks))  # // 2: bf16
+        else:
+            cost.sample += 3 * saved_bytes(part) // 8  # bf16, and compiled
         vocabulary = getattr(getattr(part.module, "config", None), "vocab_size", 0)
         cost.sample += SUPERVISED * vocabulary * (2 + 4 + 4)  # logits in bf16 and fp32, and their gradients
     cost.sample += largest_block
@@ -245,12 +263,12 @@ def table(rows: list[list[str]]) -> str:
 def memory_table(costs: dict[str, tuple[Run, Cost]], config: Config) -> str:
     peak = common.PEAK_FLOPS[config.gpu]
     head = ["run", "trainable", "GFLOP per sample", f"samples/s at the peak of one {config.gpu}"]
-    head += ["GB without samples on 1, 8, 64 GPUs", "MB per sample"]
+    head += ["GB without samples on 1, 8, 64 GPUs", "blocks are checkpointed", "MB per sample"]
     rows = [head + ["samples that fit on 1 GPU of 24, 80, 141 GB", "on each of 8 GPUs"]]
-    for name, (_, cost) in costs.items():
+    for name, (run, cost) in costs.items():
         row = [name, f"{cost.trainable / 1e9:.2f}B", f"{cost.flops / 1e9:,.0f}", f"{peak / cost.flops:,.0f}"]
         row.append(", ".join(f"{cost.fixed(gpus):.1f}" for gpus in (1, 8, 64)))
-        row.append(f"{cost.sample / 1e6:.0f}")
+        row += ["yes" if run.preset.get("activation_checkpointing") else "no", f"{cost.sample / 1e6:.0f}"]
         for gpus in (1, 8):
             row.append(", ".join(str(cost.fits(gpus, memory) or "-") for memory in (24, 80, 141)))
         rows.append(row)
