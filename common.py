@@ -43,6 +43,8 @@ import convert
 import rae
 
 WEIGHTS = Path(os.path.relpath(Path(__file__).parent / "nano" / "weights"))  # shipped with the repository
+# for ranks that finish sampling or encoding early and wait for the slowest
+PATIENT = 12 * 60
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, by device name
 
 transformers.logging.disable_progress_bar()  # one for each small folder that is read
@@ -234,9 +236,10 @@ class DistContext:
         return f"{processes}, {dtype} compute, fp32 weights, {replicas} replicas of {shards} shards"
 
 
-def init_distributed(dtype: str = "auto", shard: str = "none") -> DistContext:
+def init_distributed(dtype: str = "auto", shard: str = "none", minutes: int = 30) -> DistContext:
     """Picks device and compute dtype, joins torchrun's process group and lays out FSDP2 sharding: none
-    (replicate), full (across all ranks) or hybrid (within a node)."""
+    (replicate), full (across all ranks) or hybrid (within a node). minutes: how long a rank waits for the
+    others before it gives up."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         # launchers other than torchrun do not set LOCAL_RANK
@@ -248,14 +251,13 @@ def init_distributed(dtype: str = "auto", shard: str = "none") -> DistContext:
         device = torch.device("mps")
     else:
         device = torch.device("cpu")
-        # at the few tokens of the nano world, plain matmuls are faster than the flash kernel of CPUs
+        # for models small enough for a CPU, plain matmuls are faster than its flash kernel
         torch.backends.cuda.enable_flash_sdp(False)
     mesh = None
     if world_size > 1:
         # gloo beside NCCL: counts and signals are summed on the CPU, without a host-device sync
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # whoever finishes its share of sampling first waits for the others, longer than the usual half hour
-        dist.init_process_group(backend, timeout=timedelta(hours=12))
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
         # launchers other than torchrun do not set LOCAL_WORLD_SIZE
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() or world_size))
         shards = {"none": 1, "full": world_size, "hybrid": per_node}[shard]
@@ -280,11 +282,11 @@ def shard_model(module: nn.Module, blocks: Iterable[nn.Module], dist_ctx: DistCo
     # with several replicas hybrid sharding, whose gradients are also summed over the replicas
     mesh = dist_ctx.mesh if dist_ctx.mesh.shape[0] > 1 else dist_ctx.mesh["shard"]
     # Tables of one row would be padded to a row for every rank.
-    tables = {p for p in module.parameters() if len(p) == 1 and not p.requires_grad}
+    tables = {p for p in module.parameters() if p.shape[:1] == (1,) and not p.requires_grad}
     for table in tables:
         table.data = table.to(dist_ctx.device)
     policy = MixedPrecisionPolicy()
-    if dist_ctx.dtype != torch.float32:
+    if dist_ctx.dtype != torch.float32 and dist_ctx.device.type == "cuda":
         # Blocks are gathered in bf16: half the bytes, and no copies for autocast. The rest stays fp32.
         policy = MixedPrecisionPolicy(dist_ctx.dtype, torch.float32, cast_forward_inputs=False)
     for block in blocks:
@@ -323,8 +325,12 @@ def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
     from torch.utils.checkpoint import checkpoint
 
     for block in blocks:
-        # no dropout, so that no random state has to be kept
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        has_dropout = any(
+            getattr(layer, "attention_dropout", 0) or (isinstance(layer, nn.Dropout) and layer.p)
+            for layer in block.modules()
+        )
+        options = {"use_reentrant": False, "preserve_rng_state": has_dropout}
+        block.forward = partial(checkpoint, block.forward, **options)
 
 
 def to_host(*tensors: Tensor) -> tuple[list[Tensor], Callable[[], None]]:
@@ -388,18 +394,19 @@ def one_or_nan(loss: Tensor) -> Tensor:
 
 def sum_gradients(parameters: list[nn.Parameter]) -> None:
     """Over all processes, for parameters that FSDP does not hold."""
-    replicated = [p for p in parameters if not hasattr(p, "device_mesh")]
     if not dist.is_initialized():
         return
-    # buckets of about 64 MB: fewer messages than parameters, and little memory
-    while replicated:
-        bucket = [replicated.pop()]
-        while replicated and sum(p.numel() for p in bucket) + replicated[-1].numel() < 2**24:
-            bucket.append(replicated.pop())
-        flat = torch.cat([p.grad.flatten() for p in bucket])
+    gradients = [p.grad for p in parameters if p.grad is not None and not hasattr(p, "device_mesh")]
+    # buckets of at most 64 MB: fewer messages than parameters
+    while gradients:
+        bucket = [gradients.pop()]
+        while gradients and sum(g.numel() for g in bucket) + gradients[-1].numel() < 2**24:
+            bucket.append(gradients.pop())
+        flat = torch.cat([gradient.flatten() for gradient in bucket]) if len(bucket) > 1 else bucket[0]
         dist.all_reduce(flat)
-        for p, summed in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-            p.grad.copy_(summed.view_as(p))
+        if len(bucket) > 1:
+            for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
 
 
 def count_flops(module: nn.Module, *inputs: Tensor, **kwargs: Tensor) -> int:
@@ -810,7 +817,7 @@ def fingerprint(model: nn.Module | None) -> str:
 
 def hash_tensors(tensors: dict[str, Tensor]) -> str:
     """A hash of names, shapes and values, the latter as fp32, computed where they are and read back once."""
-    total, sums = hashlib.blake2b(digest_size=16), [torch.zeros(())]
+    total, sums = hashlib.blake2b(digest_size=16), [torch.zeros((), dtype=torch.int64)]
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {list(tensor.shape)}".encode())
         for part in tensor.detach().flatten().split(2**24):
@@ -819,7 +826,7 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
             factors = 0x9E3779B97F4A7C1 * (2 * torch.arange(len(bits), device=bits.device) + 1)
             sums.append((bits * factors).sum())
     total.update(torch.stack([x.to(sums[-1].device) for x in sums]).cpu().numpy())
-    return total.hexdigest()
+    return f"sums {total.hexdigest()}"  # older hashes have no such name, and cannot be compared
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -839,7 +846,9 @@ class Run:
         self.skipped_samples, self.has_warned = 0, False
         self.flops_per_step = 0
         # a group of its own: checkpoints are written in a thread, which must not mix with the loop's sums
-        self.group = dist.new_group(backend="gloo") if dist_ctx.world_size > 1 else None
+        self.group = None
+        if dist_ctx.world_size > 1:
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=PATIENT))
         # copies to the CPU by way of pinned memory that is kept; it would be of no use without a GPU
         self.stager = None
         if dist_ctx.device.type == "cuda":
@@ -983,7 +992,7 @@ class Run:
                 before = then["frozen"].get(name, value)
                 if before != value and name == "prediction":
                     raise ValueError(f"its model was trained with --prediction {before}, not {value}")
-                if before != value:
+                if before != value and before.startswith("sums "):
                     raise ValueError(f"the weights of the {name} have changed since: put the old ones back")
             now = self.identity["data"]
             if then["data"] not in (None, now) and self.dist_ctx.is_main:
@@ -1046,14 +1055,12 @@ class Run:
         written; keeps the newest --keep."""
         try:
             written.result()
-            if self.dist_ctx.is_main:
-                with replacing(self.out / "model", folder=True) as folder:
-                    self.export.save_pretrained(folder)
-                if self.metrics.exists():
-                    plot_losses(self.metrics, self.out / "losses.png")
+            failure = self.write_model() if self.dist_ctx.is_main else None
             # every rank reads what it wrote
             shards = temporary.glob(f"shard-{self.dist_ctx.rank + 1:05d}-*")
             parts = self.gather({shard.name: file_checksum(shard) for shard in shards})
+            if failure := next(filter(None, self.gather(failure)), None):
+                raise OSError(failure)
             if self.dist_ctx.is_main:
                 checksums = {"state.json": state_checksum(state)}
                 for part in parts:
@@ -1070,9 +1077,19 @@ class Run:
                     # the one that was named on the command line stays
                     if old.resolve() != Path(self.config.resume).resolve():
                         remove_folder(old)
+                if self.metrics.exists():
+                    plot_losses(self.metrics, self.out / "losses.png")
             published.set_result(None)
         except BaseException as error:
             published.set_exception(error)
+
+    def write_model(self) -> str | None:
+        """The model folder; what went wrong, for all ranks to know."""
+        try:
+            with replacing(self.out / "model", folder=True) as folder:
+                self.export.save_pretrained(folder)
+        except Exception as error:
+            return one_line(error)
 
     def check_checkpoint(self, wait: bool) -> None:
         """Raises OSError if the pending checkpoint could not be written."""

@@ -1218,8 +1218,8 @@ def micro_batches(batch: dict, count: int) -> list[dict]:
         for key, values in batch.items():
             rows = images if key in PER_IMAGE else samples
             if isinstance(values, torch.Tensor):
-                part = values[rows]
-                micro_batch[key] = part.pin_memory() if values.is_pinned() else part
+                chosen = values[rows]
+                micro_batch[key] = chosen.pin_memory() if values.is_pinned() else chosen
             else:
                 micro_batch[key] = [values[row] for row in rows]
         result.append(micro_batch)

@@ -100,7 +100,7 @@ def write_part(
 
 def main() -> None:
     config = common.parse(Config, __doc__)
-    dist_ctx = common.init_distributed(config.dtype)
+    dist_ctx = common.init_distributed(config.dtype, minutes=common.PATIENT)
     out = Path(config.out)
     if os.path.lexists(out):
         raise ValueError(f"{out} already exists: choose another --out, or remove it")

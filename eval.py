@@ -614,7 +614,7 @@ def main() -> None:
         common.check_output(strip)
         if strip.exists() and "data" not in data.open_metadata(str(strip)):
             raise ValueError(f"{strip}, the place of the strip, is not from eval.py: choose another --out")
-    dist_ctx = common.init_distributed(config.dtype)
+    dist_ctx = common.init_distributed(config.dtype, minutes=common.PATIENT)
     if dist_ctx.is_main:
         print(dist_ctx)
     results = []

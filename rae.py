@@ -1641,14 +1641,14 @@ class TextToImage(LatentModel, library_name="rae"):
         return ids, labels
 
     def chat(self, conversations: list[list[tuple[str, str]]]) -> Chat:
-        return self.collate([self.encode_chat(turns) for turns in conversations])
+        # cuDNN plans attention anew for every length, which takes up to half a second
+        multiple = 64 if self.device.type == "cuda" else 1
+        return self.collate([self.encode_chat(turns) for turns in conversations], multiple)
 
-    def collate(self, encoded: list[tuple[list[int], list[int]]]) -> Chat:
-        """A batch from (ids, labels) pairs, padded on the right to the longest."""
+    def collate(self, encoded: list[tuple[list[int], list[int]]], multiple: int = 1) -> Chat:
+        """A batch from (ids, labels) pairs, padded on the right to the longest, rounded up to a multiple."""
         length = max(len(ids) for ids, _ in encoded)
-        if self.device.type == "cuda":
-            # cuDNN plans attention anew for every length, which takes up to half a second
-            length += -length % 64
+        length += -length % multiple
         # any id will do as padding: attention is causal, and no token sees what is behind it
         ids = torch.tensor([row + [0] * (length - len(row)) for row, _ in encoded])
         labels = torch.tensor([row + [IGNORED] * (length - len(row)) for _, row in encoded])

@@ -629,7 +629,7 @@ def main() -> None:
         if Path(config.npz) == Path(config.out):
             raise ValueError(f"--npz {config.npz} is the folder of the images: choose another name")
 
-    dist_ctx = common.init_distributed(config.dtype)
+    dist_ctx = common.init_distributed(config.dtype, minutes=common.PATIENT)
     if config.reconstruct:
         reconstruct(config, dist_ctx)
     elif config.ask or config.chat:

@@ -7,10 +7,10 @@
     python train_t2i.py --preset dit-dh-s-imagenet256 --data imagenet/train --grad-accum 16 \\
         --activation-checkpointing                                 # one small GPU
     torchrun --nproc-per-node 8 train_t2i.py --preset dit-dh-xl-imagenet256 --data imagenet/train
-    torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-2.4b --shard full --out runs/t2i \\
-        --data web=0.6,synthetic=0.3,questions.jsonl=0.1
-    torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-finetune --data blip3o-60k.jsonl \\
-        --init runs/t2i/model --shard full --out runs/finetuned
+    torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-2.4b --shard full --grad-accum 8 \\
+        --data web=0.6,synthetic=0.3,questions.jsonl=0.1 --out runs/t2i
+    torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-finetune --shard full --grad-accum 4 \\
+        --data blip3o-60k.jsonl --init runs/t2i/model --out runs/finetuned
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_t2i.py ...
 
 A language model reads the request, and its hidden states at the latent queries condition the DiT. They are
@@ -444,7 +444,7 @@ def open_data(
 
 def is_of(info: dict, path: str, autoencoder: nn.Module) -> bool:
     """Whether the autoencoder is the one of a latents.json; an old one names its path only."""
-    if "fingerprint" in info:
+    if info.get("fingerprint", "").startswith("sums "):
         return info["fingerprint"] == common.fingerprint(autoencoder)
     return os.path.realpath(info["autoencoder"]) == os.path.realpath(path)
 

@@ -166,7 +166,8 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int) -> None:
         embeddings[slots] = torch.randn(slots.sum(), 128) / 128**0.5  # as the queries are initialised
         places = torch.arange(ids.input_ids.shape[1]).repeat(batch, 1)
         gaps = torch.rand(sum(map(bool, metadata)), (SIZE // PATCH) ** 2).argsort()[:, :SLOTS].sort()[0]
-        places[slots] += (gaps - torch.arange(SLOTS)).flatten()  # any twelve of the queries' places
+        # any twelve of the queries' places; `use_cache` must stay on: without it, gaps would separate documents
+        places[slots] += (gaps - torch.arange(SLOTS)).flatten()
         hidden = model.model(inputs_embeds=embeddings, position_ids=places).last_hidden_state
         # ---- next tokens
         labels = ids.input_ids.masked_fill((ids.attention_mask == 0) | slots, -100)
@@ -318,12 +319,11 @@ def cut_photographs(out: Path, seed: int, crops: int = 128) -> None:
 def ship(out: Path, runs: Path) -> None:
     """Copies the parts of a speedrun, with one log line in ten of the trainers. Matrices become bf16;
     statistics, frequencies and position tables stay as they are."""
+    for part in ("language-model", "encoder", "decoder/model", "t2i/model"):
+        if not (runs / part).is_dir():
+            raise ValueError(f"no model at {runs / part}: train it first")
     for part in ("language-model", "encoder"):
-        if (runs / part).is_dir():
-            shutil.copytree(runs / part, out / part, dirs_exist_ok=True)
-    for run in ("decoder", "t2i"):
-        if not (runs / run / "model").is_dir():
-            raise ValueError(f"no model at {runs / run / 'model'}: train it first")
+        shutil.copytree(runs / part, out / part, dirs_exist_ok=True)
     model = rae.TextToImage.from_pretrained(runs / "t2i" / "model")
     model.autoencoder_path = str(out / "rae")
     parts = {"decoder": (rae.RAE.from_pretrained(runs / "decoder" / "model"), "rae"), "t2i": (model, "t2i")}

@@ -9,9 +9,11 @@ encoder from their beginning. Prints a table and writes OUT/speedrun.json and OU
 trained weight and token and 2 per frozen one, without attention.
 """
 
+import dataclasses
 import json
 import math
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -122,21 +124,23 @@ def clocks() -> tuple[float, float]:
     return time.time(), used.ru_utime + used.ru_stime
 
 
-def run(stage: Stage, config: Config, done: dict[str, float], state: Path) -> None:
-    """Runs the rest of a stage. Its minutes count when it is stopped, too."""
+def run(stage: Stage, config: Config) -> tuple[bool, list[float]]:
+    """Runs the rest of a stage: whether it is finished, and its minutes, also if it was stopped."""
     steps = ["--steps", str(steps_of(stage, config))] if stage.steps else []
     print(f"\n{stage.name}: python {' '.join([*stage.command, *steps])}", flush=True)
-    started = clocks()
-    try:
-        subprocess.run([sys.executable, *stage.command, *steps], check=True)
-        done["finished"].append(stage.name)
-    finally:
-        before = done["minutes"].get(stage.name, (0, 0))
-        done["minutes"][stage.name] = [
-            b + (now - then) / 60 for b, now, then in zip(before, clocks(), started, strict=True)
-        ]
-        with common.replacing(state) as temporary:
-            temporary.write_text(json.dumps(done, indent=1) + "\n")
+    started, stopped = clocks(), False
+    with subprocess.Popen([sys.executable, *stage.command, *steps]) as process:
+        try:
+            process.wait()
+        except KeyboardInterrupt:  # a trainer saves a checkpoint first, and then ends well
+            stopped = True
+            process.send_signal(signal.SIGINT)
+            process.wait()
+    minutes = [(now - then) / 60 for now, then in zip(clocks(), started, strict=True)]
+    if process.returncode == 0 and not stopped and "--resume" in stage.command:
+        folder = Path(stage.command[stage.command.index("--out") + 1])
+        stopped = common.read_rows(folder / "metrics.jsonl")[-1]["step"] < steps_of(stage, config)
+    return process.returncode == 0 and not stopped, minutes
 
 
 def steps_of(stage: Stage, config: Config) -> int:
@@ -148,10 +152,27 @@ def main() -> None:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     state = out / "speedrun.json"
-    done = json.loads(state.read_text()) if state.exists() else {"finished": [], "minutes": {}}
+    settings = dataclasses.asdict(config)
+    done = {"settings": settings, "finished": [], "minutes": {}}
+    if state.exists():
+        done = json.loads(state.read_text())
+        changed = [name for name, value in settings.items() if done["settings"][name] != value]
+        if changed:
+            before = ", ".join(f"--{name.replace('_', '-')} {done['settings'][name]}" for name in changed)
+            raise ValueError(f"{out} was begun with {before}: give the same, or another --out")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # as Ctrl-C does
     for stage in stages(config):
-        if stage.name not in done["finished"]:
-            run(stage, config, done, state)
+        if stage.name in done["finished"]:
+            continue
+        is_finished, minutes = run(stage, config)
+        before = done["minutes"].get(stage.name, (0, 0))
+        done["minutes"][stage.name] = [sum(pair) for pair in zip(before, minutes, strict=True)]
+        done["finished"] += [stage.name] if is_finished else []
+        with common.replacing(state) as temporary:
+            temporary.write_text(json.dumps(done, indent=1) + "\n")
+        if not is_finished:
+            sys.exit(f"{stage.name} was stopped: the same command goes on")
     flops, totals = flops_per_sample(config), [0.0, 0.0, 0.0]
     print("\n| stage | minutes | core-minutes | samples | PFLOP | reached |\n|---|---|---|---|---|---|")
     for stage in stages(config):
