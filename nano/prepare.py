@@ -166,7 +166,7 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int) -> None:
         embeddings[slots] = torch.randn(slots.sum(), 128) / 128**0.5  # as the queries are initialised
         places = torch.arange(ids.input_ids.shape[1]).repeat(batch, 1)
         gaps = torch.rand(sum(map(bool, metadata)), (SIZE // PATCH) ** 2).argsort()[:, :SLOTS].sort()[0]
-        # any twelve of the queries' places; `use_cache` must stay on: without it, gaps would separate documents
+        # any twelve of the queries' places (with `use_cache` off, gaps would separate documents)
         places[slots] += (gaps - torch.arange(SLOTS)).flatten()
         hidden = model.model(inputs_embeds=embeddings, position_ids=places).last_hidden_state
         # ---- next tokens
