@@ -135,6 +135,17 @@ def test_dit_shapes_and_zero_start(head, condition):
     assert tiny_dit(head=head, **given)(x, t, value).shape == (2, *LATENTS)
 
 
+def test_small_scales_and_the_head_stay_fp32_under_autocast():
+    x = torch.ones(1, 1, 8)
+    small = torch.full((1, 1, 8), 0.003, dtype=torch.bfloat16)  # 1 + 0.003 is 1 in bf16
+    assert rae.modulate(x, torch.zeros(1, 1, 8), small) == pytest.approx(1.003, abs=1e-5)
+    model, streams = tiny_dit(head=(48, 1, 2)), []
+    model.blocks[-1].register_forward_pre_hook(lambda block, inputs: streams.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, 16, 24), torch.rand(2))
+    assert streams == [torch.float32]
+
+
 def test_null_conditions():
     x, t = torch.randn(3, *LATENTS), torch.tensor([0.2, 0.5, 0.9])
     labels = tiny_dit(num_classes=5)

@@ -45,6 +45,18 @@ def test_labels_are_the_assistants_turn_and_the_turn_markers_everywhere(model):
     assert all(label in (i, rae.IGNORED) for i, label in zip(ids, labels, strict=True))
 
 
+def test_padding_to_a_rounder_length_changes_nothing(model):
+    encoded = [model.encode_chat(turns) for turns in (REQUEST, QUESTION)]
+    plain, padded = model.collate(encoded), model.collate(encoded, 64)
+    assert plain.ids.shape[1] % 64 and padded.ids.shape[1] % 64 == 0
+    latents = torch.randn(1, *model.latent_shape)
+    noise, t = torch.randn(1, *model.latent_shape), torch.tensor([0.4])
+    with torch.no_grad():
+        results = [model(chat, noise, t, torch.tensor([False]), latents) for chat in (plain, padded)]
+    (velocity, _, loss), (other, _, other_loss) = results
+    assert torch.allclose(velocity, other, atol=1e-5) and torch.allclose(loss, other_loss, atol=1e-4)
+
+
 def test_answer_images_are_those_whose_start_token_is_supervised(model):
     chat = model.chat([QUESTION, REQUEST, [("user", "hi"), ("assistant", "hello")], QUESTION])
     assert chat.is_answer.tolist() == [False, True, False]  # in order, of the images

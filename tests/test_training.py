@@ -203,6 +203,39 @@ def test_nor_do_they_with_muon_several_draws_and_no_ema(script, matrix, variants
             assert (tensor - final[key]).norm() <= 0.75 * moved + 1e-6, (name, key)
 
 
+def test_hashes_tell_values_names_and_places_apart():
+    tensors = {"a": torch.randn(40, 3), "b": torch.zeros(0), "c": torch.tensor(True)}
+    known = common.hash_tensors(tensors)
+    assert known == common.hash_tensors({name: tensor.clone() for name, tensor in tensors.items()})
+    assert known == common.hash_tensors(dict(reversed(tensors.items())))
+    swapped = tensors["a"].flip(0)
+    nudged = tensors["a"].clone()
+    nudged[7, 1] = torch.nextafter(nudged[7, 1], torch.tensor(9.0))
+    for change in (
+        {"a": swapped},
+        {"a": nudged},
+        {"a": tensors["a"].T},
+        {"c": torch.tensor(False)},
+        {"d": swapped},
+    ):
+        assert common.hash_tensors(tensors | change) != known
+    single = {common.hash_tensors({"x": value[None]}) for value in torch.randn(3000)}
+    assert len(single) == 3000
+
+
+def test_gradients_are_summed_in_buckets(monkeypatch):
+    """By an all-reduce that doubles, as if two ranks had the same gradients."""
+    monkeypatch.setattr(common.dist, "is_initialized", lambda: True)
+    calls = []
+    monkeypatch.setattr(common.dist, "all_reduce", lambda flat: calls.append(flat.numel()) or flat.mul_(2))
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 2**24, 5, 7)]
+    for p in parameters[:3]:  # the last has no gradient
+        p.grad = torch.full_like(p, 1.5)
+    common.sum_gradients(parameters)
+    assert sorted(calls) == [3, 5, 2**24]
+    assert all((p.grad == 3).all() for p in parameters[:3]) and parameters[3].grad is None
+
+
 def test_optimizers_skip_a_step_that_is_not_finite():
     torch.manual_seed(0)
     matrix, vector = torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.randn(4))
