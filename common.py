@@ -842,7 +842,7 @@ class Run:
     def __init__(self, config, dist_ctx: DistContext):
         self.out, self.config, self.dist_ctx = Path(config.out), config, dist_ctx
         self.checkpoints, self.metrics = self.out / "checkpoints", self.out / "metrics.jsonl"
-        self.stop_signal, self.asked, self.pending, self.wandb = None, False, None, None
+        self.stop_signal, self.pending, self.wandb = None, None, None
         self.skipped_samples, self.has_warned = 0, False
         self.flops_per_step = 0
         # a group of its own: checkpoints are written in a thread, which must not mix with the loop's sums
@@ -1154,8 +1154,7 @@ class Run:
             batch = next(loader)
         except (OSError, ValueError) as error:
             failure = error
-        # one message for both questions: whether to stop, which `stopping` answers, and whether data failed
-        failed, self.asked = global_sum(failure is not None, self.stop_signal is not None)
+        [failed] = global_sum(failure is not None)
         if not failed:
             return batch
         if step > self.saved_step:
@@ -1169,16 +1168,16 @@ class Run:
         return step % every == 0 or step == self.config.steps
 
     def stopping(self, step: int) -> bool:
-        """After every step: whether any process had been asked to stop when the step began, so that all leave
-        the loop together."""
+        """After every step: whether any process was asked to stop, so that all leave the loop together."""
         self.check_checkpoint(wait=False)
         # reading the counter waits for the GPU, so not at every step
         if step % 10 == 0:
             for optimizer in self.optimizers:
                 optimizer.check_skipped()
-        if self.asked:
+        [asked] = global_sum(self.stop_signal is not None)
+        if asked:
             self.stop_signal = self.stop_signal or signal.SIGTERM
-        return bool(self.asked)
+        return bool(asked)
 
     def start_timer(self, step: int) -> None:
         """Throughput is counted from here: after set-up, a log line, or a checkpoint."""

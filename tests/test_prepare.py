@@ -112,14 +112,15 @@ def test_tokenizer_spells_capitals_and_loses_nothing(parts):
 
 
 def test_conversations_ask_for_images_or_about_captions():
-    chats = [prepare.conversation(0, i) for i in range(60)]
-    assert {len(chat) for chat in chats} == {3} and chats[0] == prepare.conversation(0, 0)
-    requests = [chat for chat in chats if chat[2]["content"].startswith("Here you go:\n")]
-    assert 15 < len(requests) < 45
+    pairs = [prepare.conversation(0, i) for i in range(60)]
+    assert {len(chat) for chat, _ in pairs} == {3} and pairs[0] == prepare.conversation(0, 0)
+    requests = [chat for chat, metadata in pairs if metadata]
+    assert 35 < len(requests) < 55
     heads = tuple(template.partition("{}")[0] for template in data.REQUESTS)
     for _, request, answer in requests:
         assert request["content"].startswith(heads)
-        assert answer["content"].removeprefix("Here you go:\n") in request["content"]  # the caption, again
+        assert answer["content"] == "Here you go:\n" + prepare.SLOTS * prepare.SLOT
+    assert all(prepare.SLOT not in chat[2]["content"] for chat, metadata in pairs if not metadata)
 
 
 def test_shipped_models_are_bf16_matrices_with_exact_statistics(parts, tmp_path):
@@ -129,6 +130,11 @@ def test_shipped_models_are_bf16_matrices_with_exact_statistics(parts, tmp_path)
         rows = "".join(f'{{"step": {i}, "loss": 1.0}}\n{{"step": {i}, "val_loss": 1.0}}\n' for i in range(25))
         (tmp_path / "runs" / run / "metrics.jsonl").write_text(rows)
     (tmp_path / "runs/rae").symlink_to(parts / "rae")
+    (tmp_path / "runs/encoder").mkdir()
+    with pytest.raises(ValueError, match="no model at .*language-model: train it first"):
+        prepare.ship(tmp_path / "weights", tmp_path / "runs")
+    assert not (tmp_path / "weights").exists()
+    (tmp_path / "runs/language-model").mkdir()
     prepare.ship(tmp_path / "weights", tmp_path / "runs")
     tensors = load_file(tmp_path / "weights/t2i/model.safetensors")
     assert tensors["dit.x_embedder.weight"].dtype == torch.bfloat16
