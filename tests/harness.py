@@ -95,10 +95,11 @@ class World:
         self.logs = [logs / f"{port}-{rank}.txt" for rank in range(size)]
         self.processes = []
         for rank in range(size):
-            env = {}
+            # a machine may have fewer GPUs than a test has processes
+            env = {} if os.environ.get("TEST_ON_GPUS") else {"CUDA_VISIBLE_DEVICES": ""}
             if size > 1:
                 local = size // nodes
-                env = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+                env |= {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port,
                        "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}  # fmt: skip
             env = {key: str(value) for key, value in env.items()}
             args = (script, [str(flag) for flag in flags], env, str(self.logs[rank]), name, plots)
