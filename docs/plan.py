@@ -138,7 +138,7 @@ def decoder_run(images: float) -> Run:
 RUNS = {
     "DiT-DH-XL, ImageNet 256, 80 epochs": partial(class_run, "dit-dh-xl-imagenet256", 80),
     "DiT-DH-XL, ImageNet 256, 800 epochs": partial(class_run, "dit-dh-xl-imagenet256", 800),
-    "DiT-DH-XL, ImageNet 512, 400 epochs": partial(class_run, "dit-dh-xl-imagenet512", 400, 1024),
+    "DiT-DH-XL, ImageNet 512, 800 epochs": partial(class_run, "dit-dh-xl-imagenet512", 800, 1024),
     "decoder ViT-XL, 73M images, L1 alone": partial(decoder_run, 73e6),
     "0.5B + 1.5B, 30k steps": partial(text_run, "scale-rae-0.5b", "1.5B"),
     "0.5B + 1.5B frozen, 30k": partial(text_run, "scale-rae-0.5b", "1.5B", passes=FROZEN),
