@@ -43,8 +43,7 @@ import convert
 import rae
 
 WEIGHTS = Path(os.path.relpath(Path(__file__).parent / "nano" / "weights"))  # shipped with the repository
-# for ranks that finish sampling or encoding early and wait for the slowest
-PATIENT = 12 * 60
+PATIENT = 12 * 60  # minutes, for ranks that finish sampling or encoding early and wait for the slowest
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, by device name
 
 transformers.logging.disable_progress_bar()  # one for each small folder that is read
@@ -303,10 +302,10 @@ def compile_blocks(
     blocks: Iterable[nn.Module], enabled: bool | None, dist_ctx: DistContext, mode: str | None = None
 ) -> None:
     """Compiles the forward pass of each block; by default on CUDA only."""
-    # Blocks share their code, and so one list of compiled variants: the default limit of 8 is soon reached,
-    # and from then on blocks run eagerly. `forward` alone: FSDP's hooks around it stay eager.
-    torch._dynamo.config.recompile_limit = 64
     if dist_ctx.device.type == "cuda" if enabled is None else enabled:
+        # Blocks share their code, and so one list of compiled variants: the default limit of 8 is soon
+        # reached, and from then on blocks run eagerly. `forward` alone: FSDP's hooks around it stay eager.
+        torch._dynamo.config.recompile_limit = 64
         for block in blocks:
             block.forward = torch.compile(block.forward, mode=mode)
 
@@ -397,16 +396,19 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
     if not dist.is_initialized():
         return
     gradients = [p.grad for p in parameters if p.grad is not None and not hasattr(p, "device_mesh")]
-    # buckets of at most 64 MB: fewer messages than parameters
     while gradients:
-        bucket = [gradients.pop()]
-        while gradients and sum(g.numel() for g in bucket) + gradients[-1].numel() < 2**24:
+        # buckets of at most 64 MB: fewer messages than parameters
+        bucket, size = [], 0
+        while gradients and (not bucket or size + gradients[-1].numel() < 2**24):
             bucket.append(gradients.pop())
-        flat = torch.cat([gradient.flatten() for gradient in bucket]) if len(bucket) > 1 else bucket[0]
+            size += bucket[-1].numel()
+        if len(bucket) == 1:
+            dist.all_reduce(bucket[0])
+            continue
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat)
-        if len(bucket) > 1:
-            for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(summed.view_as(gradient))
+        for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
 
 
 def count_flops(module: nn.Module, *inputs: Tensor, **kwargs: Tensor) -> int:
@@ -1051,19 +1053,19 @@ class Run:
         future.add_done_callback(partial(self.publish, temporary, path, state, published))
 
     def publish(self, temporary: Path, path: Path, state: dict, published: Future, written: Future) -> None:
-        """Writes the model folder and the plot; completes and renames a checkpoint that all ranks have
-        written; keeps the newest --keep."""
+        """Writes the model folder; completes and renames a checkpoint that all ranks have written; keeps the
+        newest --keep; draws the losses."""
         try:
             written.result()
             failure = self.write_model() if self.dist_ctx.is_main else None
             # every rank reads what it wrote
             shards = temporary.glob(f"shard-{self.dist_ctx.rank + 1:05d}-*")
-            parts = self.gather({shard.name: file_checksum(shard) for shard in shards})
-            if failure := next(filter(None, self.gather(failure)), None):
+            parts = self.gather((failure, {shard.name: file_checksum(shard) for shard in shards}))
+            if failure := parts[0][0]:
                 raise OSError(failure)
             if self.dist_ctx.is_main:
                 checksums = {"state.json": state_checksum(state)}
-                for part in parts:
+                for _, part in parts:
                     checksums |= part
                 with (temporary / "state.json").open("w") as file:
                     file.write(json.dumps(state | {"checksums": checksums}) + "\n")

@@ -50,7 +50,9 @@ WIDTH = 96  # channels of a token
 NOISE = 0.5  # largest sigma of the noise on a token that has to predict
 CLASSES = (*shapes.SHAPES, *shapes.GLYPHS)
 # of the squared errors of `describe`: an outline is right if its centre, radius and tilt are
-WEIGHTS = [1.0] * 6 + [4.0] * 26 + [9.0, 9.0, 4.0, 4.0] + [1.0] * 7 + [0.5] * 16
+WEIGHTS = (
+    [1.0] * len(shapes.SHAPES) + [4.0] * len(shapes.GLYPHS) + [9.0, 9.0, 4.0, 4.0] + [1.0] * 7 + [0.5] * 16
+)
 DOMAINS = ("objects", "objects", "scenes", "text")  # in turn, for encoder and language model
 IMAGES = "nano:objects=0.7,nano:scenes=0.15,nano:text=0.15"
 
@@ -196,25 +198,24 @@ def describe(sample: shapes.Sample) -> np.ndarray:
     side = SIZE // PATCH
     middle = (np.arange(side) + 0.5) * PATCH
     tokens = np.stack(np.meshgrid(middle, middle), axis=-1).reshape(-1, 1, 2)
-    target = np.zeros((side**2, len(WEIGHTS)), dtype=np.float32)
-    objects = sample.objects
-    to_center = np.array([(thing.x, thing.y) for thing in objects]) - tokens  # (N, objects, 2)
-    to_edge = np.linalg.norm(to_center, axis=-1) - [thing.radius for thing in objects]
+    # ---- the nearest object
+    to_center = np.array([(thing.x, thing.y) for thing in sample.objects]) - tokens  # (N, objects, 2)
+    to_edge = np.linalg.norm(to_center, axis=-1) - [thing.radius for thing in sample.objects]
     nearest, rows = to_edge.argmin(axis=1), np.arange(side**2)
-    target[rows, [CLASSES.index(objects[i].shape) for i in nearest]] = 1.5
-    target[:, 32:34] = to_center[rows, nearest] / PATCH
-    known = [
-        ((o.radius - 8) / 2, 0 if o.shape in ("circle", "ring") else o.tilt / 0.115, *o.rgb) for o in objects
-    ]
-    target[:, 34:39] = np.array(known)[nearest]
-    target[:, 36:39] = target[:, 36:39] / 127.5 - 1
-    target[:, 39] = 1
-    target[:, :40] *= np.clip((7 - to_edge[rows, nearest, None]) / 6, 0, 1)
+    one_hot = 1.5 * np.eye(len(CLASSES))[[CLASSES.index(thing.shape) for thing in sample.objects]]
+    known = []
+    for thing in sample.objects:
+        tilt = 0 if thing.shape in ("circle", "ring") else thing.tilt / 0.115
+        known.append(((thing.radius - 8) / 2, tilt, *(np.array(thing.rgb) / 127.5 - 1), 1))
+    offset = to_center[rows, nearest] / PATCH
+    of_object = np.concatenate([one_hot[nearest], offset, np.array(known)[nearest]], axis=1)
+    fade = np.clip((7 - to_edge[rows, nearest, None]) / 6, 0, 1)
+    # ---- the background: its mean colour, and how much lighter each quarter of a side is
     patches = rearrange(sample.background, "(h p) (w q) c -> (h w) p q c", p=PATCH, q=PATCH)
-    target[:, 40:43] = patches.mean(axis=(1, 2)) / 127.5 - 1
+    color = patches.mean(axis=(1, 2)) / 127.5 - 1
     light = rearrange(patches.mean(axis=-1), "n (h p) (w q) -> n (h w) p q", p=2, q=2).mean(axis=(2, 3))
-    target[:, 43:] = (light - light.mean(axis=1, keepdims=True)) / 32
-    return target
+    pattern = (light - light.mean(axis=1, keepdims=True)) / 32
+    return np.concatenate([of_object * fade, color, pattern], axis=1, dtype=np.float32)
 
 
 def train_encoder(out: Path, steps: int, batch: int, seed: int) -> None:
@@ -361,28 +362,33 @@ def train(model, loss, steps: int, lr: float, out: Path, save=None, muon: Sequen
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
 
 
+PARTS = {  # how each is trained: the function, its steps and samples per step
+    "language-model": (train_language_model, 1500, 64),
+    "encoder": (train_encoder, 6000, 32),
+    "vae": (train_vae, 2000, 32),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["language-model", "encoder", "vae", "photographs", "ship"])
+    parser.add_argument("part", choices=[*PARTS, "photographs", "ship"])
     parser.add_argument("--out", type=Path, default=Path("nano/weights"), help="writes OUT/PART")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 1500; encoder 6000; vae 2000)")
-    parser.add_argument("--batch", type=int, help="samples per step (default: 64; encoder and vae 32)")
+    defaults = [", ".join(f"{part} {recipe[i]}" for part, recipe in PARTS.items()) for i in (1, 2)]
+    parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {defaults[0]})")
+    parser.add_argument("--batch", type=int, help=f"samples per step (default: {defaults[1]})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/speedrun"), help="ship: folder of a speedrun")
     args = parser.parse_args()
     common.init_distributed("fp32")
-    steps = args.steps or {"encoder": 6000, "vae": 2000}.get(args.part, 1500)
-    batch = args.batch or {"encoder": 32, "vae": 32}.get(args.part, 64)
-    out = args.out / args.part
     if args.part == "ship":
         ship(args.out, args.runs)
     elif args.part == "photographs":
-        cut_photographs(out, args.seed)
+        cut_photographs(args.out / args.part, args.seed)
     else:
-        train_part = {"language-model": train_language_model, "encoder": train_encoder, "vae": train_vae}
-        train_part[args.part](out, steps, batch, args.seed)
+        train_part, steps, batch = PARTS[args.part]
+        train_part(args.out / args.part, args.steps or steps, args.batch or batch, args.seed)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,10 @@ from pathlib import Path
 from safetensors import safe_open
 
 import common
+import train_decoder
+import train_t2i
 from common import flag
+from nano import prepare
 
 TOKENS, CHAT = 36, 87  # tokens of an image, and of a request with its queries
 
@@ -47,37 +50,26 @@ class Stage:
 
 
 def stages(config: Config) -> list[Stage]:
-    out = Path(config.out)
-    compute, common_flags = ["--dtype", config.dtype], ["--seed", str(config.seed)]
-    prepare = ["-m", "nano.prepare", "--out", str(out), *common_flags]
-    train = [*common_flags, *compute, "--resume"]
-    autoencoder, language_model = str(out / "decoder/model"), str(out / "language-model")
+    out, seed, compute = Path(config.out), ["--seed", str(config.seed)], ["--dtype", config.dtype]
+    part = ["-m", "nano.prepare", "--out", str(out), *seed]
+    resumed = [*seed, *compute, "--resume"]
+    decoder = ["train_decoder.py", "--encoder", str(out / "encoder"), "--out", str(out / "decoder")]
+    t2i = ["train_t2i.py", "--autoencoder", str(out / "decoder/model"), "--out", str(out / "t2i")]
+    evaluation = ["-m", "nano.evaluate", "shapes", "--model", str(out / "t2i/model"), "--steps", "25"]
+    evaluation += [*compute, "--limit", str(config.limit), "--seed", str(config.eval_seed)]
+    # steps and batch are those of the commands themselves
+    decoder_preset, t2i_preset = train_decoder.PRESETS["nano"], train_t2i.PRESETS["nano"]
     return [
-        Stage("language model", [*prepare, "language-model"], 1500, 64),
-        Stage("encoder", [*prepare, "encoder"], 6000, 32),
-        Stage(
-            "decoder",
-            ["train_decoder.py", "--encoder", str(out / "encoder"), "--out", str(out / "decoder"), *train],
-            5000,
-            32,
-        ),
+        Stage("language model", [*part, "language-model"], *prepare.PARTS["language-model"][1:]),
+        Stage("encoder", [*part, "encoder"], *prepare.PARTS["encoder"][1:]),
+        Stage("decoder", [*decoder, *resumed], decoder_preset["steps"], decoder_preset["batch"]),
         Stage(
             "text to image",
-            [
-                *("train_t2i.py", "--autoencoder", autoencoder, "--language-model", language_model),
-                *("--out", str(out / "t2i"), *train),
-            ],
-            4000,
-            32,
+            [*t2i, "--language-model", str(out / "language-model"), *resumed],
+            t2i_preset["steps"],
+            t2i_preset["batch"],
         ),
-        Stage(
-            "evaluation",
-            [
-                *("-m", "nano.evaluate", "shapes", "--model", str(out / "t2i/model"), *compute),
-                *("--limit", str(config.limit), "--seed", str(config.eval_seed), "--steps", "25"),
-                *("--out", str(out / "shapes.json")),
-            ],
-        ),
+        Stage("evaluation", [*evaluation, "--out", str(out / "shapes.json")]),
     ]
 
 
@@ -176,7 +168,7 @@ def main() -> None:
     flops, totals = flops_per_sample(config), [0.0, 0.0, 0.0]
     print("\n| stage | minutes | core-minutes | samples | PFLOP | reached |\n|---|---|---|---|---|---|")
     for stage in stages(config):
-        samples = steps_of(stage, config) * stage.batch if stage.batch else 0
+        samples = steps_of(stage, config) * stage.batch
         numbers = [*done["minutes"][stage.name], samples * flops.get(stage.name, 0) / 1e15]
         totals = [total + number for total, number in zip(totals, numbers, strict=True)]
         minutes, core_minutes, petaflops = numbers
