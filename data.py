@@ -51,7 +51,9 @@ from PIL.Image import Resampling
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 REQUESTS = ("Generate an image of {}", "Can you draw {}?", "Please make a picture of {}", "Show me {}")
-NANO_MIXTURE = {"nano:objects": 0.63, "nano:scenes": 0.135, "nano:text": 0.135, "nano:questions": 0.1}
+# tasks by themselves are drawn more often, because they are learned last
+NANO_MIXTURE = {"nano:objects": 0.3, "nano:counting": 0.1, "nano:position": 0.1, "nano:color_attr": 0.1}
+NANO_MIXTURE |= {"nano:scenes": 0.1, "nano:text": 0.1, "nano:questions": 0.2}
 
 CAPTIONS = ("text", "caption", "txt", "prompt")  # columns and file extensions, in order of preference
 LABELS = ("label", "cls")
@@ -379,8 +381,11 @@ class NanoSource:
             # A seed of its own: these are not the images that the other domains ask for.
             domain = "objects" if first < 0.7 else "scenes" if first < 0.85 else "text"
             sample = self.draw(domain, hash_seed(self.seed, "questions"), number, self.size)
-            question, answer = sample.questions[int(second * len(sample.questions))]
-            conversation = [("user", f"<image>\n{question}"), ("assistant", answer)]
+            order = rng(self.seed, number, "order").permutation(len(sample.questions))
+            turns = [
+                turn for i in order for turn in zip(("user", "assistant"), sample.questions[i], strict=True)
+            ]
+            conversation = [("user", f"<image>\n{turns[0][1]}"), *turns[1:]]
         else:
             sample = self.draw(self.domain, self.seed, number, self.size)
             conversation = request(sample.caption, second)

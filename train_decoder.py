@@ -124,7 +124,10 @@ class Config(common.TrainConfig):
     init: str = flag("", "start from this RAE (folder, hub id or name) instead of a new decoder")
     statistics: int = flag(8192, "images to measure latent mean and std on (0: none; -1: all)", at_least=-1)
     # data
-    data: str = flag("nano", "source of images, or several with weights, see data.py")
+    data: str = flag(
+        "nano:objects=0.7,nano:scenes=0.15,nano:text=0.15",
+        "source of images, or several with weights, see data.py",
+    )
     crop: str = flag("centre", "random: a square at 1.5 x the size", choices=["centre", "random"])
     # losses
     tau: float = flag(0.0, "noise-augmented decoding: an image's sigma is uniform in [0, tau)", at_least=0)

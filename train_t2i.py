@@ -178,7 +178,11 @@ class Config(common.TrainConfig):
     steps: int = flag(10_000, "optimizer steps", at_least=1)
     lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector", above=0)
     dit_lr: float = flag(1e-3, "peak learning rate of the DiT and its connector", above=0)
-    muon: float = flag(0.0, "peak learning rate of Muon for the DiT's matrices (0: AdamW)", at_least=0)
+    muon: float = flag(
+        0.0,
+        "peak learning rate of Muon for matrices: the DiT's; x lr / dit_lr the language model's (0: AdamW)",
+        at_least=0,
+    )
     warmup: float = flag(200, "steps of linear warm-up; below 1, a fraction of all steps", at_least=0)
     decay_start: int | None = flag(None, "first step of a linear decay (default: cosine decay)", at_least=0)
     decay_end: int | None = flag(None, "and its last step (default: that of the run)", at_least=1)
@@ -280,13 +284,16 @@ def count_classes(config: Config, source: data.Mixture) -> int | None:
 
 def make_optimizers(config: Config, model: nn.Module) -> common.Optimizers:
     """AdamW in two groups, the DiT and the rest. With --muon, all matrices of the DiT go to Muon but those of
-    the latents' embedders, which are convolutions in the authors' code (RAEv2)."""
-    dit, rest, matrices = [], [], []
+    the latents' embedders, which are convolutions in the authors' code (RAEv2); and those of the language
+    model's layers, if it is trained."""
+    dit, rest, matrices, of_language_model = [], [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if config.muon and parameter.ndim == 2 and re.match(r"dit\.(?!x_embedder|s_embedder)", name):
             matrices.append(parameter)
+        elif config.muon and parameter.ndim == 2 and name.startswith("language_model.model.layers."):
+            of_language_model.append(parameter)
         elif name.startswith(("dit.", "diff_head_projector.")):
             dit.append(parameter)
         else:
@@ -296,7 +303,10 @@ def make_optimizers(config: Config, model: nn.Module) -> common.Optimizers:
         groups.append({"params": rest, "lr": config.lr, "betas": (0.9, 0.999)})
     optimizers = [torch.optim.AdamW(groups, weight_decay=0.0, fused=True)]
     if matrices:
-        optimizers.append(common.Muon(common.muon_groups(model, matrices), config.muon))
+        groups = common.muon_groups(model, matrices)
+        rate = config.muon * config.lr / config.dit_lr
+        groups += [group | {"lr": rate} for group in common.muon_groups(model, of_language_model)]
+        optimizers.append(common.Muon(groups, config.muon))
     return common.Optimizers(*optimizers)
 
 

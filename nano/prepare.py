@@ -218,12 +218,20 @@ def describe(sample: shapes.Sample) -> np.ndarray:
     return np.concatenate([of_object * fade, color, pattern], axis=1, dtype=np.float32)
 
 
-def train_encoder(out: Path, steps: int, batch: int, seed: int) -> None:
+def patches(image: np.ndarray) -> np.ndarray:
+    """The pixels of each token, (N, 192) in [-1, 1]."""
+    return rearrange(image, "(h p) (w q) c -> (h w) (p q c)", p=PATCH, q=PATCH) / np.float32(127.5) - 1
+
+
+def train_encoder(
+    out: Path, steps: int, batch: int, seed: int, width: int = WIDTH, target: str = "objects"
+) -> None:
+    """`objects`: tokens tell what is there. `pixels`: they tell their own pixels, to compare with."""
     torch.manual_seed(seed)
     model = transformers.SiglipVisionModel(
         transformers.SiglipVisionConfig(
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
+            hidden_size=width,
+            intermediate_size=4 * width,
             num_attention_heads=4,
             num_hidden_layers=6,
             image_size=SIZE,
@@ -232,18 +240,18 @@ def train_encoder(out: Path, steps: int, batch: int, seed: int) -> None:
         )
     )
     model.post_layernorm.requires_grad_(False)  # RAE takes tokens without its scale and shift
-    head = torch.nn.Linear(WIDTH, len(WEIGHTS))
-    weights = torch.tensor(WEIGHTS)
+    weights = torch.tensor(WEIGHTS if target == "objects" else [1.0] * (3 * PATCH**2))
+    head = torch.nn.Linear(width, len(weights))
 
     def loss(step: int) -> torch.Tensor:
         numbers = range(step * batch, (step + 1) * batch)
         samples = [shapes.draw(DOMAINS[number % len(DOMAINS)], seed, number, SIZE) for number in numbers]
         images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
         pixels = data.to_unit(images, torch.device("cpu")) * 2 - 1
-        target = torch.from_numpy(np.stack([describe(sample) for sample in samples]))
-        tokens = model(pixels).last_hidden_state  # (B, N, WIDTH)
+        told = [describe(sample) if target == "objects" else patches(sample.image) for sample in samples]
+        tokens = model(pixels).last_hidden_state  # (B, N, width)
         sigma = NOISE * torch.rand(batch, 1, 1)
-        error = head((tokens + sigma * torch.randn_like(tokens)).float()) - target
+        error = head((tokens + sigma * torch.randn_like(tokens)).float()) - torch.from_numpy(np.stack(told))
         return (weights * error.square()).sum(dim=-1).mean()
 
     matrices = [p for p in model.encoder.parameters() if p.ndim == 2]
@@ -380,6 +388,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help=f"samples per step (default: {defaults[1]})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/speedrun"), help="ship: folder of a speedrun")
+    parser.add_argument("--width", type=int, default=WIDTH, help="encoder: channels of a token")
+    parser.add_argument(
+        "--target", default="objects", choices=["objects", "pixels"], help="encoder: what its tokens tell"
+    )
     args = parser.parse_args()
     common.init_distributed("fp32")
     if args.part == "ship":
@@ -388,7 +400,9 @@ def main() -> None:
         cut_photographs(args.out / args.part, args.seed)
     else:
         train_part, steps, batch = PARTS[args.part]
-        train_part(args.out / args.part, args.steps or steps, args.batch or batch, args.seed)
+        options = {"width": args.width, "target": args.target} if args.part == "encoder" else {}
+        steps = steps if args.steps is None else args.steps  # 0: random weights
+        train_part(args.out / args.part, steps, args.batch or batch, args.seed, **options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,520 @@
+"""The papers' claims about design, asked again in the nano world.
+
+    python -m nano.claims                        # the table of what was measured so far
+    python -m nano.claims width head             # two claims, 3 seeds; started again, it goes on
+    python -m nano.claims all --smoke            # every claim end to end, in two minutes
+
+A claim that fails here is not refuted: this world is a toy. It is a question worth asking.
+
+Every claim is one number per seed, its contrast, which is positive if the claim is right. The verdict is
+Student's t test of the contrasts against 0: "agrees" or "disagrees" if it is one-sided significant at 0.05
+(with three seeds: if the mean exceeds 2.92 standard errors), else "cannot tell".
+
+All arms of a claim see equally many samples. Each DiT trains with the better of two learning rates, chosen by
+its validation loss on seed 0. Encoders and decoders are trained once, with seed 0, except where the claim is
+about decoders. Writes RESULTS/NAME.json and NAME.png. Nothing that exists is made again.
+"""
+
+import importlib
+import json
+import math
+import signal
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import scipy.stats
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import common
+import data
+import rae
+from common import flag
+from nano import evaluate, scorer, shapes
+
+RATES = (0.008, 0.02)  # peak learning rates of Muon
+WIDTHS, ALPHAS, EPOCHS = (48, 96, 192), (1, 2, 4, 8), (4, 16, 64)
+Figures = dict[str, float]  # by arm
+
+
+@dataclass
+class Config:
+    names: list[str] = flag((), "claims to measure, or all (default: only the table)", nargs="*")
+    seeds: int = flag(3, "number of seeds", at_least=1)
+    steps: int = flag(600, "steps of a class-conditional DiT; others train for multiples of it", at_least=1)
+    smoke: bool = flag(False, "one seed and two steps: shows that everything runs")
+    dtype: str = flag("bf16", "compute dtype", choices=["auto", "bf16", "fp32"])
+    out: str = flag("runs/claims", "folder of the trainings")
+    results: str = flag("docs/claims", "folder of the results")
+
+
+class Lab:
+    """Trains and measures for one seed."""
+
+    def __init__(self, config: Config, seed: int, rates: dict[str, float]):
+        self.config, self.seed, self.rates = config, seed, rates
+        self.runs = {}  # by DiT: its validation loss, training loss, samples and FLOPs
+        self.dist_ctx = common.init_distributed(config.dtype)
+
+    # ---- trainings; each returns the folder of a model
+
+    def script(self, module: str, *flags) -> None:
+        """Runs a script's `main` in this process, which saves the seconds of its imports."""
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        with mock.patch.object(sys, "argv", [module, *map(str, flags)]):
+            importlib.import_module(module).main()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def steps(self, multiple: float) -> int:
+        return 2 if self.config.smoke else max(1, round(multiple * self.config.steps))
+
+    def train(self, script: str, name: str, steps: int, *flags) -> Path:
+        """A finished run of a trainer. Ends the program if that was stopped."""
+        out = Path(self.config.out) / name
+        metrics = out / "metrics.jsonl"
+
+        def is_finished() -> bool:
+            return metrics.exists() and max(row["step"] for row in common.read_rows(metrics)) >= steps
+
+        if not is_finished():
+            flags = ("--out", out, "--steps", steps, "--save-every", steps, "--resume", *flags)
+            self.script(script, "--dtype", self.config.dtype, *flags)
+            if not is_finished():
+                sys.exit(f"{out} was stopped: the same command goes on")
+        return out
+
+    def prepared(self, part: str, name: str, multiple: float, *flags) -> Path:
+        """An encoder or a VAE."""
+        out = Path(self.config.out) / name
+        if not (out / part / "log.jsonl").exists():
+            small = ["--batch", 4] if self.config.smoke else []
+            steps = self.steps(multiple) if multiple else 0
+            self.script("nano.prepare", part, "--out", out, "--steps", steps, *small, *flags)
+        return out / part
+
+    def decoder(self, name: str, *flags, multiple: float = 2.5, seed: int = 0) -> Path:
+        small = ["--statistics", 16, "--batch", 4] if self.config.smoke else []
+        name, steps = f"decoder-{name}-{seed}", self.steps(multiple)
+        return self.train("train_decoder", name, steps, "--seed", seed, *small, *flags) / "model"
+
+    def dit(self, name: str, *flags, multiple: float = 1) -> Path:
+        """With the better of two learning rates, by the validation loss of seed 0."""
+        steps, trained = self.steps(multiple), {}
+        small = ["--batch", 4, "--draws", 1] if self.config.smoke else ["--draws", 2]
+        for rate in RATES[: 1 if self.config.smoke else None]:
+            if self.rates.get(name, rate) == rate:
+                values = ("--seed", self.seed, "--muon", rate, "--eval-every", steps, *small, *flags)
+                out = self.train("train_t2i", f"{name}-muon{rate}-{self.seed}", steps, *values)
+                trained[rate] = out, common.read_rows(out / "metrics.jsonl", "val_loss")[-1]["val_loss"]
+        rate, (out, val_loss) = min(trained.items(), key=lambda item: item[1][1])
+        self.rates[name] = rate
+        self.runs[name] = {"val_loss": val_loss} | training_cost(out)
+        return out / "model"
+
+    # ---- figures: shares of 1 unless said otherwise
+
+    @torch.no_grad()
+    def right(self, folder: Path, autoencoder: Path | None = None, **sampler) -> float:
+        """Share of a class-conditional model's images that show their label's shape and colour."""
+        model = rae.ClassToImage.from_pretrained(folder, autoencoder and str(autoencoder)).eval()
+        count, steps = (8, 2) if self.config.smoke else (240, 25)
+        right = []
+        for start in range(0, count, 80):
+            indices = list(range(start, min(start + 80, count)))
+            noise, *_ = data.flow_draws(model.latent_shape, self.seed, indices, torch.device("cpu"))
+            labels = [i % len(shapes.PAIRS) for i in indices]
+            with self.dist_ctx.autocast():
+                images = model.autoencoder.decode(model.generate(labels, steps, noise=noise, **sampler))
+            for label, image in zip(labels, common.to_uint8(images).permute(0, 2, 3, 1).numpy(), strict=True):
+                shape, color = shapes.PAIRS[label]
+                entry = {"class": shape, "count": 1, "color": color}
+                right.append(scorer.score(image, {"include": [entry]})[0])
+        return float(np.mean(right))
+
+    def overall(self, folder: Path) -> float:
+        """GenEval's overall of a text-to-image model."""
+        model = rae.TextToImage.from_pretrained(folder).eval()
+        limit, images, steps = (2, 1, 2) if self.config.smoke else (10, 4, 25)
+        config = evaluate.Config(limit=limit, images=images, seed=5000 + self.seed)
+        results = evaluate.evaluate_shapes(model, {"steps": steps, "guidance": 3.0}, config, self.dist_ctx)
+        return next(row["value"] for row in results if row["metric"] == "shapes/model/overall")
+
+    def psnr(self, folder: Path, domain: str) -> float:
+        """In dB."""
+        autoencoder, values = rae.RAE.from_pretrained(folder).eval(), []
+        for i in range(4 if self.config.smoke else 256):
+            image = shapes.draw(domain, 5000 + self.seed, i).image
+            error = (evaluate.reconstruct(autoencoder, image, self.dist_ctx) / 255.0 - image / 255.0) ** 2
+            values.append(-10 * math.log10(error.mean()))
+        return float(np.mean(values))
+
+    def answers(self, folder: Path) -> float:
+        """Share of right answers to questions about true images."""
+        model, right = rae.TextToImage.from_pretrained(folder).eval(), []
+        for i in range(4 if self.config.smoke else 200):
+            sample = shapes.draw("objects", 5000 + self.seed, i)
+            questions = [pair for pair in sample.questions if pair[0] != "Describe this image."]
+            question, answer = questions[i % len(questions)]
+            image = torch.from_numpy(sample.image).permute(2, 0, 1) / 255
+            right.append(model.answer(image, question, max_tokens=8) == answer)
+        return float(np.mean(right))
+
+
+def training_cost(run: Path) -> dict[str, float]:
+    """What a run of train_t2i.py saw: samples, PFLOP of its DiT (6 per weight and token), its last loss."""
+    config = json.loads((run / "config.json").read_text())
+    model = json.loads((run / "model/config.json").read_text())
+    last = [row for row in common.read_rows(run / "metrics.jsonl") if "loss" in row][-1]
+    samples = config["steps"] * config["batch"]
+    with safe_open(run / "model/model.safetensors", framework="pt") as file:
+        keys = [key for key in file.keys() if key.startswith("dit.")]
+        weights = sum(math.prod(file.get_slice(key).get_shape()) for key in keys)
+    flops = 6 * weights * model["latent_shape"][0] * config["draws"] * samples
+    return {"training_loss": last.get("flow_loss", last["loss"]), "samples": samples, "pflop": flops / 1e15}
+
+
+# -----------------------------------------------------------------------------------------------------------
+# the claims
+
+SMALL = {"width": 128, "depth": 4, "heads": 4}
+rae.DITS |= {  # for --dit
+    "claim": SMALL | {"condition_width": 128},
+    **{f"claim-{width}x{depth}": {"width": width, "depth": depth, "heads": 2}
+       for width, depth in ((48, 2), (48, 8), (96, 2), (144, 2))},
+    "claim-48x2-head": {"width": 48, "depth": 2, "heads": 2, "head": (144, 2, 2)},
+}  # fmt: skip
+for width in (96, 128, 192):
+    plain = {"width": width, "depth": 4, "heads": width // 32}
+    rae.DITS[f"claim-{width}"] = plain
+    rae.DITS[f"claim-{width}-head"] = plain | {"head": (2 * width, 2, width // 16)}
+    rae.DITS[f"claim-{width}-deep"] = plain | {"depth": 4 + 2 * 4}  # two blocks of twice the width
+IN_CONTEXT = ("--preset", "nano-class", "--dit", "nano-guide-in-context")
+CLASS = ("--preset", "nano-class", "--dit", "claim")
+SHIPPED, ENCODER = common.WEIGHTS / "rae", common.WEIGHTS / "encoder"
+
+
+def autoencoder_of(lab: Lab, name: str, multiple: float, *flags) -> Path:
+    """An RAE whose encoder is trained by nano.prepare with some flags."""
+    return lab.decoder(name, "--encoder", lab.prepared("encoder", f"encoder-{name}", multiple, *flags))
+
+
+def semantics(lab: Lab) -> Figures:
+    """One encoder learns what is in the image, one to reconstruct it, one nothing."""
+    arms = {"objects": (5, "--width", 96), "pixels": (5, "--target", "pixels"), "random": (0,)}
+    figures = {}
+    for arm, recipe in arms.items():
+        autoencoder = autoencoder_of(lab, "96" if arm == "objects" else arm, *recipe)
+        figures[arm] = lab.right(lab.dit(f"semantics-{arm}", *CLASS, "--autoencoder", autoencoder))
+    return figures
+
+
+def shift(lab: Lab) -> Figures:
+    figures = {}
+    for width in WIDTHS:
+        autoencoder = autoencoder_of(lab, str(width), 5, "--width", width)
+        for alpha in ALPHAS:
+            flags = ("--autoencoder", autoencoder, "--alpha", alpha)
+            figures[f"{width} channels, alpha {alpha}"] = lab.right(
+                lab.dit(f"shift-{width}-{alpha}", *CLASS, *flags)
+            )
+    return figures
+
+
+def best_alpha(figures: Figures, channels: int) -> float:
+    """Its binary logarithm."""
+    return math.log2(max(ALPHAS, key=lambda alpha: figures[f"{channels} channels, alpha {alpha}"]))
+
+
+def dit_width(lab: Lab) -> Figures:
+    """DiTs overfit one image, whose tokens have 96 channels. The bound is (96 - width) / 96 for narrower
+    ones: the last layer cannot reach more directions than it is wide, and the noise has all."""
+    folder = Path(lab.config.out) / f"one-image-{lab.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(shapes.draw("objects", lab.seed, 0).image).save(folder / "0.png")
+    figures = {}
+    for size in ("48x2", "48x8", "96x2", "144x2", "48x2-head"):
+        flags = ("--condition", "none", "--data", folder, "--val-data", folder, "--dit", f"claim-{size}")
+        lab.dit(f"width-{size}", "--preset", "nano-class", *flags, multiple=2)
+        figures[size] = lab.runs[f"width-{size}"]["val_loss"]
+    return figures
+
+
+def head(lab: Lab) -> Figures:
+    names = [f"{width}{kind}" for width in (96, 128, 192) for kind in ("", "-head", "-deep")]
+    flags = ("--preset", "nano-class", "--dit")
+    return {name: lab.right(lab.dit(f"head-{name}", *flags, f"claim-{name}")) for name in names}
+
+
+def noise(lab: Lab) -> Figures:
+    """Two decoders of the same latents, on images of DiTs trained briefly, longer and long."""
+    clean, noisy = (lab.decoder(f"tau{tau}", "--encoder", ENCODER, "--tau", tau) for tau in (0, 0.4))
+    figures = {}
+    for when, multiple in {"early": 0.25, "midway": 1, "late": 4}.items():
+        model = lab.dit(f"noise-{when}", *CLASS, "--autoencoder", clean, multiple=multiple)
+        figures |= {f"{when}, clean": lab.right(model, clean), f"{when}, noisy": lab.right(model, noisy)}
+    return figures
+
+
+QUESTIONS = ("--dit", "claim", "--val-data", "nano:objects", "--data")
+MIXED = (*QUESTIONS, "nano:objects=0.7,nano:questions=0.3")
+
+
+def text_models(lab: Lab) -> dict[str, Path]:
+    """Text-to-image in the latents of an RAE and of a VAE, of equally many tokens and of equal DiTs."""
+    vae = lab.prepared("vae", "vae", 5)
+    of_vae = ("--autoencoder", vae, "--reader", SHIPPED)
+    return {
+        "RAE": lab.dit("text-rae", *MIXED, multiple=2.5),
+        "VAE": lab.dit("text-vae", *MIXED, *of_vae, multiple=2.5),
+    }
+
+
+def rae_or_vae(lab: Lab) -> Figures:
+    return {name: lab.overall(model) for name, model in text_models(lab).items()}
+
+
+def finetuning(lab: Lab) -> Figures:
+    """Score after many epochs of 256 images."""
+    folder = Path(lab.config.out) / f"few-{lab.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(256):
+        sample = shapes.draw("objects", 77 + lab.seed, i)
+        Image.fromarray(sample.image).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(sample.caption)
+    figures = {}
+    for name, model in text_models(lab).items():
+        flags = ("--init", model, "--data", folder, "--val-data", "nano:objects", "--warmup", 0.03)
+        flags += ("--reader", SHIPPED) if name == "VAE" else ()
+        for epochs in EPOCHS:
+            tuned = lab.dit(f"few-{name}-{epochs}", *flags, multiple=epochs * 8 / lab.config.steps)
+            figures[f"{name}, {epochs} epochs"] = lab.overall(tuned)
+    return figures
+
+
+def lost(figures: Figures, name: str) -> float:
+    """What the longest finetuning loses of the best score."""
+    values = [figures[f"{name}, {epochs} epochs"] for epochs in EPOCHS]
+    return max(values) - values[-1]
+
+
+def decoder_data(lab: Lab) -> Figures:
+    mixtures = {
+        "without words": "nano:objects=0.7,nano:scenes=0.3",
+        "with words": "nano:objects=0.7,nano:scenes=0.15,nano:text=0.15",
+    }
+    figures = {}
+    for arm, mixture in mixtures.items():
+        flags = ("--encoder", ENCODER, "--data", mixture)
+        autoencoder = lab.decoder(arm.replace(" ", "-"), *flags, multiple=4, seed=lab.seed)
+        figures[arm] = lab.psnr(autoencoder, "text")
+    return figures
+
+
+def verification(lab: Lab) -> Figures:
+    """The best 4 of 32 images of the shipped model, by each verifier."""
+    limit, candidates, steps = (1, 4, 2) if lab.config.smoke else (5, 32, 25)
+    config = evaluate.Config(limit=limit, candidates=candidates)
+    model = rae.TextToImage.from_pretrained(common.WEIGHTS / "t2i").eval()
+    sampler = {"steps": steps, "guidance": 3.0}
+    scores = evaluate.scale_one_seed(model, [candidates], 5000 + lab.seed, sampler, config, lab.dist_ctx)
+    return {name: score for (_, name), score in scores.items()}
+
+
+def understanding(lab: Lab) -> Figures:
+    """Equally many questions with and without requests for images."""
+    models = text_models(lab)
+    models["no generation"] = lab.dit("text-none", *QUESTIONS, "nano:questions", multiple=0.3 * 2.5)
+    return {name: lab.answers(model) for name, model in models.items()}
+
+
+def layers(lab: Lab) -> Figures:
+    figures = {}
+    for arm in ("5", "3,4,5"):
+        autoencoder = lab.decoder(f"layers{arm}", "--encoder", ENCODER, "--layers", arm)
+        figures[f"layers {arm}"] = lab.right(lab.dit(f"layers{arm}", *CLASS, "--autoencoder", autoencoder))
+    return figures
+
+
+def prediction(lab: Lab) -> Figures:
+    flags = (*IN_CONTEXT, "--base-weight", 0, "--prediction")
+    return {kind: lab.right(lab.dit(f"predicts-{kind}", *flags, kind)) for kind in ("velocity", "x")}
+
+
+def base_head(lab: Lab) -> Figures:
+    model = lab.dit("base-head", *IN_CONTEXT, "--base-weight", 1)
+    return {
+        "no guidance": lab.right(model),
+        "classifier-free 1.5": lab.right(model, guidance=1.5),
+        "internal 1.5": lab.right(model, internal_guidance=1.5),
+    }
+
+
+@dataclass
+class Claim:
+    says: str
+    source: str
+    paper: str  # the paper's figure
+    figure: str  # what is measured of every arm
+    measure: Callable[[Lab], Figures]
+    contrast: Callable[[Figures], float]
+
+
+RIGHT, SCORE = "right images", "overall of the six tasks"
+CLAIMS = {
+    "semantics": Claim(
+        "Latents of an encoder that knows what it sees are easier to generate than others",
+        *("RAE", "47x faster than SiT at equal FID", RIGHT, semantics),
+        lambda f: f["objects"] - max(f["pixels"], f["random"]),
+    ),
+    "shift": Claim(
+        "The timestep shift has to grow with the dimension of the latents",
+        *("RAE 4.3, Scale-RAE 3.1", "GenEval 23.6 -> 49.6", RIGHT, shift),
+        lambda f: best_alpha(f, WIDTHS[-1]) - best_alpha(f, WIDTHS[0]),
+    ),
+    "width": Claim(
+        "The DiT has to be as wide as the tokens, and depth is no cure",
+        *("RAE 4.1", "the loss of narrower ones ends at a plateau", "velocity error on one image", dit_width),
+        lambda f: min(f["48x2"], f["48x8"]) - max(f["96x2"], f["48x2-head"]),
+    ),
+    "head": Claim(
+        "The DDT head helps small models more than large ones",
+        *("Scale-RAE 3.3", "+11.2 GenEval at 0.5B, +0.5 at 3.1B", RIGHT, head),
+        lambda f: (f["96-head"] - f["96"]) - (f["192-head"] - f["192"]),
+    ),
+    "noise": Claim(
+        "Noise-augmented decoding helps early in training more than late",
+        *("Scale-RAE 3.2", "+5.1 at 1k steps, +0.2 at 30k", RIGHT, noise),
+        lambda f: (f["early, noisy"] - f["early, clean"]) - (f["late, noisy"] - f["late, clean"]),
+    ),
+    "vae": Claim(
+        "In RAE latents text-to-image converges faster than in a VAE's",
+        *("Scale-RAE 4", "4.0x (GenEval), 4.6x (DPG)", SCORE, rae_or_vae),
+        lambda f: f["RAE"] - f["VAE"],
+    ),
+    "finetuning": Claim(
+        "In long finetuning models in VAE latents lose more than those in RAE latents",
+        *("Scale-RAE 4.2", "33.9 against 80.8 at 256 epochs", SCORE, finetuning),
+        lambda f: lost(f, "VAE") - lost(f, "RAE"),
+    ),
+    "data": Claim(
+        "What the decoder is trained on decides what it reconstructs",
+        *("Scale-RAE 2", "rFID of text 2.41 -> 1.62", "PSNR of words, dB", decoder_data),
+        lambda f: f["with words"] - f["without words"],
+    ),
+    "verification": Claim(
+        "The language model can judge latents",
+        *("Scale-RAE 5", "GenEval 53.2 -> 64.3, best 4 of 32", SCORE, verification),
+        lambda f: f["answer_logits"] - f["chance"],
+    ),
+    "understanding": Claim(
+        "Generating in the latents that are read costs at most 0.02 of the answers",
+        *("Scale-RAE 4.3", "MME 1468.7 against 1481.7", "right answers", understanding),
+        lambda f: f["RAE"] - f["no generation"] + 0.02,
+    ),
+    "layers": Claim(
+        "The mean of several of the encoder's layers is better than the last",
+        *("RAEv2", "80 epochs instead of 800, with the next two", RIGHT, layers),
+        lambda f: f["layers 3,4,5"] - f["layers 5"],
+    ),
+    "prediction": Claim(
+        "Clean latents are a better prediction than the velocity",
+        *("RAEv2", "see above", RIGHT, prediction),
+        lambda f: f["x"] - f["velocity"],
+    ),
+    "base-head": Claim(
+        "Internal guidance by a base head is better than classifier-free guidance",
+        *("RAEv2", "see above", RIGHT, base_head),
+        lambda f: f["internal 1.5"] - f["classifier-free 1.5"],
+    ),
+}
+
+
+# -----------------------------------------------------------------------------------------------------------
+# results
+
+
+def verdict(contrasts: list[float]) -> str:
+    if len(contrasts) < 3:
+        return "too few seeds"
+    if len(set(contrasts)) == 1:  # the test would divide by a spread of 0
+        p = {-1.0: 1.0, 0.0: 0.5, 1.0: 0.0}[float(np.sign(contrasts[0]))]
+    else:
+        p = scipy.stats.ttest_1samp(contrasts, 0, alternative="greater").pvalue
+    return "agrees" if p < 0.05 else "disagrees" if p > 0.95 else "cannot tell"
+
+
+def measure(name: str, config: Config) -> None:
+    """The seeds that are missing. Writes after every one."""
+    claim, path = CLAIMS[name], Path(config.results) / f"{name}.json"
+    content = {"settings": {"steps": config.steps, "dtype": config.dtype, "smoke": config.smoke}, "seeds": []}
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before["settings"] != content["settings"]:
+            raise ValueError(f"{path} was measured with {before['settings']}: give the same, or --results")
+        content = before
+    rates = content.get("learning_rates", {})
+    for seed in range(len(content["seeds"]), 1 if config.smoke else config.seeds):
+        lab = Lab(config, seed, rates)
+        figures = claim.measure(lab)
+        content["seeds"].append({"figures": figures, "contrast": claim.contrast(figures), "runs": lab.runs})
+        content |= {"learning_rates": lab.rates, "torch": torch.__version__}
+        content["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+        with common.replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        plot(claim, content["seeds"], path.with_suffix(".png"))
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def plot(claim: Claim, seeds: list[dict], path: Path) -> None:
+    """A bar for every arm: the mean over seeds and their standard deviation."""
+    arms = list(seeds[0]["figures"])
+    means, deviations = zip(*(spread([row["figures"][arm] for row in seeds]) for arm in arms), strict=True)
+    with common.plotting(path, 1, 1, figsize=(7, 1 + 0.35 * len(arms))) as axis:
+        axis.barh(arms, means, xerr=deviations)
+        axis.invert_yaxis()
+        axis.set(xlabel=claim.figure, title=claim.says)
+
+
+def table(results: Path) -> str:
+    """Markdown: every claim, with what is known of it."""
+    lines = ["| claim | paper | here | contrast | verdict |", "|---|---|---|---|---|"]
+    for name, claim in CLAIMS.items():
+        here = contrast = ""
+        conclusion, path = "not measured", results / f"{name}.json"
+        if path.exists():
+            seeds = json.loads(path.read_text())["seeds"]
+            arms = {arm: spread([row["figures"][arm] for row in seeds]) for arm in seeds[0]["figures"]}
+            here = "; ".join(f"{arm} {mean:.3f} ± {deviation:.3f}" for arm, (mean, deviation) in arms.items())
+            contrasts = [row["contrast"] for row in seeds]
+            contrast, conclusion = "{:+.3f} ± {:.3f}".format(*spread(contrasts)), verdict(contrasts)
+        paper = f"{claim.source}: {claim.paper}"
+        lines.append(f"| {claim.says} | {paper} | {claim.figure}: {here} | {contrast} | {conclusion} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    config = common.parse(Config, __doc__)
+    names = list(CLAIMS) if config.names == ["all"] else config.names
+    if unknown := set(names) - CLAIMS.keys():
+        raise ValueError(f"no claim {', '.join(sorted(unknown))}: choose all, or from {', '.join(CLAIMS)}")
+    if config.smoke and "results" not in config.given:
+        config.results = f"{config.out}/results"
+    for name in names:
+        measure(name, config)
+    print(table(Path(config.results)))
+
+
+if __name__ == "__main__":
+    common.main(main)
