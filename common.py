@@ -1,6 +1,7 @@
 """What the scripts share: flags, distributed set-up, optimizer step, files, checkpoints, log."""
 
 import argparse
+import copy
 import dataclasses
 import fcntl
 import hashlib
@@ -267,9 +268,46 @@ def init_distributed(dtype: str = "auto", shard: str = "none", minutes: int = 30
     return DistContext(device, rank, world_size, {"bf16": torch.bfloat16, "fp32": torch.float32}[name], mesh)
 
 
-def shard_model(module: nn.Module, blocks: Iterable[nn.Module], dist_ctx: DistContext, *methods: str) -> None:
+def skeleton(module: nn.Module) -> nn.Module:
+    """A copy without weights: its tensors are on the meta device."""
+    memo = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(module, memo)
+
+
+def build(make: Callable[[], nn.Module], dist_ctx: DistContext) -> nn.Module:
+    """The module that `make` returns. With --shard only the main process makes it, and the others get its
+    skeleton: a node's memory holds it once, not once for every GPU."""
+    if dist_ctx.mesh is None:
+        return make()
+    whole = []
+
+    def outline() -> nn.Module:
+        whole.append(make())
+        return skeleton(whole[0])
+
+    outlined = from_main(outline, dist_ctx)
+    return whole[0] if whole else outlined
+
+
+def twin(module: nn.Module, dist_ctx: DistContext) -> nn.Module:
+    """A copy to give to `shard_model`: with --shard only the skeleton, which that fills."""
+    return copy.deepcopy(module) if dist_ctx.mesh is None else skeleton(module)
+
+
+def shard_model(
+    module: nn.Module,
+    blocks: Iterable[nn.Module],
+    dist_ctx: DistContext,
+    *methods: str,
+    whole: nn.Module | None = None,
+) -> None:
     """Moves a module to the device. With --shard, FSDP2 spreads it over ranks, one block at a time: every
-    rank has to run every block, in the same order. `methods` are entry points beside `forward`.
+    rank has to run every block, in the same order. `methods` are entry points beside `forward`. A skeleton
+    gets the weights of the main process's `whole`.
 
     Gradients are summed over ranks, not averaged, because losses are divided by global counts: here by FSDP,
     without --shard by `Optimizers.step`."""
@@ -282,8 +320,10 @@ def shard_model(module: nn.Module, blocks: Iterable[nn.Module], dist_ctx: DistCo
     mesh = dist_ctx.mesh if dist_ctx.mesh.shape[0] > 1 else dist_ctx.mesh["shard"]
     # Tables of one row would be padded to a row for every rank.
     tables = {p for p in module.parameters() if p.shape[:1] == (1,) and not p.requires_grad}
-    for table in tables:
-        table.data = table.to(dist_ctx.device)
+    is_skeleton = any(p.is_meta for p in module.parameters())
+    if not is_skeleton:
+        for table in tables:
+            table.data = table.to(dist_ctx.device)
     policy = MixedPrecisionPolicy()
     if dist_ctx.dtype != torch.float32 and dist_ctx.device.type == "cuda":
         # Blocks are gathered in bf16: half the bytes, and no copies for autocast. The rest stays fp32.
@@ -296,6 +336,22 @@ def shard_model(module: nn.Module, blocks: Iterable[nn.Module], dist_ctx: DistCo
         part.set_force_sum_reduction_for_comms(True)
     for method in methods:
         register_fsdp_forward_method(module, method)
+    if is_skeleton:
+        fill(module, whole, dist_ctx)
+
+
+def fill(module: nn.Module, whole: nn.Module | None, dist_ctx: DistContext) -> None:
+    """Gives a sharded skeleton the main process's weights and buffers, a tensor at a time."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    module.to_empty(device=dist_ctx.device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(module, whole.state_dict() if whole else {}, options=options)
+    values = dict(whole.named_buffers()) if whole else {}
+    for name, buffer in module.named_buffers():  # also those that a state dict leaves out
+        if name in values:
+            buffer.copy_(values[name])
+        dist.broadcast(buffer, 0)
 
 
 def compile_blocks(
@@ -466,26 +522,42 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                self.update(p, self.state[p]["momentum_buffer"], group)
+        """Ranks share the work: of so many matrices at a time, each orthogonalises one and sends it to the
+        others."""
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        matrices = [(p, group) for group in self.param_groups for p in group["params"]]
+        matrices.sort(key=lambda pair: pair[0].numel())  # so that all ranks have as much to do
+        for start in range(0, len(matrices), world_size):
+            some = matrices[start : start + world_size]
+            updates = [self.momentum(p, group) for p, group in some]
+            for owner, (_, group) in enumerate(some):
+                if owner == rank:
+                    parts = updates[owner].unflatten(0, (group["parts"], -1))
+                    updates[owner] = orthogonalise(parts).flatten(0, 1).contiguous()
+            for owner, (p, group) in enumerate(some):
+                if world_size > 1:
+                    dist.broadcast(updates[owner], owner)
+                self.apply(p, updates[owner], group)
 
-    def update(self, p: Tensor, momentum: Tensor, group: dict) -> None:
+    def momentum(self, p: Tensor, group: dict) -> Tensor:
+        """The whole matrix of Nesterov momentum."""
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        averaged = group["momentum"] * self.state[p]["momentum_buffer"] + p.grad
+        return full_tensor(p.grad + group["momentum"] * averaged).float()
+
+    def apply(self, p: Tensor, update: Tensor, group: dict) -> None:
+        """One step of a matrix and of its momentum; of their shards, if they are sharded."""
         skip = self.found_inf.to(p.device) > 0
-        averaged = group["momentum"] * momentum + p.grad
-        # every rank orthogonalises the whole matrix and keeps its shard
-        nesterov = full_tensor(p.grad + group["momentum"] * averaged)
-        step = orthogonalise(nesterov.unflatten(0, (group["parts"], -1))).flatten(0, 1)
+        side = group["side"] or max(update.shape[0] // group["parts"], update.shape[1])
         if hasattr(p, "device_mesh"):
-            step = distribute_tensor(step, p.device_mesh, p.placements, src_data_rank=None)
-        side = group["side"] or max(nesterov.shape[0] // group["parts"], nesterov.shape[1])
-        weights, buffer = local_tensor(p), local_tensor(momentum)
+            update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
+        weights, buffer = local_tensor(p), local_tensor(self.state[p]["momentum_buffer"])
+        averaged = group["momentum"] * buffer + local_tensor(p.grad)
         decayed = (1 - group["lr"] * group["weight_decay"]) * weights
-        new = decayed - group["lr"] * 0.2 * math.sqrt(side) * local_tensor(step)
+        new = decayed - group["lr"] * 0.2 * math.sqrt(side) * local_tensor(update)
         weights.copy_(torch.where(skip, weights, new))
-        buffer.copy_(torch.where(skip, buffer, local_tensor(averaged)))
+        buffer.copy_(torch.where(skip, buffer, averaged))
 
 
 def muon_groups(module: nn.Module, matrices: list[nn.Parameter]) -> list[dict]:

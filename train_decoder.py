@@ -231,7 +231,8 @@ class Perceptual(nn.Module):
             import lpips
 
             try:
-                self.lpips = lpips.LPIPS(net="vgg", verbose=False)
+                # convolutions are fastest with the channels last
+                self.lpips = lpips.LPIPS(net="vgg", verbose=False).to(memory_format=torch.channels_last)
             except OSError as error:
                 raise OSError(f"--perceptual lpips downloads VGG16, which failed: {error}") from error
         self.requires_grad_(False).eval()
@@ -659,6 +660,7 @@ def main() -> None:
         common.shard_model(module.decoder, module.decoder.decoder_layers, dist_ctx)
     blocks = [*model.decoder.decoder_layers, *model.encoder.blocks]
     blocks += discriminator.backbone.encoder.blocks if discriminator else []
+    blocks += [perceptual.lpips.net] if perceptual and perceptual.lpips else []
     common.compile_blocks(blocks, config.compile, dist_ctx)
     if config.activation_checkpointing:
         common.checkpoint_blocks(model.decoder.decoder_layers)

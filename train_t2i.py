@@ -23,7 +23,6 @@ ClassToImage folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl,
 OUT/samples/.
 """
 
-import copy
 import itertools
 import math
 import os
@@ -554,7 +553,9 @@ def main() -> None:
         classes = {"text": rae.TextToImage, "caption": rae.CaptionToImage}
         cls = classes.get(config.condition, rae.ClassToImage)
         with common.loading(config.init):
-            init = cls.from_pretrained(config.init, config.autoencoder).train()
+            init = common.build(
+                lambda: cls.from_pretrained(config.init, config.autoencoder).train(), dist_ctx
+            )
         config.autoencoder = init.autoencoder_path
         # a preset's alpha is for new models
         for name in ("alpha", "prediction"):
@@ -569,16 +570,18 @@ def main() -> None:
     torch.manual_seed(config.seed)
     num_classes = count_classes(config, source)
     class_names = source.class_names if num_classes else None
-    model = build_model(config, init, autoencoder.latent_shape, num_classes, reader, class_names)
-    export = copy.deepcopy(model) if dist_ctx.is_main else None  # stays unsharded, to write OUT/model with
-    ema = copy.deepcopy(model) if config.ema else model
+    args = config, init, autoencoder.latent_shape, num_classes, reader, class_names
+    export = common.build(lambda: build_model(*args), dist_ctx)
+    model = common.twin(export, dist_ctx)
+    ema = common.twin(export, dist_ctx) if config.ema else model
+    export = export if dist_ctx.is_main else None  # stays unsharded, to write OUT/model with
     val_batch = validation_batch(config, val_source)
     if dist_ctx.peak_flops():
         seq_len = model.chat(val_batch["conversation"]).ids.shape[1] if is_text else 0
         run.flops_per_step = flops_per_step(config, model, autoencoder, seq_len)
     modules = {"model": model, "ema": ema} if config.ema else {"ema": model}
     for module in modules.values():
-        common.shard_model(module, module.blocks, dist_ctx, "generate")
+        common.shard_model(module, module.blocks, dist_ctx, "generate", whole=export)
     encoder_blocks = autoencoder.encoder.blocks if isinstance(autoencoder, rae.RAE) else []
     common.compile_blocks([*model.blocks, *encoder_blocks], config.compile, dist_ctx)
     if config.activation_checkpointing:

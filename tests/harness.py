@@ -66,6 +66,7 @@ def compiled_cheaply() -> None:
     import torch
 
     compile_ = torch.compile
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # or blocks would run eagerly from then on
 
     def cheaply(forward: Callable, **_) -> Callable:
         print("compiles")

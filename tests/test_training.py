@@ -117,6 +117,19 @@ def use_sgd() -> None:
     torch.optim.AdamW = SGD
 
 
+def only_the_main_process_builds() -> None:
+    use_sgd()
+    import train_t2i
+
+    build = train_t2i.build_model
+
+    def on_main(*args) -> torch.nn.Module:
+        assert os.environ["RANK"] == "0"
+        return build(*args)
+
+    train_t2i.build_model = on_main
+
+
 VARIANTS = {
     "train_t2i.py": {
         "one": (1, []),
@@ -136,12 +149,25 @@ VARIANTS = {
 }
 
 
+def test_a_skeleton_is_the_model_without_its_weights(parts):
+    model = rae.TextToImage.from_pretrained(parts / "t2i")
+    model.dit.requires_grad_(False)
+    outline = pickle.loads(pickle.dumps(common.skeleton(model)))
+    assert all(x.is_meta for x in (*outline.parameters(), *outline.buffers()))
+    for (name, x), (other, y) in zip(model.named_parameters(), outline.named_parameters(), strict=True):
+        assert (name, x.shape, x.requires_grad) == (other, y.shape, y.requires_grad)
+    language_model = outline.language_model
+    assert language_model.get_input_embeddings().weight is language_model.get_output_embeddings().weight
+    assert outline.tokenizer.encode("a star") == model.tokenizer.encode("a star")
+    assert not any(p.is_meta for p in model.parameters())
+
+
 @pytest.mark.parametrize("script, resumed_on", [("train_t2i.py", 1), ("train_decoder.py", 4)])
 def test_processes_shards_and_accumulation_change_nothing(script, resumed_on, world, parts, tmp_path):
     """Text: requests, questions and text mixed, so that counts are unequal and some ranks have no image.
     Decoder: all losses; power iterations and adaptive weights are the same on all ranks. A checkpoint of two
     processes is continued by another number of them."""
-    if script == "train_t2i.py":
+    if is_text := script == "train_t2i.py":
         names = "loss text_loss flow_loss grad_norm val_loss val_loss_0.3 val_loss_0.6 val_loss_0.9".split()
         flags = [*t2i_flags(parts, ""), "--data", write_mixed(tmp_path, 11), "--eval-every", 2]
     else:
@@ -152,8 +178,8 @@ def test_processes_shards_and_accumulation_change_nothing(script, resumed_on, wo
     runs = {}
     for name, (size, more) in VARIANTS[script].items():
         nodes = 2 if name == "hybrid" else 1
-        more = [*more, "--out", tmp_path / name]
-        runs[name] = world(size, script, *flags, *more, patch=use_sgd, nodes=nodes)
+        patch = only_the_main_process_builds if "--shard" in more and is_text else use_sgd
+        runs[name] = world(size, script, *flags, *more, "--out", tmp_path / name, patch=patch, nodes=nodes)
     printed = {name: run.wait() for name, run in runs.items()}
     assert "2 processes (gloo), float32 compute, fp32 weights, 2 replicas of 1 shards" in printed["two"]
     assert "hybrid" not in printed or "2 replicas of 2 shards" in printed["hybrid"]
@@ -171,6 +197,24 @@ def test_processes_shards_and_accumulation_change_nothing(script, resumed_on, wo
         assert_same(weights(tmp_path / name), weights(base), atol=1e-5)
 
 
+def count_communication() -> None:
+    """A patch: prints how often Muon orthogonalises and communicates in a step."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    use_sgd()
+    step, orthogonalise, done = common.Muon.step, common.orthogonalise, []
+
+    def counted(self) -> None:
+        matrices = sum(len(group["params"]) for group in self.param_groups)
+        with CommDebugMode() as mode:
+            step(self)
+        print(f"{matrices} matrices, {len(done)} here, {mode.get_total_counts()} collectives", flush=True)
+        done.clear()
+
+    common.Muon.step = counted
+    common.orthogonalise = lambda x: (done.append(1), orthogonalise(x))[1]
+
+
 @pytest.mark.parametrize(
     "script, matrix, variants",
     [
@@ -185,11 +229,16 @@ def test_nor_do_they_with_muon_several_draws_and_no_ema(script, matrix, variants
     flags = [*(t2i_flags if is_text else decoder_flags)(parts, ""), "--muon", 0.02, *variants]
     flags += ["--steps", 3, "--save-every", 1, "--keep", 9, "--ema", 0]
     sizes = {"one": (1, []), "full": (2, ["--shard", "full"]), "micro": (1, ["--grad-accum", 3])}
-    runs = [
-        world(size, script, *flags, *more, "--out", tmp_path / name, patch=use_sgd)
+    runs = {
+        name: world(size, script, *flags, *more, "--out", tmp_path / name, patch=count_communication)
         for name, (size, more) in sizes.items()
-    ]
-    [run.wait() for run in runs]
+    }
+    printed = {name: run.wait() for name, run in runs.items()}
+    # every rank orthogonalises its share; a sharded matrix is gathered once, and its update sent once
+    counts = re.findall(r"(\d+) matrices, (\d+) here, (\d+) collectives", printed["full"])
+    assert len(counts) == 8  # of 2 ranks: 3 steps, and the one that makes the state
+    for matrices, here, collectives in (map(int, row) for row in counts):
+        assert (matrices + 1) // 2 >= here >= matrices // 2 and collectives == 2 * matrices
     expected, final = logged(tmp_path / "one", "loss", "grad_norm"), weights(tmp_path / "one")
     first = state(tmp_path / "one/checkpoints/0000001")
     prefix = "ema" if is_text else "model"  # without EMA only the saved weights exist
