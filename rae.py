@@ -1088,11 +1088,9 @@ def flow_loss(
     return (model(x_t, t, condition) - (noise - latents)).square().mean(dim=(1, 2))
 
 
-def time_grid(steps: int, alpha: float, grid: str = "full", start: float = 1.0) -> list[tuple[float, float]]:
-    """(t, dt) of every Euler step from t = `start`. "full" goes down to 0 in `steps` evaluations; "rae" and
+def time_grid(steps: int, alpha: float, grid: str = "full") -> list[tuple[float, float]]:
+    """(t, dt) of every Euler step from t = 1. "full" goes down to 0 in `steps` evaluations; "rae" and
     "scale-rae" are the grids of the authors' code, with one evaluation less."""
-    if start < 1 and grid != "full":
-        raise ValueError(f"only grid 'full' can start at {start}, not {grid!r}")
     if steps < 1 + (grid != "full"):
         raise ValueError(f"grid {grid!r} needs more than {steps} step(s)")
     if grid == "full":
@@ -1109,8 +1107,6 @@ def time_grid(steps: int, alpha: float, grid: str = "full", start: float = 1.0) 
     else:
         raise ValueError(f"unknown grid {grid!r}: full, rae or scale-rae")
     points = shift_time(base, alpha).tolist()
-    if start < 1:
-        points = [start, *(t for t in points if t < start)]
     # steps from each point to the next; the last point is not evaluated
     pairs = [(t, after - t) for t, after in zip(points, points[1:], strict=False)]
     if grid == "scale-rae":
@@ -1126,20 +1122,18 @@ def sample(
     alpha: float | None = None,
     solver: str = "euler",
     grid: str = "full",
-    start: float = 1.0,
 ) -> Tensor:
     """Integrates dx/dt = velocity(x, t (B,)) from noise (B, N, C) to latents.
 
     alpha: factor of the timestep shift, sqrt(N C / 4096) by default.
     solver: "euler", or "heun" (two evaluations per step). grid: see `time_grid`.
-    start: the noise level t of `noise`, if it is latents noised to less than 1.
     """
     if solver not in ("euler", "heun"):
         raise ValueError(f"unknown solver {solver!r}: euler or heun")
     alpha = default_alpha(noise.shape[1:]) if alpha is None else alpha
     # fp32: the sum of many small steps. dt is negative: from noise at t = 1 down to data at t = 0.
     x = noise.float()
-    for t, dt in time_grid(steps, alpha, grid, start):
+    for t, dt in time_grid(steps, alpha, grid):
         v = velocity(x, x.new_full((len(x),), t))
         if solver == "heun":
             # the mean of the velocities at both ends of the step
@@ -1260,7 +1254,6 @@ class LatentModel(nn.Module, Hub):
         grid: str = "full",
         guide: "LatentModel | None" = None,
         interval: tuple[float, float] = (0.0, 1.0),
-        start: float = 1.0,
         internal_guidance: float = 1.0,
     ) -> Tensor:
         """Latents (B, N, C) for B prompts or class labels.
@@ -1269,7 +1262,7 @@ class LatentModel(nn.Module, Hub):
             weaker model of the same latents. interval: the guidance interval, in t.
         internal_guidance: scale of the guidance by the model's own base head, 1 for none (RAEv2).
         noise: (B, N, C); if None it is drawn with `generator`, on its device.
-        steps, solver, grid, start: see `sample`.
+        steps, solver, grid: see `sample`.
         """
         if guidance != 1 and guide is None and self.dit.y_embedder is None:
             raise ValueError("an unconditional model has no classifier-free guidance: give a guide")
@@ -1296,7 +1289,7 @@ class LatentModel(nn.Module, Hub):
             else:
                 weaker = velocity_of(self, None, internal_guidance)
             velocity = guided(velocity, weaker, guidance, interval)
-        return sample(velocity, noise, steps, self.alpha, solver, grid, start)
+        return sample(velocity, noise, steps, self.alpha, solver, grid)
 
     # -- one folder: config.json, model.safetensors, and for text the tokenizer's files
 

@@ -178,7 +178,7 @@ def training_cost(run: Path) -> dict[str, float]:
         keys = [key for key in file.keys() if key.startswith("dit.")]
         weights = sum(math.prod(file.get_slice(key).get_shape()) for key in keys)
     flops = 6 * weights * model["latent_shape"][0] * config["draws"] * samples
-    return {"training_loss": last.get("flow_loss", last["loss"]), "samples": samples, "pflop": flops / 1e15}
+    return {"training_loss": last["loss"], "samples": samples, "pflop": flops / 1e15}
 
 
 # -----------------------------------------------------------------------------------------------------------

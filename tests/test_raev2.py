@@ -23,7 +23,6 @@ import common
 import convert
 import rae
 import train_t2i
-from nano import raev2
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_raev2.json").read_text())
 DIT_CASES = ["A1", "A2", "A3", "B1", "C1", "C2"]
@@ -510,20 +509,6 @@ def test_processes_accumulation_and_resume_agree(condition, world, parts, tmp_pa
         1, "sample.py", *prompt, *flags, "--model", tmp_path / "one/model", "--out", tmp_path / "images"
     ).wait()
     assert len(list((tmp_path / "images").glob("*.png"))) == 2  # the image and its grid
-
-
-def test_the_comparison_in_the_nano_world(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(raev2, "script", lambda name, *flags: world(1, name, *flags).wait())
-    arms = ("adaLN, velocity", "in context, x, base head")
-    monkeypatch.setattr(raev2, "ARMS", {name: raev2.ARMS[name] for name in arms})
-    flags = ["--seeds", "0", "--steps", "2", "--images", "64", "--samples", "48", "--out", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", ["nano.raev2", *flags])
-    raev2.main()
-    results = {row["metric"]: row for row in json.loads((tmp_path / "results.json").read_text())["results"]}
-    assert results["val_loss/adaLN, velocity"]["value"] > 1  # two steps
-    assert "internal 1.5/adaLN, velocity" not in results
-    assert results["internal 1.5/in context, x, base head"]["n"] == 1
-    assert "| none " in capsys.readouterr().out
 
 
 def test_wrong_input(parts, tmp_path, world):

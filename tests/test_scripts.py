@@ -151,8 +151,6 @@ def test_mistakes_end_in_one_line(script, flags, message, parts, tmp_path, monke
         ("eval", "--out", ".json"),
         ("bench", "--json", ".json"),
         ("nano.evaluate", "--out", ".json"),
-        ("nano.sampling", "--out", ".png"),
-        ("nano.width", "--out", ".png"),
     ],
 )
 def test_a_file_is_refused_before_the_work(module, flag, suffix, tmp_path, monkeypatch):

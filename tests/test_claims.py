@@ -1,0 +1,44 @@
+"""nano/claims.py: the rule of verdicts, and every claim end to end."""
+
+import json
+import shutil
+
+import pytest
+
+from nano import claims
+
+
+@pytest.mark.parametrize(
+    "contrasts, expected",
+    [
+        ([0.1, 0.2, 0.3], "agrees"),  # 3.46 standard errors
+        ([0.1, 0.2, 0.4], "cannot tell"),  # 2.65
+        ([-0.1, -0.2, -0.3], "disagrees"),
+        ([0.1, -0.1, 0.0], "cannot tell"),
+        ([1.0, 1.0, 1.0], "agrees"),
+        ([0.0, 0.0, 0.0], "cannot tell"),
+        ([0.5, 0.5], "too few seeds"),
+    ],
+)
+def test_verdict(contrasts, expected):
+    assert claims.verdict(contrasts) == expected
+
+
+def test_every_claim_end_to_end(world, tmp_path):
+    flags = ["all", "--smoke", "--out", tmp_path, "--dtype", "fp32"]
+    printed = world(1, "nano.claims", *flags).wait()
+    assert printed.count("| too few seeds |") == len(claims.CLAIMS)
+    for name in claims.CLAIMS:
+        content = json.loads((tmp_path / f"results/{name}.json").read_text())
+        [seed] = content["seeds"]
+        assert seed["contrast"] == claims.CLAIMS[name].contrast(seed["figures"])
+        assert (tmp_path / f"results/{name}.png").read_bytes().startswith(b"\x89PNG")
+        for run in seed["runs"].values():
+            assert run["samples"] > 0 and run["pflop"] > 0 and run["training_loss"] > 0
+
+    # trainings are not repeated, and figures of other settings are not mixed
+    shutil.rmtree(tmp_path / "results")
+    again = world(1, "nano.claims", "head", "--smoke", "--out", tmp_path, "--dtype", "fp32").wait()
+    assert "val_loss" not in again and again.count("not measured") == len(claims.CLAIMS) - 1
+    more = ["head", "--smoke", "--steps", 5, "--out", tmp_path, "--dtype", "fp32"]
+    assert "was measured with" in world(1, "nano.claims", *more).wait(1)
