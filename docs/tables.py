@@ -5,6 +5,7 @@
 
 A table stands between `<!-- table FILE [PREFIX ...] -->` and `<!-- end -->`, and below it the command and the
 date. FILE is relative to the Markdown file's folder. The prefixes select metrics of an evaluation's file.
+Of nano.claims FILE is the folder, and `short` lists the claims by verdict.
 """
 
 import json
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 from common import flag  # noqa: E402
+from nano import claims  # noqa: E402
 
 TABLE = re.compile(r"(<!-- table (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 BENCH_COLUMNS = {  # head: key, format
@@ -66,6 +68,9 @@ def update(text: str, folder: Path) -> str:
     def replace(match: re.Match) -> str:
         start, name, prefixes, end = match.groups()
         try:
+            if (folder / name).is_dir():
+                table = (claims.summary if "short" in prefixes else claims.table)(folder / name)
+                return f"{start}{table}\n{end}"
             file = json.loads((folder / name).read_text())
             is_bench = isinstance(file["results"], dict)
             table = bench_table(file) if is_bench else eval_table(file, tuple(prefixes.split()))

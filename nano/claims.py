@@ -21,6 +21,7 @@ import math
 import signal
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -491,17 +492,31 @@ def table(results: Path) -> str:
     """Markdown: every claim, with what is known of it."""
     lines = ["| claim | paper | here | contrast | verdict |", "|---|---|---|---|---|"]
     for name, claim in CLAIMS.items():
-        here = contrast = ""
-        conclusion, path = "not measured", results / f"{name}.json"
-        if path.exists():
-            seeds = json.loads(path.read_text())["seeds"]
+        here, contrast, conclusion = claim.figure, "", "not measured"
+        if seeds := measured(results, name):
             arms = {arm: spread([row["figures"][arm] for row in seeds]) for arm in seeds[0]["figures"]}
-            here = "; ".join(f"{arm} {mean:.3f} ± {deviation:.3f}" for arm, (mean, deviation) in arms.items())
+            values = (f"{arm} {mean:.3f} ± {deviation:.3f}" for arm, (mean, deviation) in arms.items())
+            here += f": {'; '.join(values)}"
             contrasts = [row["contrast"] for row in seeds]
             contrast, conclusion = "{:+.3f} ± {:.3f}".format(*spread(contrasts)), verdict(contrasts)
         paper = f"{claim.source}: {claim.paper}"
-        lines.append(f"| {claim.says} | {paper} | {claim.figure}: {here} | {contrast} | {conclusion} |")
+        lines.append(f"| `{name}`: {claim.says} | {paper} | {here} | {contrast} | {conclusion} |")
     return "\n".join(lines)
+
+
+def summary(results: Path) -> str:
+    """Markdown: the claims by verdict."""
+    names = defaultdict(list)
+    for name in CLAIMS:
+        seeds = measured(results, name)
+        names[verdict([row["contrast"] for row in seeds]) if seeds else "not measured"].append(name)
+    rows = (f"| {conclusion} | {', '.join(some)} |" for conclusion, some in sorted(names.items()))
+    return "\n".join(["| verdict | claims |", "|---|---|", *rows])
+
+
+def measured(results: Path, name: str) -> list[dict]:
+    path = results / f"{name}.json"
+    return json.loads(path.read_text())["seeds"] if path.exists() else []
 
 
 def main() -> None:

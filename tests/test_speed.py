@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from harness import TINY_DIT
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -314,6 +315,25 @@ def test_blocks_compile_without_a_break(name, parts, monkeypatch):
     common.compile_blocks(blocks, True, common.DistContext(torch.device("cpu"), 0, 1, torch.float32))
     torch.testing.assert_close(run(), eager)
     assert len(calls) == len(blocks)
+
+
+@needs_cuda
+def test_compiled_and_eager_agree_in_bf16(parts):
+    """On a CPU the compiler takes 25 s; docs/speed.md has what that showed."""
+    torch.manual_seed(0)
+    dit = TINY_DIT | {"head": (48, 1, 2), "condition_width": 20}
+    model = randomise(rae.TextToImage(str(parts / "language-model"), dit, (16, 24))).dit.cuda()
+    x, t, condition = (torch.randn(4, 16, 24), torch.rand(4), torch.randn(4, 16, 20))
+    inputs = [tensor.cuda() for tensor in (x, t, condition)]
+    with torch.no_grad():
+        exact = model(*inputs)
+        with torch.autocast("cuda", torch.bfloat16):
+            eager = model(*inputs).float()
+            common.compile_blocks(model.blocks, True, common.DistContext(GPU, 0, 1, torch.bfloat16))
+            compiled = model(*inputs).float()
+    for result in (eager, compiled):
+        assert (result - exact).norm() < 0.02 * exact.norm()
+    assert (compiled - eager).norm() < 0.01 * exact.norm()
 
 
 def test_compiled_sampling_draws_the_same(parts, tmp_path, monkeypatch):
