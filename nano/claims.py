@@ -49,7 +49,7 @@ Figures = dict[str, float]  # by arm
 class Config:
     names: list[str] = flag((), "claims to measure, or all (default: only the table)", nargs="*")
     seeds: int = flag(3, "number of seeds", at_least=1)
-    steps: int = flag(600, "steps of a class-conditional DiT; others train for multiples of it", at_least=1)
+    steps: int = flag(300, "steps of a class-conditional DiT; others train for multiples of it", at_least=1)
     smoke: bool = flag(False, "one seed and two steps: shows that everything runs")
     dtype: str = flag("bf16", "compute dtype", choices=["auto", "bf16", "fp32"])
     out: str = flag("runs/claims", "folder of the trainings")
@@ -101,7 +101,7 @@ class Lab:
             self.script("nano.prepare", part, "--out", out, "--steps", steps, *small, *flags)
         return out / part
 
-    def decoder(self, name: str, *flags, multiple: float = 2.5, seed: int = 0) -> Path:
+    def decoder(self, name: str, *flags, multiple: float = 5, seed: int = 0) -> Path:
         small = ["--statistics", 16, "--batch", 4] if self.config.smoke else []
         name, steps = f"decoder-{name}-{seed}", self.steps(multiple)
         return self.train("train_decoder", name, steps, "--seed", seed, *small, *flags) / "model"
@@ -209,7 +209,7 @@ def autoencoder_of(lab: Lab, name: str, multiple: float, *flags) -> Path:
 
 def semantics(lab: Lab) -> Figures:
     """One encoder learns what is in the image, one to reconstruct it, one nothing."""
-    arms = {"objects": (5, "--width", 96), "pixels": (5, "--target", "pixels"), "random": (0,)}
+    arms = {"objects": (10, "--width", 96), "pixels": (10, "--target", "pixels"), "random": (0,)}
     figures = {}
     for arm, recipe in arms.items():
         autoencoder = autoencoder_of(lab, "96" if arm == "objects" else arm, *recipe)
@@ -220,7 +220,7 @@ def semantics(lab: Lab) -> Figures:
 def shift(lab: Lab) -> Figures:
     figures = {}
     for width in WIDTHS:
-        autoencoder = autoencoder_of(lab, str(width), 5, "--width", width)
+        autoencoder = autoencoder_of(lab, str(width), 10, "--width", width)
         for alpha in ALPHAS:
             flags = ("--autoencoder", autoencoder, "--alpha", alpha)
             figures[f"{width} channels, alpha {alpha}"] = lab.right(
@@ -243,7 +243,7 @@ def dit_width(lab: Lab) -> Figures:
     figures = {}
     for size in ("48x2", "48x8", "96x2", "144x2", "48x2-head"):
         flags = ("--condition", "none", "--data", folder, "--val-data", folder, "--dit", f"claim-{size}")
-        lab.dit(f"width-{size}", "--preset", "nano-class", *flags, multiple=2)
+        lab.dit(f"width-{size}", "--preset", "nano-class", *flags, multiple=4)
         figures[size] = lab.runs[f"width-{size}"]["val_loss"]
     return figures
 
@@ -258,7 +258,7 @@ def noise(lab: Lab) -> Figures:
     """Two decoders of the same latents, on images of DiTs trained briefly, longer and long."""
     clean, noisy = (lab.decoder(f"tau{tau}", "--encoder", ENCODER, "--tau", tau) for tau in (0, 0.4))
     figures = {}
-    for when, multiple in {"early": 0.25, "midway": 1, "late": 4}.items():
+    for when, multiple in {"early": 0.5, "midway": 1, "late": 4}.items():
         model = lab.dit(f"noise-{when}", *CLASS, "--autoencoder", clean, multiple=multiple)
         figures |= {f"{when}, clean": lab.right(model, clean), f"{when}, noisy": lab.right(model, noisy)}
     return figures
@@ -270,11 +270,11 @@ MIXED = (*QUESTIONS, "nano:objects=0.7,nano:questions=0.3")
 
 def text_models(lab: Lab) -> dict[str, Path]:
     """Text-to-image in the latents of an RAE and of a VAE, of equally many tokens and of equal DiTs."""
-    vae = lab.prepared("vae", "vae", 5)
+    vae = lab.prepared("vae", "vae", 10)
     of_vae = ("--autoencoder", vae, "--reader", SHIPPED)
     return {
-        "RAE": lab.dit("text-rae", *MIXED, multiple=2.5),
-        "VAE": lab.dit("text-vae", *MIXED, *of_vae, multiple=2.5),
+        "RAE": lab.dit("text-rae", *MIXED, multiple=5),
+        "VAE": lab.dit("text-vae", *MIXED, *of_vae, multiple=5),
     }
 
 
@@ -314,7 +314,7 @@ def decoder_data(lab: Lab) -> Figures:
     figures = {}
     for arm, mixture in mixtures.items():
         flags = ("--encoder", ENCODER, "--data", mixture)
-        autoencoder = lab.decoder(arm.replace(" ", "-"), *flags, multiple=4, seed=lab.seed)
+        autoencoder = lab.decoder(arm.replace(" ", "-"), *flags, multiple=8, seed=lab.seed)
         figures[arm] = lab.psnr(autoencoder, "text")
     return figures
 
@@ -332,7 +332,7 @@ def verification(lab: Lab) -> Figures:
 def understanding(lab: Lab) -> Figures:
     """Equally many questions with and without requests for images."""
     models = text_models(lab)
-    models["no generation"] = lab.dit("text-none", *QUESTIONS, "nano:questions", multiple=0.3 * 2.5)
+    models["no generation"] = lab.dit("text-none", *QUESTIONS, "nano:questions", multiple=0.3 * 5)
     return {name: lab.answers(model) for name, model in models.items()}
 
 

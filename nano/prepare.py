@@ -53,7 +53,8 @@ CLASSES = (*shapes.SHAPES, *shapes.GLYPHS)
 WEIGHTS = (
     [1.0] * len(shapes.SHAPES) + [4.0] * len(shapes.GLYPHS) + [9.0, 9.0, 4.0, 4.0] + [1.0] * 7 + [0.5] * 16
 )
-DOMAINS = ("objects", "objects", "scenes", "text")  # in turn, for encoder and language model
+DOMAINS = ("objects", "objects", "scenes", "text")  # in turn, for the encoder
+TEXTS = ("objects", "position", "scenes", "text")  # and for the language model
 IMAGES = "nano:objects=0.7,nano:scenes=0.15,nano:text=0.15"
 
 
@@ -67,7 +68,7 @@ SLOT, SLOTS = "<|endoftext|>", 12  # stand for a third of the latent queries of 
 def conversation(seed: int, index: int) -> tuple[list[dict], dict]:
     """Chat messages and, if they ask for an image, what the caption says: three in four ask for an image, the
     others about a caption."""
-    sample = shapes.draw(DOMAINS[index % len(DOMAINS)], seed, index, SIZE)
+    sample = shapes.draw(TEXTS[index % len(TEXTS)], seed, index, SIZE)
     chance = data.hash_seed(seed, index)
     if is_question := chance % 4 == 0:
         question, answer = sample.questions[chance // 4 % len(sample.questions)]
@@ -84,11 +85,16 @@ def conversation(seed: int, index: int) -> tuple[list[dict], dict]:
 
 
 COLORS = ("", *shapes.COLORS)
+SIDES = {"left of": ("left", "right"), "above": ("top", "bottom")}  # of subject and reference
+SIDES |= {"right of": SIDES["left of"][::-1], "below": SIDES["above"][::-1]}
 FACTS = {  # what a caption can say, and its weight: what is rare or hard counts for more
     **{f"{color} {shape}": 1.0 for color in COLORS for shape in shapes.SHAPES},
     **dict.fromkeys((*COLORS, *shapes.SHAPES, *(str(count) for count in range(1, 5))), 1.0),
-    **dict.fromkeys(shapes.RELATIONS, 4.0),
-    **{f"{role} {shape}": 4.0 for role in ("subject", "reference") for shape in shapes.SHAPES},
+    **{
+        f"{side} {what}": 4.0
+        for side in ("left", "right", "top", "bottom")
+        for what in (*shapes.COLORS, *shapes.SHAPES)
+    },
     **{f"background {name}": 2.0 for name in (*shapes.TEXTURES, *shapes.TONES)},
     **{f"ink {name}": 2.0 for name in shapes.DARK_INKS | shapes.LIGHT_INKS},
     **{f"letter {place} {letter}": 1.0 for place in range(4) for letter in shapes.GLYPHS},
@@ -96,15 +102,16 @@ FACTS = {  # what a caption can say, and its weight: what is rare or hard counts
 
 
 def facts(metadata: dict) -> np.ndarray:
-    """What a caption says as numbers (len(FACTS),): how many objects of which colour, shape and both; the
-    relation of two; texture and tone of the background; colour and letters of a word."""
+    """What a caption says as numbers (len(FACTS),): how many objects of which colour, shape and both; which
+    of two is on which side; texture and tone of the background; colour and letters of a word."""
     include, said = metadata["include"], Counter()
     for entry in include:
         color, shape, count = entry.get("color", ""), entry["class"], entry["count"]
         said.update({f"{color} {shape}": count, color: count, shape: count, str(count): 1})
         if "position" in entry:
             relation, other = entry["position"]
-            said.update([relation, f"subject {shape}", f"reference {include[other]['class']}"])
+            for side, thing in zip(SIDES[relation], (entry, include[other]), strict=True):
+                said.update(f"{side} {thing[key]}" for key in ("color", "class") if key in thing)
     said.update(f"background {name}" for name in metadata.get("background", ()))
     said.update([f"ink {metadata['ink']}"] if "ink" in metadata else [])
     said.update(f"letter {place} {letter}" for place, letter in enumerate(metadata.get("word", "")))
