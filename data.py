@@ -52,8 +52,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 REQUESTS = ("Generate an image of {}", "Can you draw {}?", "Please make a picture of {}", "Show me {}")
 # tasks by themselves are drawn more often, because they are learned last
-NANO_MIXTURE = {"nano:objects": 0.3, "nano:counting": 0.1, "nano:position": 0.1, "nano:color_attr": 0.1}
-NANO_MIXTURE |= {"nano:scenes": 0.1, "nano:text": 0.1, "nano:questions": 0.2}
+NANO_MIXTURE = {"nano:objects": 0.35, "nano:counting": 0.1, "nano:position": 0.1, "nano:color_attr": 0.1}
+NANO_MIXTURE |= {"nano:scenes": 0.1, "nano:text": 0.15, "nano:questions": 0.1}
 
 CAPTIONS = ("text", "caption", "txt", "prompt")  # columns and file extensions, in order of preference
 LABELS = ("label", "cls")

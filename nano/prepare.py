@@ -90,7 +90,9 @@ SIDES |= {"right of": SIDES["left of"][::-1], "below": SIDES["above"][::-1]}
 FACTS = {  # what a caption can say, and its weight: what is rare or hard counts for more
     **{f"{color} {shape}": 1.0 for color in COLORS for shape in shapes.SHAPES},
     **dict.fromkeys((*COLORS, *shapes.SHAPES, *(str(count) for count in range(1, 5))), 1.0),
-    **{
+    **dict.fromkeys(shapes.RELATIONS, 4.0),
+    **{f"{role} {shape}": 4.0 for role in ("subject", "reference") for shape in shapes.SHAPES},
+    **{  # follow from these, but the DiT would have to multiply
         f"{side} {what}": 4.0
         for side in ("left", "right", "top", "bottom")
         for what in (*shapes.COLORS, *shapes.SHAPES)
@@ -102,14 +104,15 @@ FACTS = {  # what a caption can say, and its weight: what is rare or hard counts
 
 
 def facts(metadata: dict) -> np.ndarray:
-    """What a caption says as numbers (len(FACTS),): how many objects of which colour, shape and both; which
-    of two is on which side; texture and tone of the background; colour and letters of a word."""
+    """What a caption says as numbers (len(FACTS),): how many objects of which colour, shape and both; the
+    relation of two, and which is on which side; texture and tone of the background; colour and letters of a word."""
     include, said = metadata["include"], Counter()
     for entry in include:
         color, shape, count = entry.get("color", ""), entry["class"], entry["count"]
         said.update({f"{color} {shape}": count, color: count, shape: count, str(count): 1})
         if "position" in entry:
             relation, other = entry["position"]
+            said.update([relation, f"subject {shape}", f"reference {include[other]['class']}"])
             for side, thing in zip(SIDES[relation], (entry, include[other]), strict=True):
                 said.update(f"{side} {thing[key]}" for key in ("color", "class") if key in thing)
     said.update(f"background {name}" for name in metadata.get("background", ()))
@@ -378,7 +381,7 @@ def train(model, loss, steps: int, lr: float, out: Path, save=None, muon: Sequen
 
 
 PARTS = {  # how each is trained: the function, its steps and samples per step
-    "language-model": (train_language_model, 1500, 64),
+    "language-model": (train_language_model, 2000, 64),
     "encoder": (train_encoder, 6000, 32),
     "vae": (train_vae, 2000, 32),
 }
