@@ -105,7 +105,8 @@ FACTS = {  # what a caption can say, and its weight: what is rare or hard counts
 
 def facts(metadata: dict) -> np.ndarray:
     """What a caption says as numbers (len(FACTS),): how many objects of which colour, shape and both; the
-    relation of two, and which is on which side; texture and tone of the background; colour and letters of a word."""
+    relation of two, and what is on which side; texture and tone of the background; colour and letters of a
+    word."""
     include, said = metadata["include"], Counter()
     for entry in include:
         color, shape, count = entry.get("color", ""), entry["class"], entry["count"]
