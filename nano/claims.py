@@ -51,7 +51,7 @@ class Config:
     seeds: int = flag(3, "number of seeds", at_least=1)
     steps: int = flag(300, "steps of a class-conditional DiT; others train for multiples of it", at_least=1)
     smoke: bool = flag(False, "one seed and two steps: shows that everything runs")
-    dtype: str = flag("bf16", "compute dtype", choices=["auto", "bf16", "fp32"])
+    dtype: str = flag("bf16", "compute dtype", choices=["bf16", "fp32"])
     out: str = flag("runs/claims", "folder of the trainings")
     results: str = flag("docs/claims", "folder of the results")
 
@@ -98,7 +98,8 @@ class Lab:
         if not (out / part / "log.jsonl").exists():
             small = ["--batch", 4] if self.config.smoke else []
             steps = self.steps(multiple) if multiple else 0
-            self.script("nano.prepare", part, "--out", out, "--steps", steps, *small, *flags)
+            flags = ("--out", out, "--steps", steps, "--dtype", self.config.dtype, *small, *flags)
+            self.script("nano.prepare", part, *flags)
         return out / part
 
     def decoder(self, name: str, *flags, multiple: float = 5, seed: int = 0) -> Path:

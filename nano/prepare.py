@@ -93,13 +93,13 @@ FACTS = {  # what a caption can say, and its weight: what is rare or hard counts
     **dict.fromkeys(shapes.RELATIONS, 4.0),
     **{f"{role} {shape}": 4.0 for role in ("subject", "reference") for shape in shapes.SHAPES},
     **{  # follow from these, but the DiT would have to multiply
-        f"{side} {what}": 4.0
+        f"{side} {what}": 2.0
         for side in ("left", "right", "top", "bottom")
         for what in (*shapes.COLORS, *shapes.SHAPES)
     },
-    **{f"background {name}": 2.0 for name in (*shapes.TEXTURES, *shapes.TONES)},
-    **{f"ink {name}": 2.0 for name in shapes.DARK_INKS | shapes.LIGHT_INKS},
-    **{f"letter {place} {letter}": 1.0 for place in range(4) for letter in shapes.GLYPHS},
+    **{f"background {name}": 4.0 for name in (*shapes.TEXTURES, *shapes.TONES)},
+    **{f"ink {name}": 4.0 for name in shapes.DARK_INKS | shapes.LIGHT_INKS},
+    **{f"letter {place} {letter}": 2.0 for place in range(4) for letter in shapes.GLYPHS},
 }
 
 
@@ -149,7 +149,7 @@ def make_tokenizer(vocabulary: int = 576, documents: int = 20_000) -> transforme
     return fast
 
 
-def train_language_model(out: Path, steps: int, batch: int, seed: int) -> None:
+def train_language_model(out: Path, steps: int, batch: int, seed: int, dist_ctx: common.DistContext) -> None:
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     model = transformers.Qwen2ForCausalLM(
@@ -195,7 +195,8 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int) -> None:
 
     tokenizer.save_pretrained(out)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    train(torch.nn.ModuleList([model, head]), loss, steps, lr=2e-3, out=out, save=model, muon=matrices)
+    parts = torch.nn.ModuleList([model, head])
+    train(parts, loss, steps, dist_ctx, lr=2e-3, out=out, save=model, muon=matrices)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -235,7 +236,13 @@ def patches(image: np.ndarray) -> np.ndarray:
 
 
 def train_encoder(
-    out: Path, steps: int, batch: int, seed: int, width: int = WIDTH, target: str = "objects"
+    out: Path,
+    steps: int,
+    batch: int,
+    seed: int,
+    dist_ctx: common.DistContext,
+    width: int = WIDTH,
+    target: str = "objects",
 ) -> None:
     """`objects`: tokens tell what is there. `pixels`: they tell their own pixels, to compare with."""
     torch.manual_seed(seed)
@@ -266,14 +273,15 @@ def train_encoder(
         return (weights * error.square()).sum(dim=-1).mean()
 
     matrices = [p for p in model.encoder.parameters() if p.ndim == 2]
-    train(torch.nn.ModuleList([model, head]), loss, steps, lr=1e-3, out=out, save=model, muon=matrices)
+    parts = torch.nn.ModuleList([model, head])
+    train(parts, loss, steps, dist_ctx, lr=1e-3, out=out, save=model, muon=matrices)
     half = [0.5, 0.5, 0.5]
     transformers.SiglipImageProcessor(
         size={"height": SIZE, "width": SIZE}, image_mean=half, image_std=half
     ).save_pretrained(out)
 
 
-def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
+def train_vae(out: Path, steps: int, batch: int, seed: int, dist_ctx: common.DistContext) -> None:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
@@ -300,7 +308,7 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         return error.abs().mean() + edges + 1e-6 * posterior.kl().mean()
 
-    train(model, loss, steps, lr=1e-3, out=out)
+    train(model, loss, steps, dist_ctx, lr=1e-3, out=out)
     # shift and scale that normalise its latents, measured on the trained weights
     with torch.no_grad():
         latents = torch.cat([model.float().encode(pixels()).latent_dist.mean for _ in range(8)])
@@ -358,7 +366,16 @@ def ship(out: Path, runs: Path) -> None:
         (out / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
-def train(model, loss, steps: int, lr: float, out: Path, save=None, muon: Sequence = ()) -> None:
+def train(
+    model,
+    loss,
+    steps: int,
+    dist_ctx: common.DistContext,
+    lr: float,
+    out: Path,
+    save=None,
+    muon: Sequence = (),
+) -> None:
     """AdamW, and Muon for some matrices, with warm-up and cosine decay. Writes the model, or its part `save`,
     as bf16 and a log into `out`. loss(step): the loss of one batch."""
     others = [p for p in model.parameters() if p.requires_grad and not any(p is matrix for matrix in muon)]
@@ -370,7 +387,8 @@ def train(model, loss, steps: int, lr: float, out: Path, save=None, muon: Sequen
     started, log = time.time(), []
     for step in (bar := tqdm(range(steps), dynamic_ncols=True)):
         optimizers.set_lr(common.cosine(step, steps, steps // 20, 0.0))
-        value = loss(step)
+        with dist_ctx.autocast():
+            value = loss(step)
         value.backward()
         grad_norm = optimizers.step()
         if step % 50 == 0 or step == steps - 1:
@@ -382,7 +400,7 @@ def train(model, loss, steps: int, lr: float, out: Path, save=None, muon: Sequen
 
 
 PARTS = {  # how each is trained: the function, its steps and samples per step
-    "language-model": (train_language_model, 2000, 64),
+    "language-model": (train_language_model, 3000, 64),
     "encoder": (train_encoder, 6000, 32),
     "vae": (train_vae, 2000, 32),
 }
@@ -403,8 +421,9 @@ def main() -> None:
     parser.add_argument(
         "--target", default="objects", choices=["objects", "pixels"], help="encoder: what its tokens tell"
     )
+    parser.add_argument("--dtype", default="fp32", choices=["bf16", "fp32"], help="compute dtype")
     args = parser.parse_args()
-    common.init_distributed("fp32")
+    dist_ctx = common.init_distributed(args.dtype)
     if args.part == "ship":
         ship(args.out, args.runs)
     elif args.part == "photographs":
@@ -413,7 +432,7 @@ def main() -> None:
         train_part, steps, batch = PARTS[args.part]
         options = {"width": args.width, "target": args.target} if args.part == "encoder" else {}
         steps = steps if args.steps is None else args.steps  # 0: random weights
-        train_part(args.out / args.part, steps, args.batch or batch, args.seed, **options)
+        train_part(args.out / args.part, steps, args.batch or batch, args.seed, dist_ctx, **options)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ TOKENS, CHAT, QUESTIONS = 36, 87, 125
 class Config:
     scale: float = flag(1.0, "factor of the steps of every stage", above=0)
     seed: int = flag(0, "seed of every stage")
-    dtype: str = flag("bf16", "compute dtype of trainers and evaluation", choices=["auto", "bf16", "fp32"])
+    dtype: str = flag("bf16", "compute dtype of all stages", choices=["bf16", "fp32"])
     limit: int = flag(50, "prompts per task of the evaluation", at_least=2)
     eval_seed: int = flag(9000, "seed of the evaluation's prompts: no setting was chosen on this one")
     out: str = flag("runs/speedrun", "folder of the run")
@@ -53,7 +53,7 @@ class Stage:
 
 def stages(config: Config) -> list[Stage]:
     out, seed, compute = Path(config.out), ["--seed", str(config.seed)], ["--dtype", config.dtype]
-    part = ["-m", "nano.prepare", "--out", str(out), *seed]
+    part = ["-m", "nano.prepare", "--out", str(out), *seed, *compute]
     resumed = [*seed, *compute, "--resume"]
     decoder = ["train_decoder.py", "--encoder", str(out / "encoder"), "--out", str(out / "decoder")]
     questions = ["train_t2i.py", "--preset", "nano-questions", "--autoencoder", str(out / "decoder/model")]

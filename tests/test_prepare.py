@@ -9,15 +9,18 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import common
 import data
 import rae
 from nano import prepare, shapes
 
+FP32 = common.DistContext(torch.device("cpu"), 0, 1, torch.float32)
+
 
 def test_parts_are_ordinary_folders(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare, "make_tokenizer", functools.partial(prepare.make_tokenizer, documents=300))
-    prepare.train_language_model(tmp_path / "language-model", steps=8, batch=4, seed=0)
-    prepare.train_encoder(tmp_path / "encoder", steps=8, batch=4, seed=0)
+    prepare.train_language_model(tmp_path / "language-model", steps=8, batch=4, seed=0, dist_ctx=FP32)
+    prepare.train_encoder(tmp_path / "encoder", steps=8, batch=4, seed=0, dist_ctx=FP32)
     for part in ("language-model", "encoder"):
         rows = [json.loads(line) for line in (tmp_path / part / "log.jsonl").read_text().splitlines()]
         assert rows[-1]["step"] == 7 and rows[-1]["loss"] < rows[0]["loss"]
@@ -90,7 +93,7 @@ def test_facts_are_what_a_caption_says():
 
 
 def test_vae_is_a_folder_of_diffusers_with_measured_statistics(tmp_path):
-    prepare.train_vae(tmp_path, steps=8, batch=4, seed=0)
+    prepare.train_vae(tmp_path, steps=8, batch=4, seed=0, dist_ctx=FP32)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 7 and rows[-1]["loss"] < rows[0]["loss"]
     model = rae.open_autoencoder(tmp_path)
