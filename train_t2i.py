@@ -108,7 +108,7 @@ PRESETS = {
         "warmup": 30,
         "batch": 64,
         "ema": 0.98,
-        "steps": 600,
+        "steps": 1000,
         "out": "runs/questions",
     },
     "nano-class": NANO | {"condition": "class", "steps": 3000, "out": "runs/class"},
