@@ -528,16 +528,16 @@ class Muon(torch.optim.Optimizer):
         matrices = [(p, group) for group in self.param_groups for p in group["params"]]
         matrices.sort(key=lambda pair: pair[0].numel())  # so that all ranks have as much to do
         for start in range(0, len(matrices), world_size):
-            some = matrices[start : start + world_size]
-            updates = [self.momentum(p, group) for p, group in some]
-            for owner, (_, group) in enumerate(some):
-                if owner == rank:
-                    parts = updates[owner].unflatten(0, (group["parts"], -1))
-                    updates[owner] = orthogonalise(parts).flatten(0, 1).contiguous()
+            some, mine = matrices[start : start + world_size], None
             for owner, (p, group) in enumerate(some):
+                momentum = self.momentum(p, group)
+                if owner == rank:
+                    mine = orthogonalise(momentum.unflatten(0, (group["parts"], -1))).flatten(0, 1)
+            for owner, (p, group) in enumerate(some):
+                update = mine.contiguous() if owner == rank else torch.empty(p.shape, device=p.device)
                 if world_size > 1:
-                    dist.broadcast(updates[owner], owner)
-                self.apply(p, updates[owner], group)
+                    dist.broadcast(update, owner)
+                self.apply(p, update, group)
 
     def momentum(self, p: Tensor, group: dict) -> Tensor:
         """The whole matrix of Nesterov momentum."""

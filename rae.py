@@ -158,13 +158,13 @@ class SwiGLU(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         for name in (prefix + "w12.weight", prefix + "w12.bias"):
-            if name in state_dict:
+            if name in state_dict and len(state_dict[name]) != len(self.w12.bias):
                 # (2 hidden, ...) -> (2, hidden, ...): each half is padded
                 halves = state_dict[name].unflatten(0, (2, -1))
                 padding = (0, 0) * (halves.ndim - 2) + (0, -halves.shape[1] % 8)
                 state_dict[name] = F.pad(halves, padding).flatten(0, 1)
         name = prefix + "w3.weight"
-        if name in state_dict:
+        if name in state_dict and state_dict[name].shape != self.w3.weight.shape:
             state_dict[name] = F.pad(state_dict[name], (0, -state_dict[name].shape[1] % 8))
         super()._load_from_state_dict(state_dict, prefix, *args)
 

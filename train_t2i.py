@@ -565,10 +565,12 @@ def main() -> None:
                 )
         classes = {"text": rae.TextToImage, "caption": rae.CaptionToImage}
         cls = classes.get(config.condition, rae.ClassToImage)
-        with common.loading(config.init):
-            init = common.build(
-                lambda: cls.from_pretrained(config.init, config.autoencoder).train(), dist_ctx
-            )
+
+        def load_init() -> rae.LatentModel:
+            with common.loading(config.init):
+                return cls.from_pretrained(config.init, config.autoencoder).train()
+
+        init = common.build(load_init, dist_ctx)
         config.autoencoder = init.autoencoder_path
         # a preset's alpha is for new models
         for name in ("alpha", "prediction"):

@@ -57,6 +57,7 @@ RADII = {1: (0.15, 0.24), 2: (0.13, 0.23), 3: (0.12, 0.18), 4: (0.11, 0.16), 5: 
 
 DARK_INKS = {"black": (25, 25, 25)} | {name: COLORS[name] for name in ("red", "green", "blue", "purple")}
 LIGHT_INKS = {"white": (240, 240, 240)} | {n: COLORS[n] for n in ("orange", "yellow", "cyan", "pink")}
+DESCRIBE = "Describe this image."  # the request of `rae.verify`
 WORDS = tuple(
     "A I GO NO UP WE ON IN IT MY CAT DOG SUN RED BOX CAR CUP HAT KEY MAP PEN BUS SKY SEA ICE JAM FOX OWL "
     "BEE ANT EGG PIE TEA ZOO BIRD FISH TREE MOON STAR BOOK DOOR FIRE RAIN SNOW WIND BLUE PINK FROG DUCK "
@@ -371,7 +372,7 @@ def _judgements(chance: Chance, metadata: dict[str, Any]) -> list[tuple[str, str
     prompt = _caption(chance, metadata if aligned else _altered(chance, metadata))
     return [
         (f"Does this image align with the prompt: {prompt}?", "yes" if aligned else "no"),
-        ("Describe this image.", metadata["prompt"]),
+        (DESCRIBE, metadata["prompt"]),
     ]
 
 

@@ -135,6 +135,7 @@ VARIANTS = {
         "one": (1, []),
         "two": (2, []),
         "full": (2, ["--shard", "full", "--grad-accum", 2]),
+        "four": (4, ["--shard", "full"]),
         "hybrid": (4, ["--shard", "hybrid"]),
         "micro": (1, ["--grad-accum", 3, "--activation-checkpointing"]),
     },
