@@ -10,9 +10,9 @@ Every claim is one number per seed, its contrast, which is positive if the claim
 Student's t test of the contrasts against 0: "agrees" or "disagrees" if it is one-sided significant at 0.05
 (with three seeds: if the mean exceeds 2.92 standard errors), else "cannot tell".
 
-All arms of a claim see equally many samples. Each DiT trains with the better of two learning rates, chosen by
-its validation loss on seed 0. Encoders and decoders are trained once, with seed 0, except where the claim is
-about decoders. Writes RESULTS/NAME.json and NAME.png. Nothing that exists is made again.
+All arms of a claim see equally many samples. Each DiT trains with the better of two learning rates, chosen on
+seed 0. Encoders and decoders are trained once, with seed 0, except where the claim is about decoders. Writes
+RESULTS/NAME.json and NAME.png. Nothing that exists is made again.
 """
 
 import importlib
@@ -32,16 +32,17 @@ import numpy as np
 import scipy.stats
 import torch
 from PIL import Image
-from safetensors import safe_open
 
 import common
 import data
 import rae
+import train_t2i
 from common import flag
 from nano import evaluate, scorer, shapes
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RATES = (0.008, 0.02)  # peak learning rates of Muon
-WIDTHS, ALPHAS, EPOCHS = (48, 96, 192), (1, 2, 4, 8), (4, 16, 64)
+WIDTHS, ALPHAS, EPOCHS = (48, 96, 192), (1, 2, 4, 8), (4, 32, 256)
 Figures = dict[str, float]  # by arm
 
 
@@ -68,7 +69,7 @@ class Lab:
 
     def script(self, module: str, *flags) -> None:
         """Runs a script's `main` in this process, which saves the seconds of its imports."""
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in STOPS}
         with mock.patch.object(sys, "argv", [module, *map(str, flags)]):
             importlib.import_module(module).main()
         for number, handler in handlers.items():
@@ -83,10 +84,11 @@ class Lab:
         metrics = out / "metrics.jsonl"
 
         def is_finished() -> bool:
-            return metrics.exists() and max(row["step"] for row in common.read_rows(metrics)) >= steps
+            rows = common.read_rows(metrics) if metrics.exists() else []
+            return (out / "model/config.json").exists() and any(row["step"] >= steps for row in rows)
 
         if not is_finished():
-            flags = ("--out", out, "--steps", steps, "--save-every", steps, "--resume", *flags)
+            flags = ("--out", out, "--steps", steps, "--resume", *flags)
             self.script(script, "--dtype", self.config.dtype, *flags)
             if not is_finished():
                 sys.exit(f"{out} was stopped: the same command goes on")
@@ -107,18 +109,21 @@ class Lab:
         name, steps = f"decoder-{name}-{seed}", self.steps(multiple)
         return self.train("train_decoder", name, steps, "--seed", seed, *small, *flags) / "model"
 
-    def dit(self, name: str, *flags, multiple: float = 1) -> Path:
-        """With the better of two learning rates, by the validation loss of seed 0."""
+    def dit(self, name: str, *flags, multiple: float = 1, by: str = "val_loss") -> Path:
+        """With the better of two learning rates, by the mean of the last values of a loss on seed 0."""
         steps, trained = self.steps(multiple), {}
         small = ["--batch", 4, "--draws", 1] if self.config.smoke else ["--draws", 2]
+        every = max(1, steps // 20)
+        small += ["--warmup", 0.05, "--log-every", every, "--eval-every", steps]
         for rate in RATES[: 1 if self.config.smoke else None]:
             if self.rates.get(name, rate) == rate:
-                values = ("--seed", self.seed, "--muon", rate, "--eval-every", steps, *small, *flags)
+                values = ("--seed", self.seed, "--muon", rate, *small, *flags)
                 out = self.train("train_t2i", f"{name}-muon{rate}-{self.seed}", steps, *values)
-                trained[rate] = out, common.read_rows(out / "metrics.jsonl", "val_loss")[-1]["val_loss"]
-        rate, (out, val_loss) = min(trained.items(), key=lambda item: item[1][1])
-        self.rates[name] = rate
-        self.runs[name] = {"val_loss": val_loss} | training_cost(out)
+                rows = common.read_rows(out / "metrics.jsonl", by)
+                trained[rate] = statistics.mean(row[by] for row in rows[-5:]), out
+        rate = self.rates[name] = min(trained, key=trained.get)
+        loss, out = trained[rate]
+        self.runs[name] = {by: loss, "samples": steps * settings_of(out)["batch"], "pflop": pflop(out)}
         return out / "model"
 
     # ---- figures: shares of 1 unless said otherwise
@@ -127,7 +132,8 @@ class Lab:
     def right(self, folder: Path, autoencoder: Path | None = None, **sampler) -> float:
         """Share of a class-conditional model's images that show their label's shape and colour."""
         model = rae.ClassToImage.from_pretrained(folder, autoencoder and str(autoencoder)).eval()
-        count, steps = (8, 2) if self.config.smoke else (240, 25)
+        model.to(self.dist_ctx.device)
+        count, steps = (8, 2) if self.config.smoke else (480, 25)
         right = []
         for start in range(0, count, 80):
             indices = list(range(start, min(start + 80, count)))
@@ -141,17 +147,18 @@ class Lab:
                 right.append(scorer.score(image, {"include": [entry]})[0])
         return float(np.mean(right))
 
-    def overall(self, folder: Path) -> float:
-        """GenEval's overall of a text-to-image model."""
-        model = rae.TextToImage.from_pretrained(folder).eval()
+    def overall(self, folder: Path) -> tuple[float, float]:
+        """GenEval's overall of a text-to-image model, and of true images after its autoencoder."""
+        model = rae.TextToImage.from_pretrained(folder).eval().to(self.dist_ctx.device)
         limit, images, steps = (2, 1, 2) if self.config.smoke else (10, 4, 25)
         config = evaluate.Config(limit=limit, images=images, seed=5000 + self.seed)
         results = evaluate.evaluate_shapes(model, {"steps": steps, "guidance": 3.0}, config, self.dist_ctx)
-        return next(row["value"] for row in results if row["metric"] == "shapes/model/overall")
+        values = {row["metric"]: row["value"] for row in results}
+        return values["shapes/model/overall"], values["shapes/decoded/overall"]
 
     def psnr(self, folder: Path, domain: str) -> float:
         """In dB."""
-        autoencoder, values = rae.RAE.from_pretrained(folder).eval(), []
+        autoencoder, values = rae.RAE.from_pretrained(folder).eval().to(self.dist_ctx.device), []
         for i in range(4 if self.config.smoke else 256):
             image = shapes.draw(domain, 5000 + self.seed, i).image
             error = (evaluate.reconstruct(autoencoder, image, self.dist_ctx) / 255.0 - image / 255.0) ** 2
@@ -160,27 +167,27 @@ class Lab:
 
     def answers(self, folder: Path) -> float:
         """Share of right answers to questions about true images."""
-        model, right = rae.TextToImage.from_pretrained(folder).eval(), []
-        for i in range(4 if self.config.smoke else 200):
+        model, right = rae.TextToImage.from_pretrained(folder).eval().to(self.dist_ctx.device), []
+        for i in range(4 if self.config.smoke else 480):
             sample = shapes.draw("objects", 5000 + self.seed, i)
-            questions = [pair for pair in sample.questions if pair[0] != "Describe this image."]
+            questions = [pair for pair in sample.questions if pair[0] != shapes.DESCRIBE]
             question, answer = questions[i % len(questions)]
             image = torch.from_numpy(sample.image).permute(2, 0, 1) / 255
             right.append(model.answer(image, question, max_tokens=8) == answer)
         return float(np.mean(right))
 
 
-def training_cost(run: Path) -> dict[str, float]:
-    """What a run of train_t2i.py saw: samples, PFLOP of its DiT (6 per weight and token), its last loss."""
-    config = json.loads((run / "config.json").read_text())
-    model = json.loads((run / "model/config.json").read_text())
-    last = [row for row in common.read_rows(run / "metrics.jsonl") if "loss" in row][-1]
-    samples = config["steps"] * config["batch"]
-    with safe_open(run / "model/model.safetensors", framework="pt") as file:
-        keys = [key for key in file.keys() if key.startswith("dit.")]
-        weights = sum(math.prod(file.get_slice(key).get_shape()) for key in keys)
-    flops = 6 * weights * model["latent_shape"][0] * config["draws"] * samples
-    return {"training_loss": last["loss"], "samples": samples, "pflop": flops / 1e15}
+def settings_of(run: Path) -> dict:
+    return json.loads((run / "config.json").read_text())
+
+
+def pflop(run: Path) -> float:
+    """Of a training, without its encoder; a conversation has about 80 tokens."""
+    config = train_t2i.Config(**settings_of(run))
+    model = (rae.TextToImage if config.condition == "text" else rae.ClassToImage).from_pretrained(
+        run / "model"
+    )
+    return train_t2i.flops_per_step(config, model, None, 80) * config.steps / 1e15
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -200,7 +207,6 @@ for width in (96, 128, 192):
     rae.DITS[f"claim-{width}-deep"] = plain | {"depth": 4 + 2 * 4}  # two blocks of twice the width
 IN_CONTEXT = ("--preset", "nano-class", "--dit", "nano-guide-in-context")
 CLASS = ("--preset", "nano-class", "--dit", "claim")
-SHIPPED, ENCODER = common.WEIGHTS / "rae", common.WEIGHTS / "encoder"
 
 
 def autoencoder_of(lab: Lab, name: str, multiple: float, *flags) -> Path:
@@ -208,25 +214,34 @@ def autoencoder_of(lab: Lab, name: str, multiple: float, *flags) -> Path:
     return lab.decoder(name, "--encoder", lab.prepared("encoder", f"encoder-{name}", multiple, *flags))
 
 
+def encoder_96(lab: Lab) -> Path:
+    """The encoder of most claims, whose tokens have 96 channels."""
+    return lab.prepared("encoder", "encoder-96", 10)
+
+
+def rae_96(lab: Lab) -> Path:
+    return lab.decoder("96", "--encoder", encoder_96(lab))
+
+
 def semantics(lab: Lab) -> Figures:
     """One encoder learns what is in the image, one to reconstruct it, one nothing."""
-    arms = {"objects": (10, "--width", 96), "pixels": (10, "--target", "pixels"), "random": (0,)}
+    arms = {"objects": (10,), "pixels": (10, "--target", "pixels"), "random": (0,)}
     figures = {}
     for arm, recipe in arms.items():
-        autoencoder = autoencoder_of(lab, "96" if arm == "objects" else arm, *recipe)
+        autoencoder = rae_96(lab) if arm == "objects" else autoencoder_of(lab, arm, *recipe)
         figures[arm] = lab.right(lab.dit(f"semantics-{arm}", *CLASS, "--autoencoder", autoencoder))
     return figures
 
 
 def shift(lab: Lab) -> Figures:
+    """The DiT is as wide as the widest latents."""
     figures = {}
     for width in WIDTHS:
-        autoencoder = autoencoder_of(lab, str(width), 10, "--width", width)
+        autoencoder = rae_96(lab) if width == 96 else autoencoder_of(lab, str(width), 10, "--width", width)
         for alpha in ALPHAS:
-            flags = ("--autoencoder", autoencoder, "--alpha", alpha)
-            figures[f"{width} channels, alpha {alpha}"] = lab.right(
-                lab.dit(f"shift-{width}-{alpha}", *CLASS, *flags)
-            )
+            flags = ("--dit", "claim-192", "--autoencoder", autoencoder, "--alpha", alpha)
+            model = lab.dit(f"shift-{width}-{alpha}", "--preset", "nano-class", *flags)
+            figures[f"{width} channels, alpha {alpha}"] = lab.right(model)
     return figures
 
 
@@ -244,6 +259,7 @@ def dit_width(lab: Lab) -> Figures:
     figures = {}
     for size in ("48x2", "48x8", "96x2", "144x2", "48x2-head"):
         flags = ("--condition", "none", "--data", folder, "--val-data", folder, "--dit", f"claim-{size}")
+        flags += ("--autoencoder", rae_96(lab))
         lab.dit(f"width-{size}", "--preset", "nano-class", *flags, multiple=4)
         figures[size] = lab.runs[f"width-{size}"]["val_loss"]
     return figures
@@ -251,13 +267,13 @@ def dit_width(lab: Lab) -> Figures:
 
 def head(lab: Lab) -> Figures:
     names = [f"{width}{kind}" for width in (96, 128, 192) for kind in ("", "-head", "-deep")]
-    flags = ("--preset", "nano-class", "--dit")
+    flags = ("--preset", "nano-class", "--autoencoder", rae_96(lab), "--dit")
     return {name: lab.right(lab.dit(f"head-{name}", *flags, f"claim-{name}")) for name in names}
 
 
 def noise(lab: Lab) -> Figures:
     """Two decoders of the same latents, on images of DiTs trained briefly, longer and long."""
-    clean, noisy = (lab.decoder(f"tau{tau}", "--encoder", ENCODER, "--tau", tau) for tau in (0, 0.4))
+    clean, noisy = (lab.decoder(f"tau{tau}", "--encoder", encoder_96(lab), "--tau", tau) for tau in (0, 0.4))
     figures = {}
     for when, multiple in {"early": 0.5, "midway": 1, "late": 4}.items():
         model = lab.dit(f"noise-{when}", *CLASS, "--autoencoder", clean, multiple=multiple)
@@ -266,21 +282,32 @@ def noise(lab: Lab) -> Figures:
 
 
 QUESTIONS = ("--dit", "claim", "--val-data", "nano:objects", "--data")
-MIXED = (*QUESTIONS, "nano:objects=0.7,nano:questions=0.3")
+
+
+def weights(part: str) -> str:
+    """Tells shipped weights from others."""
+    return common.file_checksum(common.WEIGHTS / part / "model.safetensors")[:6]
 
 
 def text_models(lab: Lab) -> dict[str, Path]:
-    """Text-to-image in the latents of an RAE and of a VAE, of equally many tokens and of equal DiTs."""
-    vae = lab.prepared("vae", "vae", 10)
-    of_vae = ("--autoencoder", vae, "--reader", SHIPPED)
+    """Text-to-image in the latents of an RAE and of a VAE, of equally many tokens and of equal DiTs. Both
+    autoencoders have seen equally many images. Three in ten samples are questions."""
+    vae = lab.prepared("vae", "vae", 15)
+    language_model, mixed = (
+        weights("language-model"),
+        (*QUESTIONS, "nano:objects=0.7,nano:questions=0.3", "--autoencoder"),
+    )
     return {
-        "RAE": lab.dit("text-rae", *MIXED, multiple=5),
-        "VAE": lab.dit("text-vae", *MIXED, *of_vae, multiple=5),
+        "RAE": lab.dit(f"text-rae-{language_model}", *mixed, rae_96(lab), multiple=5),
+        "VAE": lab.dit(f"text-vae-{language_model}", *mixed, vae, "--reader", rae_96(lab), multiple=5),
     }
 
 
 def rae_or_vae(lab: Lab) -> Figures:
-    return {name: lab.overall(model) for name, model in text_models(lab).items()}
+    figures = {}
+    for name, model in text_models(lab).items():
+        figures[name], figures[f"{name}, true images"] = lab.overall(model)
+    return figures
 
 
 def finetuning(lab: Lab) -> Figures:
@@ -293,18 +320,23 @@ def finetuning(lab: Lab) -> Figures:
         (folder / f"{i}.txt").write_text(sample.caption)
     figures = {}
     for name, model in text_models(lab).items():
-        flags = ("--init", model, "--data", folder, "--val-data", "nano:objects", "--warmup", 0.03)
-        flags += ("--reader", SHIPPED) if name == "VAE" else ()
+        figures[f"{name}, 0 epochs"], _ = lab.overall(model)
+        flags = ("--init", model, "--data", folder, "--val-data", "nano:objects")
+        flags += ("--reader", rae_96(lab)) if name == "VAE" else ()
         for epochs in EPOCHS:
-            tuned = lab.dit(f"few-{name}-{epochs}", *flags, multiple=epochs * 8 / lab.config.steps)
-            figures[f"{name}, {epochs} epochs"] = lab.overall(tuned)
+            tuned = lab.dit(
+                f"few-{name}-{epochs}-{weights('language-model')}",
+                *flags,
+                multiple=epochs * 8 / lab.config.steps,
+            )
+            figures[f"{name}, {epochs} epochs"], _ = lab.overall(tuned)
     return figures
 
 
 def lost(figures: Figures, name: str) -> float:
-    """What the longest finetuning loses of the best score."""
-    values = [figures[f"{name}, {epochs} epochs"] for epochs in EPOCHS]
-    return max(values) - values[-1]
+    """The share of its best score that the longest finetuning loses."""
+    values = [figures[f"{name}, {epochs} epochs"] for epochs in (0, *EPOCHS)]
+    return 1 - values[-1] / max(values) if any(values) else 0.0
 
 
 def decoder_data(lab: Lab) -> Figures:
@@ -314,7 +346,7 @@ def decoder_data(lab: Lab) -> Figures:
     }
     figures = {}
     for arm, mixture in mixtures.items():
-        flags = ("--encoder", ENCODER, "--data", mixture)
+        flags = ("--encoder", encoder_96(lab), "--data", mixture)
         autoencoder = lab.decoder(arm.replace(" ", "-"), *flags, multiple=8, seed=lab.seed)
         figures[arm] = lab.psnr(autoencoder, "text")
     return figures
@@ -324,7 +356,7 @@ def verification(lab: Lab) -> Figures:
     """The best 4 of 32 images of the shipped model, by each verifier."""
     limit, candidates, steps = (1, 4, 2) if lab.config.smoke else (5, 32, 25)
     config = evaluate.Config(limit=limit, candidates=candidates)
-    model = rae.TextToImage.from_pretrained(common.WEIGHTS / "t2i").eval()
+    model = rae.TextToImage.from_pretrained(common.WEIGHTS / "t2i").eval().to(lab.dist_ctx.device)
     sampler = {"steps": steps, "guidance": 3.0}
     scores = evaluate.scale_one_seed(model, [candidates], 5000 + lab.seed, sampler, config, lab.dist_ctx)
     return {name: score for (_, name), score in scores.items()}
@@ -333,30 +365,33 @@ def verification(lab: Lab) -> Figures:
 def understanding(lab: Lab) -> Figures:
     """Equally many questions with and without requests for images."""
     models = text_models(lab)
-    models["no generation"] = lab.dit("text-none", *QUESTIONS, "nano:questions", multiple=0.3 * 5)
+    flags = ("nano:questions", "--batch", 4 if lab.config.smoke else 10, "--autoencoder", rae_96(lab))
+    models["no generation"] = lab.dit(
+        f"text-none-{weights('language-model')}", *QUESTIONS, *flags, multiple=5, by="loss"
+    )
     return {name: lab.answers(model) for name, model in models.items()}
 
 
 def layers(lab: Lab) -> Figures:
     figures = {}
     for arm in ("5", "3,4,5"):
-        autoencoder = lab.decoder(f"layers{arm}", "--encoder", ENCODER, "--layers", arm)
+        autoencoder = lab.decoder(f"layers{arm}", "--encoder", encoder_96(lab), "--layers", arm)
         figures[f"layers {arm}"] = lab.right(lab.dit(f"layers{arm}", *CLASS, "--autoencoder", autoencoder))
     return figures
 
 
 def prediction(lab: Lab) -> Figures:
-    flags = (*IN_CONTEXT, "--base-weight", 0, "--prediction")
+    flags = (*IN_CONTEXT, "--autoencoder", rae_96(lab), "--base-weight", 0, "--prediction")
     return {kind: lab.right(lab.dit(f"predicts-{kind}", *flags, kind)) for kind in ("velocity", "x")}
 
 
 def base_head(lab: Lab) -> Figures:
-    model = lab.dit("base-head", *IN_CONTEXT, "--base-weight", 1)
-    return {
-        "no guidance": lab.right(model),
-        "classifier-free 1.5": lab.right(model, guidance=1.5),
-        "internal 1.5": lab.right(model, internal_guidance=1.5),
-    }
+    model = lab.dit("base-head", *IN_CONTEXT, "--autoencoder", rae_96(lab), "--base-weight", 1)
+    figures = {"no guidance": lab.right(model)}
+    for scale in (1.5, 2.5):
+        figures[f"classifier-free {scale}"] = lab.right(model, guidance=scale)
+        figures[f"internal {scale}"] = lab.right(model, internal_guidance=scale)
+    return figures
 
 
 @dataclass
@@ -367,6 +402,7 @@ class Claim:
     figure: str  # what is measured of every arm
     measure: Callable[[Lab], Figures]
     contrast: Callable[[Figures], float]
+    uses: tuple[str, ...] = ()  # shipped weights
 
 
 RIGHT, SCORE = "right images", "overall of the six tasks"
@@ -397,14 +433,16 @@ CLAIMS = {
         lambda f: (f["early, noisy"] - f["early, clean"]) - (f["late, noisy"] - f["late, clean"]),
     ),
     "vae": Claim(
-        "In RAE latents text-to-image converges faster than in a VAE's",
+        "After equal training, text-to-image is better in RAE latents than in a VAE's",
         *("Scale-RAE 4", "4.0x (GenEval), 4.6x (DPG)", SCORE, rae_or_vae),
         lambda f: f["RAE"] - f["VAE"],
+        ("language-model",),
     ),
     "finetuning": Claim(
-        "In long finetuning models in VAE latents lose more than those in RAE latents",
+        "Long finetuning costs models in VAE latents more of their score than models in RAE latents",
         *("Scale-RAE 4.2", "33.9 against 80.8 at 256 epochs", SCORE, finetuning),
         lambda f: lost(f, "VAE") - lost(f, "RAE"),
+        ("language-model",),
     ),
     "data": Claim(
         "What the decoder is trained on decides what it reconstructs",
@@ -415,14 +453,16 @@ CLAIMS = {
         "The language model can judge latents",
         *("Scale-RAE 5", "GenEval 53.2 -> 64.3, best 4 of 32", SCORE, verification),
         lambda f: f["answer_logits"] - f["chance"],
+        ("t2i",),
     ),
     "understanding": Claim(
         "Generating in the latents that are read costs at most 0.02 of the answers",
         *("Scale-RAE 4.3", "MME 1468.7 against 1481.7", "right answers", understanding),
         lambda f: f["RAE"] - f["no generation"] + 0.02,
+        ("language-model",),
     ),
     "layers": Claim(
-        "The mean of several of the encoder's layers is better than the last",
+        "The mean of several of the encoder's layers is better than one",
         *("RAEv2", "80 epochs instead of 800, with the next two", RIGHT, layers),
         lambda f: f["layers 3,4,5"] - f["layers 5"],
     ),
@@ -434,7 +474,10 @@ CLAIMS = {
     "base-head": Claim(
         "Internal guidance by a base head is better than classifier-free guidance",
         *("RAEv2", "see above", RIGHT, base_head),
-        lambda f: f["internal 1.5"] - f["classifier-free 1.5"],
+        lambda f: (
+            max(f["internal 1.5"], f["internal 2.5"])
+            - max(f["classifier-free 1.5"], f["classifier-free 2.5"])
+        ),
     ),
 }
 
@@ -453,10 +496,22 @@ def verdict(contrasts: list[float]) -> str:
     return "agrees" if p < 0.05 else "disagrees" if p > 0.95 else "cannot tell"
 
 
+def settings(config: Config) -> dict:
+    return {"steps": config.steps, "dtype": config.dtype, "smoke": config.smoke}
+
+
+def check_settings(path: Path, config: Config) -> None:
+    """Raises ValueError if the trainings of a folder were begun with others."""
+    if path.exists() and (before := json.loads(path.read_text())) != settings(config):
+        raise ValueError(f"{path.parent} was begun with {before}, not {settings(config)}: give another --out")
+    with common.replacing(path) as temporary:
+        temporary.write_text(json.dumps(settings(config), indent=1) + "\n")
+
+
 def measure(name: str, config: Config) -> None:
     """The seeds that are missing. Writes after every one."""
     claim, path = CLAIMS[name], Path(config.results) / f"{name}.json"
-    content = {"settings": {"steps": config.steps, "dtype": config.dtype, "smoke": config.smoke}, "seeds": []}
+    content = {"settings": settings(config) | {part: weights(part) for part in claim.uses}, "seeds": []}
     if path.exists():
         before = json.loads(path.read_text())
         if before["settings"] != content["settings"]:
@@ -525,8 +580,11 @@ def main() -> None:
     names = list(CLAIMS) if config.names == ["all"] else config.names
     if unknown := set(names) - CLAIMS.keys():
         raise ValueError(f"no claim {', '.join(sorted(unknown))}: choose all, or from {', '.join(CLAIMS)}")
-    if config.smoke and "results" not in config.given:
+    if config.smoke:
+        config.out = f"{config.out}-smoke"
         config.results = f"{config.out}/results"
+    if names:
+        check_settings(Path(config.out) / "settings.json", config)
     for name in names:
         measure(name, config)
     print(table(Path(config.results)))
