@@ -231,8 +231,7 @@ class Perceptual(nn.Module):
             import lpips
 
             try:
-                # convolutions are fastest with the channels last
-                self.lpips = lpips.LPIPS(net="vgg", verbose=False).to(memory_format=torch.channels_last)
+                self.lpips = lpips.LPIPS(net="vgg", verbose=False)
             except OSError as error:
                 raise OSError(f"--perceptual lpips downloads VGG16, which failed: {error}") from error
         self.requires_grad_(False).eval()
@@ -571,6 +570,8 @@ def build_loss_networks(
     if config.perceptual != "none" or config.gram_weight:
         backbone = Backbone(model.encoder, model.encoder_size, model.image_mean, model.image_std)
         perceptual = Perceptual(config.perceptual, backbone).to(dist_ctx.device)
+        if perceptual.lpips and dist_ctx.device.type == "cuda":  # cuDNN's convolutions want channels last
+            perceptual.lpips.to(memory_format=torch.channels_last)
     if config.gan_weight:
         with common.loading(config.discriminator):
             backbone = Backbone.from_pretrained(config.discriminator)

@@ -1,7 +1,7 @@
 """From nothing to images that follow the prompt: trains and evaluates every part of the nano world.
 The language model learns to read latents before the DiT joins it.
 
-    python -m nano.speedrun                              # about 90 minutes of two cores
+    python -m nano.speedrun                              # about two hours of two cores
     python -m nano.speedrun --scale 4 --out runs/long    # four times the steps of every stage
     python -m nano.prepare ship --runs runs/long         # makes its result the shipped weights
 
