@@ -195,7 +195,8 @@ def test_ema_weights_are_saved_and_shown_when_compiled_too(world, parts, tmp_pat
     saved = load_file(file)
     online = {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")}
     assert all(torch.equal(saved[f"ema.{key}"], model.state_dict()[key]) for key in online)
-    images = next(data.Loader(data.open_source("nano", 32, 1), 16, workers=0))["image"] / 255
+    source = data.open_source(train_decoder.Config().data, 32, 1)
+    images = next(data.Loader(source, 16, workers=0))["image"] / 255
     shown = np.array(Image.open(tmp_path / "samples/0000003.png")).astype(int)
     differences = []
     for weights in (model.state_dict(), model.state_dict() | online):
