@@ -540,24 +540,25 @@ class Muon(torch.optim.Optimizer):
                 self.apply(p, update, group)
 
     def momentum(self, p: Tensor, group: dict) -> Tensor:
-        """The whole matrix of Nesterov momentum."""
+        """Updates the momentum of a matrix, or of its shard. Returns the whole Nesterov momentum."""
         if "momentum_buffer" not in self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        averaged = group["momentum"] * self.state[p]["momentum_buffer"] + p.grad
-        return full_tensor(p.grad + group["momentum"] * averaged).float()
+        buffer = self.state[p]["momentum_buffer"]
+        averaged = group["momentum"] * buffer + p.grad
+        skip = self.found_inf.to(p.device) > 0
+        local_tensor(buffer).copy_(torch.where(skip, local_tensor(buffer), local_tensor(averaged)))
+        return full_tensor(p.grad + group["momentum"] * averaged)
 
     def apply(self, p: Tensor, update: Tensor, group: dict) -> None:
-        """One step of a matrix and of its momentum; of their shards, if they are sharded."""
+        """One step of a matrix, or of its shard."""
         skip = self.found_inf.to(p.device) > 0
         side = group["side"] or max(update.shape[0] // group["parts"], update.shape[1])
         if hasattr(p, "device_mesh"):
             update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
-        weights, buffer = local_tensor(p), local_tensor(self.state[p]["momentum_buffer"])
-        averaged = group["momentum"] * buffer + local_tensor(p.grad)
+        weights = local_tensor(p)
         decayed = (1 - group["lr"] * group["weight_decay"]) * weights
         new = decayed - group["lr"] * 0.2 * math.sqrt(side) * local_tensor(update)
         weights.copy_(torch.where(skip, weights, new))
-        buffer.copy_(torch.where(skip, buffer, averaged))
 
 
 def muon_groups(module: nn.Module, matrices: list[nn.Parameter]) -> list[dict]:

@@ -38,7 +38,7 @@ import data
 import rae
 import train_t2i
 from common import flag
-from nano import evaluate, scorer, shapes
+from nano import evaluate, shapes
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RATES = (0.008, 0.02)  # peak learning rates of Muon
@@ -62,7 +62,7 @@ class Lab:
 
     def __init__(self, config: Config, seed: int, rates: dict[str, float]):
         self.config, self.seed, self.rates = config, seed, rates
-        self.runs = {}  # by DiT: its validation loss, training loss, samples and FLOPs
+        self.runs = {}  # by DiT: the loss that chose its learning rate, samples and PFLOP
         self.dist_ctx = common.init_distributed(config.dtype)
 
     # ---- trainings; each returns the folder of a model
@@ -129,10 +129,9 @@ class Lab:
     # ---- figures: shares of 1 unless said otherwise
 
     @torch.no_grad()
-    def right(self, folder: Path, autoencoder: Path | None = None, **sampler) -> float:
+    def right(self, folder: Path, autoencoder: Path | str = "", **sampler) -> float:
         """Share of a class-conditional model's images that show their label's shape and colour."""
-        model = rae.ClassToImage.from_pretrained(folder, autoencoder and str(autoencoder)).eval()
-        model.to(self.dist_ctx.device)
+        model = common.load_model(rae.ClassToImage, folder, str(autoencoder), self.dist_ctx)
         count, steps = (8, 2) if self.config.smoke else (480, 25)
         right = []
         for start in range(0, count, 80):
@@ -144,12 +143,12 @@ class Lab:
             for label, image in zip(labels, common.to_uint8(images).permute(0, 2, 3, 1).numpy(), strict=True):
                 shape, color = shapes.PAIRS[label]
                 entry = {"class": shape, "count": 1, "color": color}
-                right.append(scorer.score(image, {"include": [entry]})[0])
+                right.append(evaluate.is_right(image, {"include": [entry]}))
         return float(np.mean(right))
 
     def overall(self, folder: Path) -> tuple[float, float]:
         """GenEval's overall of a text-to-image model, and of true images after its autoencoder."""
-        model = rae.TextToImage.from_pretrained(folder).eval().to(self.dist_ctx.device)
+        model = common.load_model(rae.TextToImage, folder, "", self.dist_ctx)
         limit, images, steps = (2, 1, 2) if self.config.smoke else (10, 4, 25)
         config = evaluate.Config(limit=limit, images=images, seed=5000 + self.seed)
         results = evaluate.evaluate_shapes(model, {"steps": steps, "guidance": 3.0}, config, self.dist_ctx)
@@ -158,7 +157,7 @@ class Lab:
 
     def psnr(self, folder: Path, domain: str) -> float:
         """In dB."""
-        autoencoder, values = rae.RAE.from_pretrained(folder).eval().to(self.dist_ctx.device), []
+        autoencoder, values = common.load_autoencoder(folder, self.dist_ctx), []
         for i in range(4 if self.config.smoke else 256):
             image = shapes.draw(domain, 5000 + self.seed, i).image
             error = (evaluate.reconstruct(autoencoder, image, self.dist_ctx) / 255.0 - image / 255.0) ** 2
@@ -167,7 +166,7 @@ class Lab:
 
     def answers(self, folder: Path) -> float:
         """Share of right answers to questions about true images."""
-        model, right = rae.TextToImage.from_pretrained(folder).eval().to(self.dist_ctx.device), []
+        model, right = common.load_model(rae.TextToImage, folder, "", self.dist_ctx), []
         for i in range(4 if self.config.smoke else 480):
             sample = shapes.draw("objects", 5000 + self.seed, i)
             questions = [pair for pair in sample.questions if pair[0] != shapes.DESCRIBE]
@@ -193,9 +192,7 @@ def pflop(run: Path) -> float:
 # -----------------------------------------------------------------------------------------------------------
 # the claims
 
-SMALL = {"width": 128, "depth": 4, "heads": 4}
 rae.DITS |= {  # for --dit
-    "claim": SMALL | {"condition_width": 128},
     **{f"claim-{width}x{depth}": {"width": width, "depth": depth, "heads": 2}
        for width, depth in ((48, 2), (48, 8), (96, 2), (144, 2))},
     "claim-48x2-head": {"width": 48, "depth": 2, "heads": 2, "head": (144, 2, 2)},
@@ -206,7 +203,7 @@ for width in (96, 128, 192):
     rae.DITS[f"claim-{width}-head"] = plain | {"head": (2 * width, 2, width // 16)}
     rae.DITS[f"claim-{width}-deep"] = plain | {"depth": 4 + 2 * 4}  # two blocks of twice the width
 IN_CONTEXT = ("--preset", "nano-class", "--dit", "nano-guide-in-context")
-CLASS = ("--preset", "nano-class", "--dit", "claim")
+CLASS = ("--preset", "nano-class", "--dit", "nano-guide")  # 128 wide, 4 deep
 
 
 def autoencoder_of(lab: Lab, name: str, multiple: float, *flags) -> Path:
@@ -220,15 +217,18 @@ def encoder_96(lab: Lab) -> Path:
 
 
 def rae_96(lab: Lab) -> Path:
-    return lab.decoder("96", "--encoder", encoder_96(lab))
+    return autoencoder_of(lab, "96", 10)
 
 
 def semantics(lab: Lab) -> Figures:
     """One encoder learns what is in the image, one to reconstruct it, one nothing."""
-    arms = {"objects": (10,), "pixels": (10, "--target", "pixels"), "random": (0,)}
+    autoencoders = {
+        "objects": rae_96(lab),
+        "pixels": autoencoder_of(lab, "pixels", 10, "--target", "pixels"),
+        "random": autoencoder_of(lab, "random", 0),
+    }
     figures = {}
-    for arm, recipe in arms.items():
-        autoencoder = rae_96(lab) if arm == "objects" else autoencoder_of(lab, arm, *recipe)
+    for arm, autoencoder in autoencoders.items():
         figures[arm] = lab.right(lab.dit(f"semantics-{arm}", *CLASS, "--autoencoder", autoencoder))
     return figures
 
@@ -237,7 +237,7 @@ def shift(lab: Lab) -> Figures:
     """The DiT is as wide as the widest latents."""
     figures = {}
     for width in WIDTHS:
-        autoencoder = rae_96(lab) if width == 96 else autoencoder_of(lab, str(width), 10, "--width", width)
+        autoencoder = autoencoder_of(lab, str(width), 10, "--width", width)
         for alpha in ALPHAS:
             flags = ("--dit", "claim-192", "--autoencoder", autoencoder, "--alpha", alpha)
             model = lab.dit(f"shift-{width}-{alpha}", "--preset", "nano-class", *flags)
@@ -281,7 +281,7 @@ def noise(lab: Lab) -> Figures:
     return figures
 
 
-QUESTIONS = ("--dit", "claim", "--val-data", "nano:objects", "--data")
+QUESTIONS = ("--dit", "nano-guide", "--val-data", "nano:objects", "--data")
 
 
 def weights(part: str) -> str:
@@ -293,10 +293,8 @@ def text_models(lab: Lab) -> dict[str, Path]:
     """Text-to-image in the latents of an RAE and of a VAE, of equally many tokens and of equal DiTs. Both
     autoencoders have seen equally many images. Three in ten samples are questions."""
     vae = lab.prepared("vae", "vae", 15)
-    language_model, mixed = (
-        weights("language-model"),
-        (*QUESTIONS, "nano:objects=0.7,nano:questions=0.3", "--autoencoder"),
-    )
+    language_model = weights("language-model")
+    mixed = (*QUESTIONS, "nano:objects=0.7,nano:questions=0.3", "--autoencoder")
     return {
         "RAE": lab.dit(f"text-rae-{language_model}", *mixed, rae_96(lab), multiple=5),
         "VAE": lab.dit(f"text-vae-{language_model}", *mixed, vae, "--reader", rae_96(lab), multiple=5),
@@ -356,7 +354,7 @@ def verification(lab: Lab) -> Figures:
     """The best 4 of 32 images of the shipped model, by each verifier."""
     limit, candidates, steps = (1, 4, 2) if lab.config.smoke else (5, 32, 25)
     config = evaluate.Config(limit=limit, candidates=candidates)
-    model = rae.TextToImage.from_pretrained(common.WEIGHTS / "t2i").eval().to(lab.dist_ctx.device)
+    model = common.load_model(rae.TextToImage, common.WEIGHTS / "t2i", "", lab.dist_ctx)
     sampler = {"steps": steps, "guidance": 3.0}
     scores = evaluate.scale_one_seed(model, [candidates], 5000 + lab.seed, sampler, config, lab.dist_ctx)
     return {name: score for (_, name), score in scores.items()}
@@ -500,12 +498,14 @@ def settings(config: Config) -> dict:
     return {"steps": config.steps, "dtype": config.dtype, "smoke": config.smoke}
 
 
-def check_settings(path: Path, config: Config) -> None:
-    """Raises ValueError if the trainings of a folder were begun with others."""
-    if path.exists() and (before := json.loads(path.read_text())) != settings(config):
-        raise ValueError(f"{path.parent} was begun with {before}, not {settings(config)}: give another --out")
+def refuse_change(path: Path, before: dict, now: dict) -> None:
+    if before != now:
+        raise ValueError(f"{path} was begun with {before}, not {now}: give another --out and --results")
+
+
+def write(path: Path, content: dict) -> None:
     with common.replacing(path) as temporary:
-        temporary.write_text(json.dumps(settings(config), indent=1) + "\n")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def measure(name: str, config: Config) -> None:
@@ -514,8 +514,7 @@ def measure(name: str, config: Config) -> None:
     content = {"settings": settings(config) | {part: weights(part) for part in claim.uses}, "seeds": []}
     if path.exists():
         before = json.loads(path.read_text())
-        if before["settings"] != content["settings"]:
-            raise ValueError(f"{path} was measured with {before['settings']}: give the same, or --results")
+        refuse_change(path, before["settings"], content["settings"])
         content = before
     rates = content.get("learning_rates", {})
     for seed in range(len(content["seeds"]), 1 if config.smoke else config.seeds):
@@ -524,8 +523,7 @@ def measure(name: str, config: Config) -> None:
         content["seeds"].append({"figures": figures, "contrast": claim.contrast(figures), "runs": lab.runs})
         content |= {"learning_rates": lab.rates, "torch": torch.__version__}
         content["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-        with common.replacing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        write(path, content)
         plot(claim, content["seeds"], path.with_suffix(".png"))
 
 
@@ -584,7 +582,10 @@ def main() -> None:
         config.out = f"{config.out}-smoke"
         config.results = f"{config.out}/results"
     if names:
-        check_settings(Path(config.out) / "settings.json", config)
+        begun = Path(config.out) / "settings.json"
+        if begun.exists():
+            refuse_change(begun.parent, json.loads(begun.read_text()), settings(config))
+        write(begun, settings(config))
     for name in names:
         measure(name, config)
     print(table(Path(config.results)))

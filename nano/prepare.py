@@ -230,11 +230,6 @@ def describe(sample: shapes.Sample) -> np.ndarray:
     return np.concatenate([of_object * fade, color, pattern], axis=1, dtype=np.float32)
 
 
-def patches(image: np.ndarray) -> np.ndarray:
-    """The pixels of each token, (N, 192) in [-1, 1]."""
-    return rearrange(image, "(h p) (w q) c -> (h w) (p q c)", p=PATCH, q=PATCH) / np.float32(127.5) - 1
-
-
 def train_encoder(
     out: Path,
     steps: int,
@@ -266,10 +261,13 @@ def train_encoder(
         samples = [shapes.draw(DOMAINS[number % len(DOMAINS)], seed, number, SIZE) for number in numbers]
         images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
         pixels = data.to_unit(images, torch.device("cpu")) * 2 - 1
-        told = [describe(sample) if target == "objects" else patches(sample.image) for sample in samples]
+        if target == "pixels":
+            told = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
+        else:
+            told = torch.from_numpy(np.stack([describe(sample) for sample in samples]))
         tokens = model(pixels).last_hidden_state  # (B, N, width)
         sigma = NOISE * torch.rand(batch, 1, 1)
-        error = head((tokens + sigma * torch.randn_like(tokens)).float()) - torch.from_numpy(np.stack(told))
+        error = head((tokens + sigma * torch.randn_like(tokens)).float()) - told
         return (weights * error.square()).sum(dim=-1).mean()
 
     matrices = [p for p in model.encoder.parameters() if p.ndim == 2]
