@@ -581,6 +581,7 @@ def main() -> None:
     if config.smoke:
         config.out = f"{config.out}-smoke"
         config.results = f"{config.out}/results"
+        train_t2i.GRID_STEPS = 1
     if names:
         begun = Path(config.out) / "settings.json"
         if begun.exists():

@@ -196,7 +196,8 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int, dist_ctx:
     tokenizer.save_pretrained(out)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     parts = torch.nn.ModuleList([model, head])
-    train(parts, loss, steps, dist_ctx, lr=2e-3, out=out, save=model, muon=matrices)
+    # decay, because large matrices would later learn slowly to read images
+    train(parts, loss, steps, dist_ctx, lr=2e-3, out=out, save=model, muon=matrices, muon_decay=0.1)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -373,13 +374,15 @@ def train(
     out: Path,
     save=None,
     muon: Sequence = (),
+    muon_decay: float = 0.0,
 ) -> None:
-    """AdamW, and Muon for some matrices, with warm-up and cosine decay. Writes the model, or its part `save`,
-    as bf16 and a log into `out`. loss(step): the loss of one batch."""
+    """AdamW, and Muon with a weight decay for some matrices, with warm-up and cosine decay of the learning
+    rates. Writes the model, or its part `save`, as bf16 and a log into `out`. loss(step): the loss of one
+    batch."""
     others = [p for p in model.parameters() if p.requires_grad and not any(p is matrix for matrix in muon)]
     optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
     if muon:
-        optimizers.append(common.Muon(muon, lr=0.01))
+        optimizers.append(common.Muon(muon, lr=0.01, weight_decay=muon_decay))
     optimizers = common.Optimizers(*optimizers)
     out.mkdir(parents=True, exist_ok=True)
     started, log = time.time(), []
