@@ -335,13 +335,15 @@ def old_encoder_key(name: str, prefix: str) -> str:
 # -----------------------------------------------------------------------------------------------------------
 # DiT: LightningDiT, DiT-DH (with the DDT head), and Scale-RAE's
 
-# (is Scale-RAE's, has the DDT head) -> latent embedders and RoPE tables, of the backbone, then of the head.
-# Caution: the two projects name the embedders of the DDT head the other way round.
+# (project, has the DDT head) -> latent embedders and RoPE tables, of the backbone, then of the head.
+# Caution: Scale-RAE names the embedders of the DDT head the other way round.
 DIT_NAMES = {
-    (False, False): (["x_embedder"], ["feat_rope"]),
-    (False, True): (["s_embedder", "x_embedder"], ["enc_feat_rope", "dec_feat_rope"]),
-    (True, False): (["x_embedder"], ["feat_rope"]),
-    (True, True): (["x_embedder", "s_embedder"], ["enc_rope", "dec_rope"]),
+    ("rae", False): (["x_embedder"], ["feat_rope"]),
+    ("rae", True): (["s_embedder", "x_embedder"], ["enc_feat_rope", "dec_feat_rope"]),
+    ("scale-rae", False): (["x_embedder"], ["feat_rope"]),
+    ("scale-rae", True): (["x_embedder", "s_embedder"], ["enc_rope", "dec_rope"]),
+    ("raev2", False): (["x_embedder"], ["rope"]),
+    ("raev2", True): (["s_embedder", "x_embedder"], ["enc_rope", "dec_rope"]),
 }
 
 
@@ -353,7 +355,8 @@ class ReleasedDiT:
         modules = {name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)}
         self.scale_rae, self.ddt_head = "dit_blocks" in modules, "s_embedder" in modules
         self.blocks = "dit_blocks" if self.scale_rae else "blocks"
-        self.embedders, self.ropes = DIT_NAMES[self.scale_rae, self.ddt_head]
+        project = "scale-rae" if self.scale_rae else "raev2" if "ctx_embedder" in modules else "rae"
+        self.embedders, self.ropes = DIT_NAMES[project, self.ddt_head]
 
     def rename(self, name: str) -> str:
         """Our key of a DiT -> the released key. Ours are RAE's, but for `.proj` of the embedders."""
@@ -435,13 +438,12 @@ class ReleasedDiT:
             weights[name] = weights[name].flatten(1)
             channels = weights[name].shape[1]
         # the output layer makes patches in the order (row, column, channel), ours are (channel, row, column)
-        for part in ("weight", "bias"):
-            name = f"{self.prefix}final_layer.linear.{part}"
-            if name in weights and len(weights[name]) == channels:
+        for name in weights:
+            if "final_layer.linear." in name and len(weights[name]) == channels:
                 weights[name] = rearrange(weights[name], "(p q c) ... -> (c p q) ...", p=patch, q=patch)
         return weights
 
-    def rope_tables(self, dit: rae.DiT) -> dict[str, Tensor]:
+    def rope_tables(self, dit: rae.DiT | rae.InContextDiT) -> dict[str, Tensor]:
         """Released key -> the RoPE table that it must be. These are in the authors' files, not in ours."""
         tables = {}
         ours = [dit.rope, dit.head_rope] if self.ddt_head else [dit.rope]
@@ -458,11 +460,8 @@ def build_in_context(weights: dict[str, Tensor], base_depth: int = 8, **options)
     """base_depth: the block before the base head, which the tensors do not tell."""
     # the projector of a REPA loss, which no recipe uses, takes no part in the prediction
     weights = {name: w for name, w in weights.items() if not name.startswith("repa_projector.")}
-    size = partial(size_of, weights)
-    head = "s_embedder.proj.weight" in weights
-    embedders, ropes = (["x_embedder"], ["rope"])
-    if head:
-        embedders, ropes = ["s_embedder", "x_embedder"], ["enc_rope", "dec_rope"]
+    released = ReleasedDiT(weights)
+    size, head, embedders = released.size, released.ddt_head, released.embedders
     # ---- sizes: pairs (backbone, head)
     width = tuple(size(f"{name}.proj.weight") for name in embedders)
     blocks = count_blocks(weights, "blocks")
@@ -470,9 +469,8 @@ def build_in_context(weights: dict[str, Tensor], base_depth: int = 8, **options)
     depth = (blocks - in_head, in_head) if head else (blocks,)
     firsts = (0, blocks - in_head)[: len(width)]  # the first block of each
     heads = tuple(w // size(f"blocks.{i}.attn.q_norm.weight") for w, i in zip(width, firsts, strict=True))
-    patch = size(f"{embedders[0]}.proj.weight", 3)
-    channels = size(f"{embedders[0]}.proj.weight", 1) * patch**2
-    time_tokens, rows = size("t_embedder.learnable_tokens"), size(f"{ropes[0]}.freqs_cos")
+    channels = size(f"{embedders[0]}.proj.weight", 1) * size(f"{embedders[0]}.proj.weight", 3) ** 2
+    time_tokens, rows = size("t_embedder.learnable_tokens"), size(f"{released.ropes[0]}.freqs_cos")
     sizes = {"num_classes": None, "condition_width": None, "time_tokens": time_tokens}
     if "ctx_embedder.embedding_table.weight" in weights:
         sizes["num_classes"] = size("ctx_embedder.embedding_table.weight") - 1
@@ -480,10 +478,12 @@ def build_in_context(weights: dict[str, Tensor], base_depth: int = 8, **options)
         tokens = rows - time_tokens - sizes["condition_tokens"]
     else:
         sizes["condition_width"] = size("ctx_embedder.norm.weight")
-        # the last row of the table that is rotated is that of the last latent token
-        tokens = (
-            size("dec_rope.freqs_cos") if head else 1 + int(weights["rope.freqs_sin"].any(1).nonzero().max())
-        )
+        if head:
+            tokens = size("dec_rope.freqs_cos")
+        else:
+            size("rope.freqs_sin")  # raises if it is missing
+            # the last row of the table that is rotated is that of the last latent token
+            tokens = 1 + int(weights["rope.freqs_sin"].any(1).nonzero().max())
         sizes["condition_tokens"] = rows - time_tokens - tokens
     sizes["latent_shape"] = (tokens, channels)
     sizes["base_depth"] = base_depth if "base_final_layer.linear.weight" in weights else None
@@ -492,25 +492,14 @@ def build_in_context(weights: dict[str, Tensor], base_depth: int = 8, **options)
     dit = rae.InContextDiT(width=width[0], depth=depth[0], heads=heads[0], head=head, **sizes)
 
     # ---- weights under our names
-    renamed = {}
-    for name, weight in weights.items():
-        if name.endswith("embedder.proj.weight") and weight.ndim == 4:
-            # patch embedding as a convolution -> linear layer on tokens of p * p * channels
-            weight = weight.flatten(1)
-        if "final_layer.linear" in name and len(weight) == channels:
-            # (row, column, channel) -> (channel, row, column), as for RAE's
-            weight = rearrange(weight, "(p q c) ... -> (c p q) ...", p=patch, q=patch)
-        renamed[in_context_key(name)] = weight
+    renamed = {in_context_key(name): weight for name, weight in released.reshaped().items()}
     for i in range(blocks):
         for whole, parts in (("attn.qkv", ("attn.q", "attn.k", "attn.v")), ("mlp.w12", ("mlp.w1", "mlp.w2"))):
             for kind in ("weight", "bias"):
                 names = [f"blocks.{i}.{part}.{kind}" for part in parts]
                 if all(name in renamed for name in names):  # else `load_official` says that it is missing
                     renamed[f"blocks.{i}.{whole}.{kind}"] = torch.cat([renamed.pop(name) for name in names])
-    tables = {}
-    for name, rope in zip(ropes, [dit.rope, dit.head_rope] if head else [dit.rope], strict=True):
-        tables[f"{name}.freqs_cos"], tables[f"{name}.freqs_sin"] = rope
-    return load_official(dit, renamed, rope_tables=tables)
+    return load_official(dit, renamed, rope_tables=released.rope_tables(dit))
 
 
 def in_context_key(name: str) -> str:
@@ -695,11 +684,10 @@ def exists(path: str, revision: str | None) -> bool:
 
 
 def read_config(source: str, revision: str | None = None) -> tuple[dict, str]:
-    """The config.json of a model, and its subfolder: pipelines such as FLUX's keep their VAE in vae/."""
-    in_vae = not exists(f"{source}/config.json", revision) and exists(f"{source}/vae/config.json", revision)
-    subfolder = "vae" if in_vae else ""
-    path = fetch(os.path.join(source, subfolder, "config.json"), revision)
-    return json.loads(Path(path).read_text()), subfolder
+    """The config.json of a model, and its folder: pipelines such as FLUX's keep their VAE in vae/."""
+    folders = [folder for folder in (source, f"{source}/vae") if exists(f"{folder}/config.json", revision)]
+    folder = folders[0] if folders else source
+    return json.loads(Path(fetch(f"{folder}/config.json", revision)).read_text()), folder
 
 
 def read_tensors(path: str, revision: str | None) -> dict[str, Tensor]:
@@ -915,14 +903,14 @@ def open_rae(source: str, revision: str | None, **options) -> rae.RAE | None:
     if source in RELEASED:
         options = {**RELEASED[source], **options}
         source = options.pop("decoder")
-    config, subfolder = ({}, "") if source.endswith(".pt") else read_config(source, revision)
+    config, folder = ({}, "") if source.endswith(".pt") else read_config(source, revision)
     class_name = config.get("_class_name")  # of diffusers
     if not config or (class_name is None and "decoder_hidden_size" in config):
         return read_decoder(source, config, revision, options)
     if options:
         raise ValueError(f"{source} is a whole autoencoder: it has its own {', '.join(options)}")
     if class_name == "AutoencoderRAE":
-        return read_diffusers(os.path.join(source, subfolder), config, revision)
+        return read_diffusers(folder, config, revision)
     if class_name == "AutoencoderKL":
         raise ValueError(f"{source} is no RAE but diffusers' AutoencoderKL: use open_autoencoder")
     if class_name:

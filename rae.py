@@ -57,14 +57,13 @@ class Hub(PyTorchModelHubMixin):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis."""
 
-    def __init__(self, width: int, eps: float = 1e-6):
+    def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         # fp32 statistics whatever the input is
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).type_as(x) * self.weight
 
 
 def grid_positions(tokens: int) -> tuple[Tensor, Tensor]:
@@ -538,16 +537,9 @@ class RAE(nn.Module, Hub, library_name="rae"):
         """
         import convert
 
-        model = convert.open_rae(
-            str(source),
-            revision,
-            encoder=encoder,
-            stats=stats,
-            encoder_size=encoder_size,
-            heads=heads,
-            layers=layers,
-            denormalise=denormalise,
-        )
+        options = {"encoder": encoder, "stats": stats, "encoder_size": encoder_size, "heads": heads}
+        options |= {"layers": layers, "denormalise": denormalise}
+        model = convert.open_rae(str(source), revision, **options)
         return model or super().from_pretrained(source, revision=revision)
 
     def save_diffusers(self, folder: str | Path) -> None:
@@ -573,24 +565,13 @@ class VAE(nn.Module):
         import convert
 
         source = str(name_or_path)
-        config, subfolder = convert.read_config(source)
+        config, folder = convert.read_config(source)
         if config.get("_class_name") != "AutoencoderKL":
             raise ValueError(f"{source} is no AutoencoderKL of diffusers but {config.get('_class_name')}")
-        folder = os.path.join(source, subfolder)
-        file = convert.find_weights(folder, convert.diffusers_files(folder))
-        # model.safetensors and model.safetensors.index.json have no variant, model.bf16.safetensors has one
-        variant = [
-            part for part in file.split(".")[1:] if part not in ("safetensors", "bin", "index", "json")
-        ]
-        options = {"subfolder": subfolder, "variant": variant[0] if variant else None}
-        options |= {"output_loading_info": True, "low_cpu_mem_usage": False}
-        try:
-            self.vae, report = AutoencoderKL.from_pretrained(source, **options)
-        except RuntimeError as error:  # weights of another shape
-            raise ValueError(f"{source}: {error}") from error
-        if wrong := [*report["missing_keys"], *report["unexpected_keys"]]:
-            raise ValueError(f"{source}: {len(wrong)} keys are missing or unknown: {', '.join(wrong[:5])}")
-        self.vae.float().requires_grad_(False).eval()
+        weights = convert.read_weights(folder, None, convert.diffusers_files(folder))
+        self.vae = AutoencoderKL.from_config(config).requires_grad_(False)
+        self.vae._fix_state_dict_keys_on_load(weights)  # as those of Stable Diffusion were named once
+        convert.load_official(self.vae, weights)
         config = self.vae.config
         if (config.in_channels, config.out_channels) != (3, 3):
             channels = f"{config.in_channels} to {config.out_channels}"
@@ -1006,7 +987,7 @@ class InContextDiT(nn.Module, Hub, library_name="rae"):
                 condition = self.y_embedder.drop(None, torch.ones_like(t, dtype=torch.bool))
             context, mask = self.y_embedder(condition)
             parts.append(context)
-            if mask is not None:
+            if mask is not None and mask.shape[1]:  # without a mask SDPA can use flash attention
                 # padding is hidden as keys; all other tokens are seen
                 keys = F.pad(mask, (tokens + len(self.time_tokens), 0), value=True)
         elif condition is not None:
@@ -1935,14 +1916,10 @@ def prompt_confidence(model: TextToImage, ids: list[int], prompt: list[int], lat
 ENCODERS = {  # hub ids
     "siglip2-so400m": "google/siglip2-so400m-patch14-224",
     "siglip2-b": "google/siglip2-base-patch16-256",
-    "dinov2-s": "facebook/dinov2-with-registers-small",
     "dinov2-b": "facebook/dinov2-with-registers-base",
-    "dinov2-l": "facebook/dinov2-with-registers-large",
-    "dinov3-b": "facebook/dinov3-vitb16-pretrain-lvd1689m",
     "dinov3-l": "facebook/dinov3-vitl16-pretrain-lvd1689m",
     "webssl-l": "facebook/webssl-dino300m-full2b-224",
     "mae-b": "facebook/vit-mae-base",
-    "mae-l": "facebook/vit-mae-large",
     "dino-s8": "facebook/dino-vits8",  # backbones of the discriminators
     "dino-s16": "facebook/dino-vits16",
 }
@@ -1970,8 +1947,6 @@ SCALE_RAE_DITS = {  # Scale-RAE table 10
 }
 IN_CONTEXT = {"time_tokens": 4, "condition_tokens": 8, "base_depth": 8}  # RAEv2
 CAPTION_TOKENS = 256  # longer captions are cut (RAEv2)
-NANO_DIT = {"width": 192, "depth": 6, "heads": 3, "condition_width": 128}
-NANO_GUIDE = {"width": 128, "depth": 4, "heads": 4, "condition_width": 128}  # for AutoGuidance
 DITS = {
     "DiT-S": {"width": 384, "depth": 12, "heads": 6, "silu_condition": False},
     "DiT-B": {"width": 768, "depth": 12, "heads": 12, "silu_condition": False},
@@ -1985,12 +1960,10 @@ DITS = {
     **{f"{name}-DH": size | SCALE_RAE_HEAD for name, size in SCALE_RAE_DITS.items()},
     # RAEv2; for captions with CAPTION_TOKENS
     "raev2": {"width": 1440, "depth": 28, "heads": 20, "head": (2048, 2, 16)} | IN_CONTEXT,
-    "nano": NANO_DIT,
+    "nano": {"width": 192, "depth": 6, "heads": 3, "condition_width": 128},
     "nano-in-context": {"width": 256, "depth": 6, "heads": 4} | IN_CONTEXT | {"base_depth": 3},
     "nano-guide-in-context": {"width": 128, "depth": 4, "heads": 4} | IN_CONTEXT | {"base_depth": 2},
-    "nano-DH": NANO_DIT | {"head": (320, 2, 5)},
-    "nano-guide": NANO_GUIDE,
-    "nano-guide-DH": NANO_GUIDE | {"head": (320, 2, 5)},
+    "nano-guide": {"width": 128, "depth": 4, "heads": 4, "condition_width": 128},  # for AutoGuidance
 }
 
 

@@ -113,6 +113,13 @@ def condition(case):
     return rae.Caption(ramp(2, mask.shape[1], 20, a=0.47, b=0.8, scale=2.0), mask)
 
 
+def test_a_missing_rope_table_is_named():
+    weights, table = official_dit("C2"), "rope.freqs_sin"
+    weights.pop(table)
+    with pytest.raises(ValueError, match=table):
+        rae.from_official(weights)
+
+
 @pytest.mark.parametrize("case", DIT_CASES)
 @torch.no_grad()
 def test_in_context_dit(case):

@@ -372,17 +372,19 @@ def save_everywhere(model, folder) -> list:
     return [path for name in folder.iterdir() for path in (name, name / "vae")]
 
 
-def test_pipelines_shards_and_variants(vae_folder, tmp_path):
+def test_pipelines_shards_and_variants(vae_folder, tmp_path, hub):
     sizes = {"encoder_hidden_size": 64, "encoder_num_hidden_layers": 1, "encoder_input_size": 224}
     sizes |= {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4}
     torch.manual_seed(0)
     theirs = diffusers.AutoencoderRAE("mae", **sizes, decoder_intermediate_size=48, patch_size=4)
     paths = save_everywhere(theirs, tmp_path / "rae")
     expected = common.load_autoencoder(paths[0], DIST_CTX)
-    for path in paths:
+    theirs.save_pretrained(hub / "org/rae")
+    for path in (*paths, "org/rae"):
         check_equal(common.load_autoencoder(path, DIST_CTX), expected)
     theirs = diffusers.AutoencoderKL.from_pretrained(vae_folder).eval()
-    for path in save_everywhere(theirs, tmp_path / "kl"):
+    theirs.save_pretrained(hub / "org/kl")
+    for path in ("org/kl", *save_everywhere(theirs, tmp_path / "kl")):
         check_equal(common.load_autoencoder(path, DIST_CTX).vae, theirs)
     (path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan"}))
     for source in (path, path.parent):
