@@ -205,7 +205,8 @@ def dit_step(name: str, config: Config, dist_ctx: DistContext) -> tuple[Call, li
         model = build_class_to_image(config, dist_ctx, config.dit)
         return class_loss, [model, autoencoder]
     model = build_text_to_image(config, dist_ctx)
-    conversations = next(data.Loader(data.open_source("nano", size, 0), batch))["conversation"]
+    # each asks for an image: FLOPs are counted on a few of them
+    conversations = next(data.Loader(data.open_source("nano:objects", size, 0), batch))["conversation"]
     return text_loss, [model, autoencoder]
 
 

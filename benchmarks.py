@@ -175,7 +175,8 @@ def check_objects(entry: dict, objects: list[Detection], classify_colors: Callab
     colors = classify_colors(objects, name)
     if colors.count(entry["color"]) >= count:
         return ""
-    present = ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color in colors)
+    named = dict.fromkeys((*COLORS, *colors))  # in the official order
+    present = ", ".join(f"{colors.count(color)} {color}" for color in named if color in colors)
     return f"expected {entry['color']} {name}>={count}, found {present}"
 
 

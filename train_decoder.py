@@ -175,14 +175,6 @@ def latent_statistics(
     return mean.float(), (square - mean**2 + 1e-5).sqrt().float()
 
 
-@torch.no_grad()
-def encode(model: rae.RAE, batch: dict, dist_ctx: common.DistContext) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, H, W) in [0, 1] of a micro-batch, and their latents (B, N, C)."""
-    images = data.to_unit(batch["image"], dist_ctx.device)
-    with dist_ctx.autocast():
-        return images, model.encode(images)
-
-
 # -----------------------------------------------------------------------------------------------------------
 # features of frozen networks, and distances between them
 
@@ -478,27 +470,6 @@ def reconstruction_losses(
     return loss, losses
 
 
-def adversarial_loss(
-    config: Config, discriminator: Discriminator, pixels: Tensor, index: list[int]
-) -> Tensor:
-    """The decoder's adversarial loss: minus the mean logit of its augmented reconstructions."""
-    draws = data.uniform_draws(7, config.seed, index, "generator")
-    return -discriminator(augment(2 * pixels - 1, draws)).float().mean()
-
-
-def discriminator_loss(
-    config: Config, discriminator: Discriminator, images: Tensor, fake: Tensor, index: list[int], update: bool
-) -> dict[str, Tensor]:
-    """Hinge loss on augmented originals and reconstructions in [-1, 1]. update: whether spectral norms take a
-    power iteration, once per step."""
-    of_real = data.uniform_draws(7, config.seed, index, "real")
-    of_fake = data.uniform_draws(7, config.seed, index, "fake")
-    real_logits = discriminator.train(update)(augment(images, of_real)).float()
-    fake_logits = discriminator.eval()(augment(fake, of_fake)).float()
-    loss = hinge_loss(real_logits, fake_logits)
-    return {"disc_loss": loss, "real_logits": real_logits.mean(), "fake_logits": fake_logits.mean()}
-
-
 def add_losses(totals: dict[str, Tensor], losses: dict[str, Tensor], share: float) -> None:
     for name, value in losses.items():
         totals[name] += value.detach() * share
@@ -522,13 +493,15 @@ def discriminator_step(
         with dist_ctx.autocast():
             with torch.no_grad():
                 fake = to_256_levels(2 * model.decode(latents) - 1)
+            of_real, of_fake = (data.uniform_draws(7, config.seed, index, kind) for kind in ("real", "fake"))
             # spectral norms take one power iteration per step, however many micro-batches there are
-            losses = discriminator_loss(
-                config, discriminator, 2 * images - 1, fake, index, update=number == 0
-            )
-        loss, share = losses["disc_loss"], len(images) / config.batch
+            real_logits = discriminator.train(number == 0)(augment(2 * images - 1, of_real)).float()
+            fake_logits = discriminator.eval()(augment(fake, of_fake)).float()
+            loss = hinge_loss(real_logits, fake_logits)
+        share = len(images) / config.batch
         (loss * share).backward(common.one_or_nan(loss))
-        add_losses(totals, losses, share)
+        losses = {"real_logits": real_logits.mean(), "fake_logits": fake_logits.mean()}
+        add_losses(totals, {"disc_loss": loss, **losses}, share)
     optimizer.step()
     return totals
 
@@ -556,6 +529,9 @@ def build_model(config: Config, dist_ctx: common.DistContext) -> rae.RAE:
     model = common.load_autoencoder(config.init, dist_ctx)
     if not isinstance(model, rae.RAE):
         raise ValueError(f"--init {config.init} is a VAE: only an RAE's decoder is trained")
+    for name in ("encoder", "layers", "decoder", "statistics"):
+        if name in config.given and not config.resumed:
+            raise ValueError(f"--{name} is for a new model: that of --init {config.init} has its own")
     for name, actual in (("patch_size", model.decoder.patch_size), ("encoder_size", model.encoder_size)):
         value = getattr(config, name)
         if value not in (None, actual):
@@ -690,7 +666,9 @@ def main() -> None:
         for micro_batch in data.micro_batches(run.next_batch(loader, step), config.grad_accum):
             # ---- latents: frozen encoder, no gradient ------------------------- (B, 3, H, W) -> (B, N, C)
             index = micro_batch["index"]
-            images, latents = encode(model, micro_batch, dist_ctx)
+            images = data.to_unit(micro_batch["image"], device)
+            with dist_ctx.autocast():
+                latents = model.encode(images)
             encoded.append((images, latents, index))
             noisy = latents
             if config.tau:  # noise-augmented decoding (RAE)
@@ -710,8 +688,9 @@ def main() -> None:
 
             # ---- adversarial term
             if is_adversarial:
+                draws = data.uniform_draws(7, config.seed, index, "generator")
                 with dist_ctx.autocast():
-                    gan_loss = adversarial_loss(config, discriminator, pixels, index)
+                    gan_loss = -discriminator(augment(2 * pixels - 1, draws)).float().mean()
                 [gan_gradient] = torch.autograd.grad(gan_loss * share, pixels)
                 gan_weight = torch.full((), config.gan_weight, device=device)
                 if config.adaptive:  # by the gradients of the last layer, taken from those of the pixels

@@ -25,7 +25,6 @@ OUT/samples/.
 
 import itertools
 import math
-import os
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -195,7 +194,9 @@ class Config(common.TrainConfig):
         "peak learning rate of Muon for matrices: the DiT's; x lr / dit_lr the language model's (0: AdamW)",
         at_least=0,
     )
-    warmup: float = flag(200, "steps of linear warm-up; below 1, a fraction of all steps", at_least=0)
+    warmup: float = flag(
+        200, "steps of linear warm-up (below 1: a fraction of all); none with --decay-start", at_least=0
+    )
     decay_start: int | None = flag(None, "first step of a linear decay (default: cosine decay)", at_least=0)
     decay_end: int | None = flag(None, "and its last step (default: that of the run)", at_least=1)
     final_lr: float = flag(0.0, "final learning rate, as a fraction of the peak", at_least=0, at_most=1)
@@ -451,7 +452,7 @@ def open_data(
     infos = [(config.data, info) for info in source.latents]
     infos += [(val_name, info) for info in val_source.latents]
     for name, info in infos:
-        if tuple(info["latent_shape"]) != shape or not is_of(info, config.autoencoder, autoencoder):
+        if tuple(info["latent_shape"]) != shape or info.get("fingerprint") != common.fingerprint(autoencoder):
             made_by = f"{tuple(info['latent_shape'])} of {info['autoencoder']}"
             now = f"--autoencoder {config.autoencoder} with {shape}, or its weights have changed"
             cure = "give the one that made them, or run encode.py again"
@@ -462,13 +463,6 @@ def open_data(
     if reader and source.latents:
         raise ValueError(f"--reader {config.reader} reads images, but {config.data} has latents only")
     return source, val_source
-
-
-def is_of(info: dict, path: str, autoencoder: nn.Module) -> bool:
-    """Whether the autoencoder is the one of a latents.json; an old one names its path only."""
-    if info.get("fingerprint", "").startswith("sums "):
-        return info["fingerprint"] == common.fingerprint(autoencoder)
-    return os.path.realpath(info["autoencoder"]) == os.path.realpath(path)
 
 
 def validation_batch(config: Config, source: data.Mixture) -> dict:
@@ -568,7 +562,7 @@ def main() -> None:
 
         def load_init() -> rae.LatentModel:
             with common.loading(config.init):
-                return cls.from_pretrained(config.init, config.autoencoder).train()
+                return cls.from_pretrained(config.init, config.autoencoder).eval()  # no dropout, as if new
 
         init = common.build(load_init, dist_ctx)
         config.autoencoder = init.autoencoder_path
@@ -585,8 +579,8 @@ def main() -> None:
     torch.manual_seed(config.seed)
     num_classes = count_classes(config, source)
     class_names = source.class_names if num_classes else None
-    args = config, init, autoencoder.latent_shape, num_classes, reader, class_names
-    export = common.build(lambda: build_model(*args), dist_ctx)
+    build = partial(build_model, config, init, autoencoder.latent_shape, num_classes, reader, class_names)
+    export = common.build(build, dist_ctx)
     model = common.twin(export, dist_ctx)
     ema = common.twin(export, dist_ctx) if config.ema else model
     export = export if dist_ctx.is_main else None  # stays unsharded, to write OUT/model with

@@ -90,7 +90,7 @@ def is_right(image: np.ndarray, request: dict) -> bool:
     """Whether an image shows the word of a request, or fulfils it as a GenEval request."""
     if "word" in request:
         return scorer.read_word(image) == request["word"]
-    return scorer.score(image, request)[0]
+    return scorer.score(image, request)
 
 
 def evaluate_shapes(
@@ -145,7 +145,7 @@ def scale_one_seed(
         prompts = [request["prompt"]] * len(candidates)
         latents, images = generate(model, prompts, noise, dist_ctx, **sampler)
         verdicts = rae.verify(model, request["prompt"], latents)
-        scores = [scorer.score(image, request)[0] for image in images]
+        scores = [scorer.score(image, request) for image in images]
         for size in sizes:
             for name, kept in keep_best(verdicts[:size], scores[:size]).items():
                 right[size, name][task] += [scores[k] for k in kept]

@@ -4,7 +4,6 @@ and `diffusers` folders.
     python -m nano.prepare language-model       # stands in for Qwen2.5: a ChatML tokenizer and a Qwen2 model
     python -m nano.prepare encoder              # stands in for SigLIP-2: a vision tower that knows objects
     python -m nano.prepare vae                  # stands in for FLUX's VAE, to compare with the RAE
-    python -m nano.prepare photographs          # real images, crops of those of scikit-image and scikit-learn
     python -m nano.prepare ship                 # what nano.speedrun trained -> nano/weights, as bf16
 
 Encoder: each token learns to tell, through one linear layer, what the nearest object or letter is, where its
@@ -32,7 +31,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from einops import rearrange
-from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -315,34 +313,6 @@ def train_vae(out: Path, steps: int, batch: int, seed: int, dist_ctx: common.Dis
     model.save_config(out)
 
 
-PHOTOGRAPHS = {  # in the wheels of scikit-image and scikit-learn; the two halves share no image
-    "train": ["astronaut.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
-              "retina.jpg", "china.jpg"],
-    "test": ["chelsea.png", "rocket.jpg", "flower.jpg"],
-}  # fmt: skip
-
-
-def cut_photographs(out: Path, seed: int, crops: int = 128) -> None:
-    """Random square crops of photographs, from 96 px to the full height, as PNG files of 72 px."""
-    import skimage
-    import sklearn
-
-    folders = [Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets/images"]
-    for half, names in PHOTOGRAPHS.items():
-        (out / half).mkdir(parents=True, exist_ok=True)
-        for name in names:
-            path = next(folder / name for folder in folders if (folder / name).is_file())
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-            chance = np.random.default_rng(data.hash_seed(seed, name))
-            for number in range(crops):
-                side = int(96 * (image.height / 96) ** chance.random())
-                left, top = (int(chance.integers(length - side + 1)) for length in image.size)
-                crop = image.crop((left, top, left + side, top + side))
-                crop = crop.resize((72, 72), Image.Resampling.BICUBIC)
-                crop.save(out / half / f"{path.stem}-{number:03d}.png")
-
-
 def ship(out: Path, runs: Path) -> None:
     """Copies the parts of a speedrun, with one log line in ten of the trainers. Matrices become bf16;
     statistics, frequencies and position tables stay as they are."""
@@ -411,7 +381,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=[*PARTS, "photographs", "ship"])
+    parser.add_argument("part", choices=[*PARTS, "ship"])
     parser.add_argument("--out", type=Path, default=Path("nano/weights"), help="writes OUT/PART")
     defaults = [", ".join(f"{part} {recipe[i]}" for part, recipe in PARTS.items()) for i in (1, 2)]
     parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {defaults[0]})")
@@ -427,8 +397,6 @@ def main() -> None:
     dist_ctx = common.init_distributed(args.dtype)
     if args.part == "ship":
         ship(args.out, args.runs)
-    elif args.part == "photographs":
-        cut_photographs(args.out / args.part, args.seed)
     else:
         train_part, steps, batch = PARTS[args.part]
         options = {"width": args.width, "target": args.target} if args.part == "encoder" else {}

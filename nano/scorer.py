@@ -1,9 +1,10 @@
 """GenEval for the nano world: detects shapes and reads words in images without a network.
 
-The rules are GenEval's (Ghosh et al. 2023, evaluation/evaluate_images.py). Its detector (Mask2Former) and its
-colour classifier (CLIP) are replaced by segmentation by hue and by templates drawn with `shapes.coverage`.
+The rules are GenEval's, in benchmarks.py. Its detector (Mask2Former) and its colour classifier (CLIP) are
+replaced by segmentation by hue and by templates drawn with `shapes.coverage`.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+import benchmarks
 from nano.shapes import COLORS, GLYPHS, SHAPES, TASKS, Object, coverage
 
-POSITION_MARGIN = 0.1  # GenEval's POSITION_THRESHOLD
 MIN_AREA = 0.007  # fraction of the image; the smallest star that shapes.py draws covers 0.011
 MIN_OVERLAP = 0.72  # intersection over union with the best template, below which a blob is no shape
 SYMMETRY = {"circle": 1, "ring": 1, "square": 4, "cross": 4, "triangle": 3, "star": 5}  # rotational
@@ -47,32 +48,13 @@ def detect(image: np.ndarray) -> list[Detection]:
     return sorted(detections, key=lambda detection: -detection.confidence)
 
 
-def score(image: np.ndarray, metadata: dict[str, Any]) -> tuple[bool, str]:
-    """Whether an image fulfils a GenEval request, and the reasons why not."""
-    return judge(detect(image), metadata)
-
-
-def judge(detections: list[Detection], metadata: dict[str, Any]) -> tuple[bool, str]:
-    """GenEval's `evaluate`: every entry of `include` must hold, and none of `exclude` may.
-
-    Colours and positions are those of the `count` most confident detections of a class, so surplus objects
-    are wrong only if `exclude` says so. An entry whose target is missing cannot be in position.
-    """
-    objects = {shape: [d for d in detections if d.shape == shape] for shape in SHAPES}
-    reasons, groups = [], []
-    for entry in metadata["include"]:
-        group = objects[entry["class"]][: entry["count"]]
-        reason = _missing(entry, group)
-        groups.append([] if reason else group)
-        if not reason and "position" in entry:
-            reason = _misplaced(entry, group, groups[entry["position"][1]])
-        if reason:
-            reasons.append(reason)
-    for entry in metadata.get("exclude", []):
-        if len(objects[entry["class"]]) >= entry["count"]:
-            count = len(objects[entry["class"]])
-            reasons.append(f"expected {entry['class']}<{entry['count']}, found {count}")
-    return not reasons, "\n".join(reasons)
+def score(image: np.ndarray, metadata: dict[str, Any]) -> bool:
+    """Whether an image fulfils a GenEval request, by the rules of benchmarks.py."""
+    objects = defaultdict(list)
+    for detection in detect(image):
+        objects[detection.shape].append(detection)
+    right, _ = benchmarks.judge(metadata, objects, lambda found, _: [one.color for one in found])
+    return right
 
 
 def overall(results: dict[str, list[bool]]) -> dict[str, float]:
@@ -82,19 +64,6 @@ def overall(results: dict[str, list[bool]]) -> dict[str, float]:
         raise ValueError(f"GenEval's overall is the mean of six tasks: no results of {', '.join(missing)}")
     accuracies = {task: float(np.mean(results[task])) for task in TASKS}
     return accuracies | {"overall": float(np.mean(list(accuracies.values())))}
-
-
-def relations(one: Detection, other: Detection) -> set[str]:
-    """GenEval's `relative_position`: where `one` is as seen from `other`; two relations on a diagonal."""
-    boxes = np.array([one.box, other.box]).reshape(2, 2, 2)
-    offset = np.subtract(*boxes.mean(axis=1))
-    extent = (boxes[:, 1] - boxes[:, 0]).sum(axis=0)
-    revised = np.maximum(np.abs(offset) - POSITION_MARGIN * extent, 0) * np.sign(offset)
-    if np.all(np.abs(revised) < 1e-3):
-        return set()
-    x, y = revised / np.linalg.norm(offset)
-    holding = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
-    return {relation for relation, holds in holding.items() if holds}
 
 
 def read_word(image: np.ndarray) -> str:
@@ -179,29 +148,6 @@ def _normalise(cover: np.ndarray) -> np.ndarray:
     steps = np.linspace(-1, 1, GRID) * np.sqrt(area)
     places = np.stack(np.meshgrid(center[0] + steps, center[1] + steps, indexing="ij"))
     return ndimage.map_coordinates(cover, places, order=1).ravel()
-
-
-def _missing(entry: dict[str, Any], group: list[Detection]) -> str:
-    """What is wrong with the number or colours of the detections for an entry of `include`, or ""."""
-    if len(group) < entry["count"]:
-        return f"expected {entry['class']}>={entry['count']}, found {len(group)}"
-    colors = [detection.color for detection in group]
-    if "color" in entry and colors.count(entry["color"]) < entry["count"]:
-        return f"expected {entry['color']} {entry['class']}>={entry['count']}, found {', '.join(colors)}"
-    return ""
-
-
-def _misplaced(entry: dict[str, Any], group: list[Detection], targets: list[Detection]) -> str:
-    """What is wrong with the position of the detections relative to the targets, or ""."""
-    relation = entry["position"][0]
-    if not targets:
-        return f"no target for {entry['class']} to be {relation}"
-    for one in group:
-        for other in targets:
-            if relation not in relations(one, other):
-                holding = " and ".join(sorted(relations(one, other))) or "in the same place"
-                return f"expected {one.shape} {relation} {other.shape}, found it {holding}"
-    return ""
 
 
 def _ink(image: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import os
 import tarfile
 from io import BytesIO
 from types import SimpleNamespace
@@ -159,19 +158,13 @@ def test_latents_on_disk_train_as_on_any_number_of_processes(world, parts, tmp_p
         assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-5)
 
     config = train_t2i.Config(condition="class", data=str(out), autoencoder=str(parts / "rae"))
-    info = json.loads((out / "latents.json").read_text())
     other = SimpleNamespace(latent_shape=(16, 12), image_size=32)
     changed = copy.deepcopy(autoencoder)
     changed.latent_mean += 1
-    for content in (info, {key: value for key, value in info.items() if key != "fingerprint"}):
-        (out / "latents.json").write_text(json.dumps(content))  # older ones have the path alone
-        for path in (f"{parts / 'rae'}/", os.path.relpath(parts / "rae")):
-            config.autoencoder = str(path)
-            train_t2i.open_data(config, None, autoencoder, None)
-        for wrong, name in ((other, "rae"), (changed, "rae" if "fingerprint" in content else "t2i")):
-            config.autoencoder = str(parts / name)
-            with pytest.raises(ValueError, match="give the one that made them"):
-                train_t2i.open_data(config, None, wrong, None)
+    train_t2i.open_data(config, None, autoencoder, None)
+    for wrong in (other, changed):
+        with pytest.raises(ValueError, match="give the one that made them"):
+            train_t2i.open_data(config, None, wrong, None)
     broken = np.load(out / "00000.npy")
     broken[0] = np.nan
     np.save(out / "00000.npy", broken)

@@ -124,6 +124,7 @@ def test_help_shows_the_values_of_the_preset(parse, capsys):
         ("train_t2i.py", ["--language-model", "IMAGES"], "no config.json"),
         ("train_decoder.py", ["--gan-weight", 1, "--disc-start", 9], "--gan-start 0"),
         ("train_decoder.py", ["--init", "PARTS/rae", "--patch-size", 4], "to start from has 8"),
+        ("train_decoder.py", ["--init", "PARTS/rae", "--layers", "0,1"], "--layers is for a new model"),
     ],
 )
 def test_mistakes_end_in_one_line(script, flags, message, parts, tmp_path, monkeypatch, capsys):

@@ -800,12 +800,14 @@ def test_foreign_checkpoints_are_refused_and_no_pickle_is_run(tmp_path):
             open_run(tmp_path, **kwargs)
     [file] = (tmp_path / "checkpoints/0000002").glob("*.safetensors")
     state = json.loads(file.with_name("state.json").read_text())
-    del state["checksums"], state["identity"]  # as older checkpoints
-    file.with_name("state.json").write_text(json.dumps(state))
+    del state["checksums"]
     bomb, good = pickle.dumps(Bomb(tmp_path / "exploded")), file.read_bytes()
     file.with_name(".metadata").write_bytes(bomb)
     for content in (good[:-10], b"", b"PK junk", bomb):
         file.write_bytes(content)
+        # with right checksums, so that the content itself has to be refused
+        checksums = {"state.json": common.state_checksum(state), file.name: common.file_checksum(file)}
+        file.with_name("state.json").write_text(json.dumps(state | {"checksums": checksums}))
         with pytest.raises(ValueError, match="cannot resume from"):
             open_run(tmp_path)
     assert not (tmp_path / "exploded").exists()
