@@ -12,6 +12,7 @@ forward pass and the bytes that autograd saves for the backward pass. The assump
     time      the largest of compute, NVLink and network, as if they overlapped perfectly
 """
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,8 +86,9 @@ class Run(NamedTuple):
         return self.preset["batch"]
 
 
-def encoder(model_class: type[nn.Module], config: dict) -> Part:
-    model, images = model_class(model_class.config_class(**config)), torch.zeros(1, 3, 224, 224)
+def encoder(model_class: type[nn.Module], config: dict, tokens: int = 256) -> Part:
+    side = 14 * math.isqrt(tokens)
+    model, images = model_class(model_class.config_class(**config)), torch.zeros(1, 3, side, side)
     return Part(model, lambda m: m(images).last_hidden_state, model.config.hidden_size, NO_GRAD)
 
 
@@ -125,7 +127,7 @@ def class_run(preset: str, epochs: int, tokens: int = 256) -> Run:
     preset = train_t2i.PRESETS[preset]
     config = rae.class_dit(preset["dit"], 1000)
     parts = [dit(768, config, torch.zeros(1, dtype=torch.long), tokens)]
-    parts += [encoder(transformers.Dinov2WithRegistersModel, DINOV2), decoder(768, IDLE)]
+    parts += [encoder(transformers.Dinov2WithRegistersModel, DINOV2, tokens), decoder(768, IDLE)]
     return Run(parts, preset, epochs * train_t2i.EPOCH, tokens)
 
 
