@@ -295,9 +295,7 @@ class Whole:
         self.size, self.crop = size, size is not None
 
     def pixels(self, image: Image.Image, *uniform: float) -> np.ndarray:
-        # older grids have the prompt and seed of an image, but no settings
-        info = image.info.keys()
-        if "grid_of" in info or ({"prompt", "seed"} <= info and "steps" not in info):
+        if "grid_of" in image.info:
             raise data.SkipSample("a grid of images from sample.py")
         if self.crop:
             return data.centre_crop(image, self.size)

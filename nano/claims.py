@@ -105,14 +105,14 @@ class Lab:
         return out / part
 
     def decoder(self, name: str, *flags, multiple: float = 5, seed: int = 0) -> Path:
-        small = ["--statistics", 16, "--batch", 4] if self.config.smoke else []
+        small = ["--statistics", 16, "--batch", 4, "--workers", 0] if self.config.smoke else []
         name, steps = f"decoder-{name}-{seed}", self.steps(multiple)
         return self.train("train_decoder", name, steps, "--seed", seed, *small, *flags) / "model"
 
     def dit(self, name: str, *flags, multiple: float = 1, by: str = "val_loss") -> Path:
         """With the better of two learning rates, by the mean of the last values of a loss on seed 0."""
         steps, trained = self.steps(multiple), {}
-        small = ["--batch", 4, "--draws", 1] if self.config.smoke else ["--draws", 2]
+        small = ["--batch", 4, "--draws", 1, "--workers", 0] if self.config.smoke else ["--draws", 2]
         every = max(1, steps // 20)
         small += ["--warmup", 0.05, "--log-every", every, "--eval-every", steps]
         for rate in RATES[: 1 if self.config.smoke else None]:

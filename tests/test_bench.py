@@ -2,10 +2,13 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from harness import TINY_DECODER
 
 import bench
 import common
@@ -18,11 +21,24 @@ import plan  # noqa: E402
 import tables  # noqa: E402
 
 
+def run_here(monkeypatch, command: list[str], **_) -> SimpleNamespace:
+    """subprocess.run of a trainer, without the seconds of its imports."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", command[1:])
+        patch.setattr("signal.signal", lambda *_: None)
+        train_decoder.main()
+    return SimpleNamespace(returncode=0)
+
+
 def test_every_loop_runs(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "WEIGHTS", parts)
     monkeypatch.setitem(rae.DITS, "nano", {"width": 32, "depth": 2, "heads": 2})
     monkeypatch.setitem(rae.DITS, "nano-guide", {"width": 16, "depth": 1, "heads": 2})
+    monkeypatch.setitem(rae.DECODERS, "nano", TINY_DECODER)
     monkeypatch.setattr(bench.measure_decoder_full, "__defaults__", (20,))
+    monkeypatch.setattr(bench.subprocess, "run", partial(run_here, monkeypatch))
+    grid = rae.time_grid(3, 1.0)
+    monkeypatch.setattr(rae, "time_grid", lambda *_: grid)
     flags = ["--batch", "4", "--images", "1", "--seconds", "0.01", "--json", str(tmp_path / "bench.json")]
     monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
     bench.main()

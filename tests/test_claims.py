@@ -52,6 +52,6 @@ def test_every_claim_end_to_end(world, tmp_path):
 
     # trainings are not repeated, and figures of other settings are not mixed
     shutil.rmtree(tmp_path / "results")
-    again = world(1, "nano.claims", "head", *flags[1:], patch=few_arms).wait()
+    again = world(1, "nano.claims", "prediction", *flags[1:], patch=few_arms).wait()
     assert "val_loss" not in again and again.count("not measured") == len(claims.CLAIMS) - 1
     assert "was begun with" in world(1, "nano.claims", *flags, "--steps", 5).wait(1)

@@ -717,7 +717,7 @@ MIXTURES = {
 }
 
 
-@pytest.mark.parametrize("name", [*(f"ROOT/{name}" for name in CAPTIONED), "nano", *MIXTURES])
+@pytest.mark.parametrize("name", ["ROOT/folder", "ROOT/tar", *MIXTURES])
 def test_batches_do_not_depend_on_the_number_of_processes_and_workers(name, root):
     names = MIXTURES.get(name, name).replace("ROOT", str(root))
     whole, _ = global_batches(names, 9)

@@ -61,14 +61,13 @@ def test_damaged_latents_are_refused_or_skipped(damage, run, tmp_path):
         data.open_source(str(folder), 32, 0, num_classes=2)[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_stopped_run_leaves_nothing(number, world, parts, tmp_path):
+def test_a_stopped_run_leaves_nothing(world, parts, tmp_path):
     flags = ["--autoencoder", parts / "rae", "--limit", 20_000, "--out", tmp_path / "latents"]
     started = world(1, "encode.py", *flags)
     # until rows are there: a signal in the middle of forking a data loading process would be lost
     while not any(path.stat().st_size > 1000 for path in tmp_path.glob(".latents.*/*.npy")):
         time.sleep(0.01)
-    started.signal(number)
+    started.signal(signal.SIGHUP)
     assert "interrupted" in started.wait(code=1)
     assert not list(tmp_path.glob("*latents*"))
 

@@ -18,6 +18,7 @@ import lpips
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 import transformers
 from einops import rearrange
 
@@ -286,16 +287,17 @@ def discriminator(case):
 @torch.no_grad()
 def test_discriminator(case, tolerance):
     model, given, expected = discriminator(case), inputs(case), GOLDEN[case]["outputs"]
+    features = {id(images): model.backbone(images) for images in (given.real, given.fake)}
+    model.backbone.forward = lambda images: features[id(images)]  # each image once: the backbone is slow
+    before = model.heads[0][1].fn[0].weight_u.clone()
     real, fake = model(given.real), model(given.fake)
+    assert torch.equal(model.heads[0][1].fn[0].weight_u, before)
     check(real, expected["logits_real"], tolerance)
     check(fake, expected["logits_fake"], tolerance)
     check(train_decoder.hinge_loss(real, fake), expected["hinge_d"], tolerance)
     check(-fake.mean(), expected["generator"], tolerance)
     check(model.train()(given.real), expected["logits_real_train_mode"], tolerance)
     check(model.heads[0][1].fn[0].weight_u, expected["weight_u_after_train_forward"], tolerance)
-    unchanged = model.heads[0][1].fn[0].weight_u.clone()
-    model.eval()(given.real)
-    assert torch.equal(model.heads[0][1].fn[0].weight_u, unchanged)
 
 
 @pytest.mark.parametrize("case", ["I1", "I6"])
@@ -330,6 +332,9 @@ def test_augmentation(case):
 
 
 def test_lpips(monkeypatch):
+    # without the classifier of 124 million weights, which LPIPS drops
+    layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    monkeypatch.setattr(lpips.pretrained_networks.tv, "vgg16", lambda **_: SimpleNamespace(features=layers))
     network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
     layers = [m for m in network.net.modules() if isinstance(m, torch.nn.Conv2d)]
     layers += [lin.model[1] for lin in network.lins]
@@ -645,6 +650,7 @@ def test_weak_training_step():
 
 KINDS = {"F2": 4, "F3": 4, "G4": (4, 4), "G3": (4, 2), "SA2": 2, "SB": (4, 4), "SC": 4}  # case: heads
 DIT_KINDS = [case for case in KINDS if case != "SC"]
+ALIKE = re.compile(r"(blocks\.[123]|layers?\.1)\.")  # blocks that are like their first
 
 
 def without_tables(weights):
@@ -657,6 +663,8 @@ def test_from_official_is_strict(case):
     weights, heads = official(case), KINDS[case]
     rae.from_official(weights, heads=heads)
     for name in weights:
+        if ALIKE.search(name):
+            continue
         with pytest.raises(ValueError, match=re.escape(name)):
             rae.from_official({k: w for k, w in weights.items() if k != name}, heads=heads)
         if name != "y_embedder.embedding_table.weight":  # it would be a model of more classes
@@ -705,7 +713,8 @@ def test_from_official_unknown():
 def test_from_official_is_strict_with_a_whole_rae(case):
     weights, given, stats = whole_rae(case)
     for name in weights:
-        if ".head." in name:  # SigLIP's pooling, which nobody uses
+        # not SigLIP's pooling, which nobody uses, and the decoder, which all three have, only once
+        if ".head." in name or ALIKE.search(name) or (name.startswith("decoder.") and case != "H7"):
             continue
         with pytest.raises(ValueError, match=re.escape(name)):
             rae.from_official({k: w for k, w in weights.items() if k != name}, **given)

@@ -481,7 +481,6 @@ def train_flags(parts, condition, out):
 def test_processes_accumulation_and_resume_agree(condition, world, parts, tmp_path):
     variants = {
         "one": (1, []),
-        "two": (2, []),
         "full": (2, ["--shard", "full"]),
         "micro": (1, ["--grad-accum", 2]),
     }
