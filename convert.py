@@ -685,8 +685,8 @@ def exists(path: str, revision: str | None) -> bool:
 
 def read_config(source: str, revision: str | None = None) -> tuple[dict, str]:
     """The config.json of a model, and its folder: pipelines such as FLUX's keep their VAE in vae/."""
-    folders = [folder for folder in (source, f"{source}/vae") if exists(f"{folder}/config.json", revision)]
-    folder = folders[0] if folders else source
+    folders = (source, f"{source}/vae")
+    folder = next((folder for folder in folders if exists(f"{folder}/config.json", revision)), source)
     return json.loads(Path(fetch(f"{folder}/config.json", revision)).read_text()), folder
 
 

@@ -396,6 +396,13 @@ def test_pipelines_shards_and_variants(vae_folder, tmp_path, hub):
         rae.open_autoencoder(vae_folder)
 
 
+def test_a_local_folder_asks_nothing_of_the_hub(vae_folder, parts, monkeypatch):
+    monkeypatch.setattr(convert, "hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    for folder in (vae_folder, parts / "rae"):
+        monkeypatch.chdir(folder.parent.parent)  # a relative path could be org/repository
+        common.load_autoencoder(f"{folder.parent.name}/{folder.name}", DIST_CTX)
+
+
 # -- VAE
 
 
