@@ -96,7 +96,7 @@ NANO = {  # A nano image is still recognisable at t = 0.9, where only the prompt
     "ema": 0.998,
 }
 PRESETS = {
-    "nano": NANO | {"steps": 2500},
+    "nano": NANO | {"steps": 4000},
     "nano-questions": NANO  # teaches the language model to read latents, before text-to-image
     | {
         "data": "nano:questions",
