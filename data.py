@@ -371,7 +371,6 @@ class NanoSource:
         if domain not in domains:
             raise ValueError(f"nano has no domain {domain!r}: choose from {', '.join(domains)}")
         self.draw, self.domain, self.size, self.seed = shapes.draw, domain, size, seed
-        self.describe = shapes.DESCRIBE
         names = [f"{color} {shape}" for shape, color in shapes.PAIRS]
         self.class_names = names if domain == "classes" else None
         self.identity = f"nano:{domain}"
@@ -382,12 +381,7 @@ class NanoSource:
             # A seed of its own: these are not the images that the other domains ask for.
             domain = "objects" if first < 0.7 else "scenes" if first < 0.85 else "text"
             sample = self.draw(domain, hash_seed(self.seed, "questions"), number, self.size)
-            order = rng(self.seed, number, "order").permutation(len(sample.questions))
-            questions = [sample.questions[i] for i in order]
-            # the description last: it would answer the others
-            questions.sort(key=lambda pair: pair[0] == self.describe)
-            turns = [turn for pair in questions for turn in zip(("user", "assistant"), pair, strict=True)]
-            conversation = [("user", f"<image>\n{turns[0][1]}"), *turns[1:]]
+            conversation = sample.dialogue(rng(self.seed, number, "order").permutation(len(sample.questions)))
         else:
             sample = self.draw(self.domain, self.seed, number, self.size)
             conversation = request(sample.caption, second)

@@ -97,19 +97,6 @@ NANO = {  # A nano image is still recognisable at t = 0.9, where only the prompt
 }
 PRESETS = {
     "nano": NANO | {"steps": 4000},
-    "nano-questions": NANO  # teaches the language model to read latents, before text-to-image
-    | {
-        "data": "nano:questions",
-        "val_data": "nano:objects",
-        "lr": 2e-3,
-        "dit_lr": 2e-3,
-        "muon": 0.01,
-        "warmup": 30,
-        "batch": 64,
-        "ema": 0.98,
-        "steps": 1000,
-        "out": "runs/questions",
-    },
     "nano-class": NANO | {"condition": "class", "steps": 3000, "out": "runs/class"},
     # accumulation, so that 8 and 16 GPUs of 80 GB hold the activations (docs/plan.md)
     "dit-dh-xl-imagenet256": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b", "grad_accum": 2},

@@ -11,9 +11,10 @@ centre lies, and what the background looks like, as SigLIP-2 learns from caption
 on the tokens makes the encoder spend them on that and not on pixels, which the decoder draws again: so a
 generative model has few numbers to get right.
 
-Language model: next tokens of questions about captions with their answers. After a request for an image, what
-stands at the places of the later latent queries learns to tell, through noise and one linear layer, what the
-caption says. The queries could learn that from the images alone only slowly.
+Language model: the answers to questions about captions and about images, which it reads as the numbers that
+the encoder's tokens learn to tell, through one linear layer. After a request for an image, what stands at the
+places of the later latent queries learns to tell, through noise and one linear layer, what the caption says.
+The queries could learn that from the images alone only slowly.
 
 VAE: L1 of pixels and of their differences, and a trace of KL. Packed 2x2, it has as many tokens as the RAE.
 """
@@ -63,23 +64,19 @@ IMAGES = "nano:objects=0.7,nano:scenes=0.15,nano:text=0.15"
 SLOT, SLOTS = "<|endoftext|>", 12  # stand for a third of the latent queries of the text-to-image model
 
 
-def conversation(seed: int, index: int) -> tuple[list[dict], dict]:
-    """Chat messages and, if they ask for an image, what the caption says: three in four ask for an image, the
-    others about a caption."""
+def conversation(seed: int, index: int) -> tuple[list[tuple[str, str]], shapes.Sample]:
+    """The turns of a conversation and the sample it is about. Of eight, five ask for an image, two about an
+    image, and one about a caption."""
     sample = shapes.draw(TEXTS[index % len(TEXTS)], seed, index, SIZE)
-    chance = data.hash_seed(seed, index)
-    if is_question := chance % 4 == 0:
-        question, answer = sample.questions[chance // 4 % len(sample.questions)]
-        question = f"{sample.caption}\n{question}"
+    chance, kind = data.hash_seed(seed, index), (index + index // 8) % 8  # all kinds among any eight
+    if kind < 5:
+        turns = data.request(sample.caption, chance % 1000 / 1000)
+    elif kind < 7:
+        turns = sample.dialogue(data.rng(seed, index).permutation(len(sample.questions)))
     else:
-        question = data.REQUESTS[chance // 4 % len(data.REQUESTS)].format(sample.caption)
-        answer = rae.REPLY.replace("<image>", SLOT * SLOTS)
-    messages = [
-        {"role": "system", "content": rae.SYSTEM},
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": answer},
-    ]
-    return messages, {} if is_question else sample.metadata
+        question, answer = sample.questions[chance % len(sample.questions)]
+        turns = [("user", f"{sample.caption}\n{question}"), ("assistant", answer)]
+    return [("system", rae.SYSTEM), *turns], sample
 
 
 COLORS = ("", *shapes.COLORS)
@@ -131,17 +128,17 @@ def make_tokenizer(vocabulary: int = 576, documents: int = 20_000) -> transforme
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special = [SLOT, "<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>"]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    texts = (m["content"].replace(SLOT, "") for i in range(documents) for m in conversation(0, i)[0])
+    texts = (text.replace("<image>", "") for i in range(documents) for _, text in conversation(0, i)[0])
     tokenizer.train_from_iterator((f"assistant user system\n{text}" for text in texts), trainer)
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        additional_special_tokens=special[1:],
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
@@ -164,37 +161,64 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int, dist_ctx:
         )
     )
 
-    head = torch.nn.Linear(128, len(FACTS))
-    slot = tokenizer.convert_tokens_to_ids(SLOT)
+    tell, look = torch.nn.Linear(128, len(FACTS)), torch.nn.Linear(len(WEIGHTS), 128)
+    slot, tokens = tokenizer.convert_tokens_to_ids(SLOT), (SIZE // PATCH) ** 2
     weights = torch.tensor(list(FACTS.values()))
 
+    def encode(turns: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids of a conversation, and which belong to an answer. Slots stand for images."""
+        ids, answer = [], []
+        for role, text in turns:
+            is_answer = role == "assistant"
+            slots = SLOT * (SLOTS if is_answer else tokens)
+            text = text.replace("<image>", f"<im_start>{slots}<im_end>")
+            header, body = map(tokenizer.encode, (f"<|im_start|>{role}\n", f"{text}<|im_end|>\n"))
+            ids += header + body
+            answer += [False] * len(header) + [is_answer] * len(body)
+        return torch.tensor(ids), torch.tensor(answer)
+
     def loss(step: int) -> torch.Tensor:
-        chats, metadata = zip(*(conversation(seed, step * batch + i) for i in range(batch)), strict=True)
-        texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-        ids = tokenizer(texts, return_tensors="pt", padding=True)
-        slots = (ids.input_ids == slot) & (ids.attention_mask == 1)
-        embeddings = model.get_input_embeddings()(ids.input_ids)
-        embeddings[slots] = torch.randn(slots.sum(), 128) / 128**0.5  # as the queries are initialised
-        places = torch.arange(ids.input_ids.shape[1]).repeat(batch, 1)
-        gaps = torch.rand(sum(map(bool, metadata)), (SIZE // PATCH) ** 2).argsort()[:, :SLOTS].sort()[0]
+        pairs = [conversation(seed, step * batch + i) for i in range(batch)]
+        pairs.sort(key=lambda pair: len(pair[0]))  # similar lengths together
+        ids, answer = zip(*(encode(turns) for turns, _ in pairs), strict=True)
+        lengths = [len(row) for row in ids]
+        places = torch.cat([torch.arange(length) for length in lengths])
+        ids, answer = torch.cat(ids), torch.cat(answer)  # (L,), all conversations one after another
+        images, queries = (ids == slot) & ~answer, (ids == slot) & answer
+        # ---- inputs: of an image to read, what the encoder tells; queries as they are initialised
+        seen = [describe(sample) for turns, sample in pairs if "<image>" in turns[1][1]]
+        asked = [facts(sample.metadata) for turns, sample in pairs if "<image>" in turns[-1][1]]
+        embeddings = model.get_input_embeddings()(ids)
+        embeddings[images] = look(torch.from_numpy(np.concatenate(seen))).float()
+        embeddings[queries] = torch.randn(queries.sum(), 128) / 128**0.5
         # any twelve of the queries' places (with `use_cache` off, gaps would separate documents)
-        places[slots] += (gaps - torch.arange(SLOTS)).flatten()
-        hidden = model.model(inputs_embeds=embeddings, position_ids=places).last_hidden_state
-        # ---- next tokens
-        labels = ids.input_ids.masked_fill((ids.attention_mask == 0) | slots, -100)
-        logits = model.lm_head(hidden[:, :-1]).float()
-        text_loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
-        # ---- what the caption says, at every slot
-        target = torch.from_numpy(np.stack([facts(entry) for entry in metadata if entry]))
-        tokens = hidden[slots].view(len(target), -1, 128)
-        sigma = NOISE * torch.rand(len(target), 1, 1)
-        error = head(tokens + sigma * torch.randn_like(tokens)) - target[:, None]
-        return text_loss + (weights * error.square()).sum(dim=-1).mean()
+        gaps = torch.rand(len(asked), tokens).argsort()[:, :SLOTS].sort()[0]
+        places[queries] += (gaps - torch.arange(SLOTS)).flatten()
+        # ---- last hidden states (L, 128)
+        hidden = []
+        for start in range(0, batch, 16):
+            part = slice(start, start + 16)
+            x, at = (
+                torch.nn.utils.rnn.pad_sequence(flat.split(lengths)[part], batch_first=True)
+                for flat in (embeddings, places)
+            )
+            states = model.model(inputs_embeds=x, position_ids=at).last_hidden_state
+            hidden += [row[:length] for row, length in zip(states, lengths[part], strict=True)]
+        hidden = torch.cat(hidden)
+        # ---- the tokens of answers
+        before = (answer & ~queries).roll(-1)
+        text_loss = F.cross_entropy(model.lm_head(hidden[before]).float(), ids[before.roll(1)])
+        # ---- what the caption says, at every query
+        states = hidden[queries].view(len(asked), SLOTS, 128)
+        sigma = NOISE * torch.rand(len(asked), 1, 1)
+        error = tell(states + sigma * torch.randn_like(states)) - torch.from_numpy(np.stack(asked))[:, None]
+        facts_loss = (weights * error.square()).sum(dim=-1).mean()
+        return 5 * text_loss + facts_loss
 
     tokenizer.save_pretrained(out)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    parts = torch.nn.ModuleList([model, head])
-    # decay, because large matrices would later learn slowly to read images
+    parts = torch.nn.ModuleList([model, tell, look])
+    # decay, because large matrices learn slowly
     train(parts, loss, steps, dist_ctx, lr=2e-3, out=out, save=model, muon=matrices, muon_decay=0.1)
 
 

@@ -1,5 +1,4 @@
 """From nothing to images that follow the prompt: trains and evaluates every part of the nano world.
-The language model learns to read latents before the DiT joins it.
 
     python -m nano.speedrun                              # about two hours of two cores
     python -m nano.speedrun --scale 4 --out runs/long    # four times the steps of every stage
@@ -56,19 +55,17 @@ def stages(config: Config) -> list[Stage]:
     part = ["-m", "nano.prepare", "--out", str(out), *seed, *compute]
     resumed = [*seed, *compute, "--resume"]
     decoder = ["train_decoder.py", "--encoder", str(out / "encoder"), "--out", str(out / "decoder")]
-    questions = ["train_t2i.py", "--preset", "nano-questions", "--autoencoder", str(out / "decoder/model")]
-    questions += ["--language-model", str(out / "language-model"), "--out", str(out / "questions")]
-    t2i = ["train_t2i.py", "--init", str(out / "questions/model"), "--out", str(out / "t2i")]
+    t2i = ["train_t2i.py", "--autoencoder", str(out / "decoder/model"), "--out", str(out / "t2i")]
+    t2i += ["--language-model", str(out / "language-model")]
     evaluation = ["-m", "nano.evaluate", "shapes", "--model", str(out / "t2i/model"), "--steps", "25"]
     evaluation += [*compute, "--limit", str(config.limit), "--seed", str(config.eval_seed)]
     # steps and batch are those of the commands themselves
-    presets = [train_decoder.PRESETS["nano"], *map(train_t2i.PRESETS.get, ("nano-questions", "nano"))]
-    of_decoder, of_questions, of_t2i = ((preset["steps"], preset["batch"]) for preset in presets)
+    presets = train_decoder.PRESETS["nano"], train_t2i.PRESETS["nano"]
+    of_decoder, of_t2i = ((preset["steps"], preset["batch"]) for preset in presets)
     return [
         Stage("language model", [*part, "language-model"], *prepare.PARTS["language-model"][1:]),
         Stage("encoder", [*part, "encoder"], *prepare.PARTS["encoder"][1:]),
         Stage("decoder", [*decoder, *resumed], *of_decoder),
-        Stage("questions", [*questions, *resumed], *of_questions),
         Stage("text to image", [*t2i, *resumed], *of_t2i),
         Stage("evaluation", [*evaluation, "--out", str(out / "shapes.json")]),
     ]
@@ -90,7 +87,6 @@ def flops_per_sample(config: Config) -> dict[str, float]:
         "language model": 6 * language_model * CHAT,
         "encoder": 6 * encoder * TOKENS,
         "decoder": (6 * count("decoder/model", "decoder.") + 2 * encoder) * TOKENS,
-        "questions": 2 * encoder * TOKENS + 6 * language_model * QUESTIONS,
         "text to image": (6 * draws * dit + 2 * encoder) * TOKENS + 6 * language_model * CHAT,
     }
 
@@ -106,7 +102,6 @@ def figure(config: Config, stage: Stage) -> str:
         "language model": ("language-model/log.jsonl", "loss"),
         "encoder": ("encoder/log.jsonl", "loss"),
         "decoder": ("decoder/metrics.jsonl", "l1_loss"),
-        "questions": ("questions/metrics.jsonl", "text_loss"),
         "text to image": ("t2i/metrics.jsonl", "val_loss"),
     }[stage.name]
     row = common.read_rows(out / log, key)[-1]

@@ -19,7 +19,7 @@ FP32 = common.DistContext(torch.device("cpu"), 0, 1, torch.float32)
 
 def test_parts_are_ordinary_folders(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare, "make_tokenizer", functools.partial(prepare.make_tokenizer, documents=300))
-    prepare.train_language_model(tmp_path / "language-model", steps=8, batch=4, seed=0, dist_ctx=FP32)
+    prepare.train_language_model(tmp_path / "language-model", steps=8, batch=8, seed=0, dist_ctx=FP32)
     prepare.train_encoder(tmp_path / "encoder", steps=8, batch=4, seed=0, dist_ctx=FP32)
     for part in ("language-model", "encoder"):
         rows = [json.loads(line) for line in (tmp_path / part / "log.jsonl").read_text().splitlines()]
@@ -116,16 +116,28 @@ def test_tokenizer_spells_capitals_and_loses_nothing(parts):
     )
 
 
-def test_conversations_ask_for_images_or_about_captions():
-    pairs = [prepare.conversation(0, i) for i in range(60)]
-    assert {len(chat) for chat, _ in pairs} == {3} and pairs[0] == prepare.conversation(0, 0)
-    requests = [chat for chat, metadata in pairs if metadata]
-    assert 35 < len(requests) < 55
-    heads = tuple(template.partition("{}")[0] for template in data.REQUESTS)
-    for _, request, answer in requests:
-        assert request["content"].startswith(heads)
-        assert answer["content"] == "Here you go:\n" + prepare.SLOTS * prepare.SLOT
-    assert all(prepare.SLOT not in chat[2]["content"] for chat, metadata in pairs if not metadata)
+def test_conversations_ask_for_images_or_about_images_or_captions():
+    pairs = [prepare.conversation(0, i) for i in range(80)]
+    assert pairs[0][0] == prepare.conversation(0, 0)[0]
+    heads, kinds = tuple(template.partition("{}")[0] for template in data.REQUESTS), []
+    for turns, sample in pairs:
+        (system, _), (_, first), *_, (role, last) = turns
+        assert (system, role) == ("system", "assistant")
+        if "<image>" in last:
+            kinds.append("request")
+            assert len(turns) == 3 and first.startswith(heads) and sample.caption in first
+        elif "<image>" in first:
+            kinds.append("image")
+            asked = [text.removeprefix("<image>\n") for role, text in turns if role == "user"]
+            assert sorted(asked) == sorted(question for question, _ in sample.questions)
+            assert shapes.DESCRIBE not in asked[:-1]
+        else:
+            kinds.append("caption")
+            question = first.removeprefix(f"{sample.caption}\n")
+            assert (question, last) in sample.questions
+    assert all(
+        sorted(kinds[i : i + 8]) == ["caption", "image", "image"] + 5 * ["request"] for i in range(0, 80, 8)
+    )
 
 
 def test_shipped_models_are_bf16_matrices_with_exact_statistics(parts, tmp_path):
