@@ -96,7 +96,7 @@ NANO = {  # A nano image is still recognisable at t = 0.9, where only the prompt
     "ema": 0.998,
 }
 PRESETS = {
-    "nano": NANO | {"steps": 4000},
+    "nano": NANO | {"freeze": "language-model", "steps": 4000},  # trained ones forget (docs/speedrun.md)
     "nano-class": NANO | {"condition": "class", "steps": 3000, "out": "runs/class"},
     # accumulation, so that 8 and 16 GPUs of 80 GB hold the activations (docs/plan.md)
     "dit-dh-xl-imagenet256": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b", "grad_accum": 2},

@@ -5,8 +5,8 @@
     python -m nano.prepare ship --runs runs/long         # makes its result the shipped weights
 
 Started again, it goes on where it was stopped: a trainer at its newest checkpoint, the language model and the
-encoder from their beginning. Prints a table and writes OUT/speedrun.json and OUT/shapes.json. FLOPs are 6 per
-trained weight and token and 2 per frozen one, without attention.
+encoder from their beginning. Prints a table and writes OUT/speedrun.json and OUT/shapes.json. FLOPs are those of
+the weights, without attention: per weight and token 2 forward, and 4 backward if it is trained.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ import train_t2i
 from common import flag
 from nano import prepare
 
-# tokens of an image, of a request with its queries, and of an image with all questions about it
-TOKENS, CHAT, QUESTIONS = 36, 87, 125
+# mean tokens: of an image, of a conversation in the language model's stage, and in that of text-to-image
+TOKENS, SHORT_CHAT, CHAT = 36, 72, 85
 
 
 @dataclass
@@ -72,7 +72,7 @@ def stages(config: Config) -> list[Stage]:
 
 
 def flops_per_sample(config: Config) -> dict[str, float]:
-    """FLOPs per sample of every stage: 6 per trained weight and token, 2 per frozen one."""
+    """FLOPs per sample of every stage."""
     out = Path(config.out)
 
     def count(folder: str, prefix: str = "") -> int:
@@ -83,11 +83,12 @@ def flops_per_sample(config: Config) -> dict[str, float]:
     encoder, language_model = count("encoder"), count("language-model")
     draws = json.loads((out / "t2i/config.json").read_text())["draws"]
     dit = count("t2i/model", "dit.")
+    # through the frozen language model, gradients pass to the queries
     return {
-        "language model": 6 * language_model * CHAT,
+        "language model": 6 * language_model * SHORT_CHAT,
         "encoder": 6 * encoder * TOKENS,
         "decoder": (6 * count("decoder/model", "decoder.") + 2 * encoder) * TOKENS,
-        "text to image": (6 * draws * dit + 2 * encoder) * TOKENS + 6 * language_model * CHAT,
+        "text to image": (6 * draws * dit + 2 * encoder) * TOKENS + 4 * language_model * CHAT,
     }
 
 
