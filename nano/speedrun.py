@@ -5,8 +5,8 @@
     python -m nano.prepare ship --runs runs/long         # makes its result the shipped weights
 
 Started again, it goes on where it was stopped: a trainer at its newest checkpoint, the language model and the
-encoder from their beginning. Prints a table and writes OUT/speedrun.json and OUT/shapes.json. FLOPs are those of
-the weights, without attention: per weight and token 2 forward, and 4 backward if it is trained.
+encoder from their beginning. Prints a table and writes OUT/speedrun.json and OUT/shapes.json. FLOPs are those
+of the weights, without attention: per weight and token 2 forward, and 4 backward if it is trained.
 """
 
 import dataclasses
