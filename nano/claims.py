@@ -166,14 +166,10 @@ class Lab:
 
     def answers(self, folder: Path) -> float:
         """Share of right answers to questions about true images."""
-        model, right = common.load_model(rae.TextToImage, folder, "", self.dist_ctx), []
-        for i in range(4 if self.config.smoke else 480):
-            sample = shapes.draw("objects", 5000 + self.seed, i)
-            questions = [pair for pair in sample.questions if pair[0] != shapes.DESCRIBE]
-            question, answer = questions[i % len(questions)]
-            image = torch.from_numpy(sample.image).permute(2, 0, 1) / 255
-            right.append(model.answer(image, question, max_tokens=8) == answer)
-        return float(np.mean(right))
+        model = common.load_model(rae.TextToImage, folder, "", self.dist_ctx)
+        config = evaluate.Config(limit=1 if self.config.smoke else 40, seed=5000 + self.seed)
+        results = evaluate.evaluate_questions(model, {}, config, self.dist_ctx)
+        return {row["metric"]: row["value"] for row in results}["questions/model/all"]
 
 
 def settings_of(run: Path) -> dict:
@@ -281,7 +277,7 @@ def noise(lab: Lab) -> Figures:
     return figures
 
 
-QUESTIONS = ("--dit", "nano-guide", "--val-data", "nano:objects", "--data")
+QUESTIONS = ("--dit", "nano-guide", "--freeze", "none", "--val-data", "nano:objects", "--data")
 
 
 def weights(part: str) -> str:

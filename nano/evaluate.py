@@ -3,6 +3,7 @@
     python -m nano.evaluate                                    # the shipped model: the six GenEval tasks
     python -m nano.evaluate shapes --limit 5 --model runs/t2i/model --out runs/t2i/shapes.json
     python -m nano.evaluate scaling --limit 5 --steps 25       # test-time scaling: best of N by verifier
+    python -m nano.evaluate questions                          # answers to questions about images
 
 Prints a table and writes OUT: command, seed, versions, date and a list of results {metric, value, n}.
 
@@ -13,9 +14,12 @@ training image holds, and `words` are read in the image.
 
 scaling keeps the best 4 of 4, 8, ... --candidates images by each verifier, and reports the overall of the six
 tasks. `chance` is the floor, `scorer` the ceiling.
+
+questions asks about 6 x --limit true images of `objects`. The kind of a question is its first two words. The
+floor is to give the most frequent answer of each kind.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +40,7 @@ KEEP = 4  # images kept of all candidates, as in Scale-RAE
 
 @dataclass
 class Config:
-    what: list[str] = flag((), "shapes (default), scaling", nargs="*")
+    what: list[str] = flag((), "shapes (default), scaling, questions", nargs="*")
     model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id")
     limit: int = flag(20, "prompts per task", at_least=2)
     images: int = flag(4, "shapes: images per prompt", at_least=1)
@@ -174,7 +178,31 @@ def evaluate_scaling(
     return results
 
 
-EVALUATIONS = {"shapes": evaluate_shapes, "scaling": evaluate_scaling}
+def evaluate_questions(
+    model: rae.TextToImage, sampler: dict, config: Config, dist_ctx: common.DistContext
+) -> list[dict]:
+    right, expected = defaultdict(list), defaultdict(Counter)
+    for i in tqdm(range(config.limit * len(shapes.TASKS)), desc="questions", leave=False):
+        sample = shapes.draw("objects", config.seed, i, model.autoencoder.image_size)
+        image = torch.from_numpy(sample.image).permute(2, 0, 1) / 255
+        for question, answer in sample.questions:
+            if question != shapes.DESCRIBE:
+                kind = " ".join(question.lower().split()[:2])
+                expected[kind][answer] += 1
+                with dist_ctx.autocast():
+                    right[kind].append(model.answer(image, question, max_tokens=8) == answer)
+    most_frequent = {kind: max(answers.values()) for kind, answers in expected.items()}
+    right["all"], most_frequent["all"] = sum(right.values(), []), sum(most_frequent.values())
+    results = []
+    for kind, values in right.items():
+        columns = {"model": np.mean(values), "most frequent": most_frequent[kind] / len(values)}
+        for column, value in columns.items():
+            metric = f"questions/{column}/{kind}"
+            results.append({"metric": metric, "value": float(value), "n": len(values)})
+    return results
+
+
+EVALUATIONS = {"shapes": evaluate_shapes, "scaling": evaluate_scaling, "questions": evaluate_questions}
 
 
 def main() -> None:

@@ -304,3 +304,13 @@ def test_scaling_lies_between_chance_and_scorer(parts, tmp_path, monkeypatch):
         assert results[f"best 4 of 4/{name}"]["value"] == results["best 4 of 4/scorer"]["value"]
     assert results["best 4 of 8/chance"]["value"] == results["best 4 of 4/chance"]["value"]
     assert results["best 4 of 8/chance"]["n"] == 6 * 2 * 4 * 2 and "best 4 of 16/chance" not in results
+
+
+def test_questions_are_grouped_by_kind(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(rae.TextToImage, "answer", lambda *_, **__: "one")
+    results = run(monkeypatch, tmp_path, "questions", "--model", parts / "t2i")
+    kinds = {name.split("/")[2] for name in results}
+    assert kinds == {"does this", "how many", "what color", "is there", "what is", "all"}
+    counted, everything = results["questions/model/how many"], results["questions/model/all"]
+    assert 0 < counted["value"] == results["questions/most frequent/how many"]["value"] < 1
+    assert everything["value"] * everything["n"] == pytest.approx(counted["value"] * counted["n"])
