@@ -381,7 +381,7 @@ class NanoSource:
             # A seed of its own: these are not the images that the other domains ask for.
             domain = "objects" if first < 0.7 else "scenes" if first < 0.85 else "text"
             sample = self.draw(domain, hash_seed(self.seed, "questions"), number, self.size)
-            conversation = sample.dialogue(rng(self.seed, number, "order").permutation(len(sample.questions)))
+            conversation = sample.dialogue(rng(self.seed, number, "order"))
         else:
             sample = self.draw(self.domain, self.seed, number, self.size)
             conversation = request(sample.caption, second)

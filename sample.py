@@ -595,9 +595,9 @@ def converse(config: Config, dist_ctx: DistContext) -> None:
             exists(path, describe(job, settings))
             noise = draw_noise(job.seed, model.latent_shape)[None]
             latents = model.generate(condition, noise=noise, **sampler)
-            image = model.autoencoder.decode(latents)[0]
-            check_result(job, latents, image)
-            common.save_image(path, image, **describe(job, settings))
+            drawn = model.autoencoder.decode(latents)[0]
+            check_result(job, latents, drawn)
+            common.save_image(path, drawn, **describe(job, settings))
             print(path)
 
 

@@ -8,19 +8,19 @@
         --activation-checkpointing                                 # one small GPU
     torchrun --nproc-per-node 8 train_t2i.py --preset dit-dh-xl-imagenet256 --data imagenet/train
     torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-2.4b --shard full --grad-accum 8 \\
-        --data web=0.6,synthetic=0.3,questions.jsonl=0.1 --out runs/t2i
-    torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-finetune --shard full --grad-accum 4 \\
+        --data web=0.55,synthetic=0.35,questions.jsonl=0.1 --out runs/t2i
+    torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-finetune --shard full --grad-accum 8 \\
         --data blip3o-60k.jsonl --init runs/t2i/model --out runs/finetuned
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_t2i.py ...
 
 A language model reads the request, and its hidden states at the latent queries condition the DiT. They are
-trained together: loss = cross-entropy + 2 x velocity error (Scale-RAE section 3). Questions about images,
-mixed into the data, train the projector that reads latents. With --condition class the DiT alone is trained,
-on the labels of folders, .cls files or a column `label`: loss = velocity error (RAE section 5); with
---condition caption, on captions that a frozen language model reads (RAEv2). Latents are
-encoded on the fly, or read from a folder that encode.py wrote. Writes OUT/model (a TextToImage or
-ClassToImage folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl, OUT/losses.png and
-OUT/samples/.
+trained together: loss = cross-entropy + 2 x velocity error (Scale-RAE section 3). The nano preset freezes the
+language model. Questions about images, mixed into the data, train the projector that reads latents. With
+--condition class the DiT alone is trained, on the labels of folders, .cls files or a column `label`: loss =
+velocity error (RAE section 5); with --condition caption, on captions that a frozen language model reads
+(RAEv2). Latents are encoded on the fly, or read from a folder that encode.py wrote. Writes OUT/model (a
+TextToImage or ClassToImage folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl, OUT/losses.png
+and OUT/samples/.
 """
 
 import itertools
@@ -96,7 +96,7 @@ NANO = {  # A nano image is still recognisable at t = 0.9, where only the prompt
     "ema": 0.998,
 }
 PRESETS = {
-    "nano": NANO | {"freeze": "language-model", "steps": 4000},  # trained ones forget (docs/speedrun.md)
+    "nano": NANO | {"freeze": "language-model", "steps": 4000},  # training makes it forget: docs/speedrun.md
     "nano-class": NANO | {"condition": "class", "steps": 3000, "out": "runs/class"},
     # accumulation, so that 8 and 16 GPUs of 80 GB hold the activations (docs/plan.md)
     "dit-dh-xl-imagenet256": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b", "grad_accum": 2},
@@ -157,7 +157,7 @@ class Config(common.TrainConfig):
     init: str = flag("", "start from this model (folder, hub id or name), with its sizes")
     freeze: str = flag(
         "none",
-        "frozen part: the language model, or all but the DiT, its connector and the latent queries",
+        "frozen part: the language model with its embeddings, or all but DiT, connector and latent queries",
         choices=["none", "language-model", "all-but-dit"],
     )
     prediction: str = flag(
@@ -176,11 +176,7 @@ class Config(common.TrainConfig):
     steps: int = flag(10_000, "optimizer steps", at_least=1)
     lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector", above=0)
     dit_lr: float = flag(1e-3, "peak learning rate of the DiT and its connector", above=0)
-    muon: float = flag(
-        0.0,
-        "peak learning rate of Muon for matrices: the DiT's; x lr / dit_lr the language model's (0: AdamW)",
-        at_least=0,
-    )
+    muon: float = flag(0.0, "peak learning rate of Muon for the DiT's matrices (0: AdamW)", at_least=0)
     warmup: float = flag(
         200, "steps of linear warm-up (below 1: a fraction of all); none with --decay-start", at_least=0
     )
@@ -284,16 +280,13 @@ def count_classes(config: Config, source: data.Mixture) -> int | None:
 
 def make_optimizers(config: Config, model: nn.Module) -> common.Optimizers:
     """AdamW in two groups, the DiT and the rest. With --muon, all matrices of the DiT go to Muon but those of
-    the latents' embedders, which are convolutions in the authors' code (RAEv2); and those of the language
-    model's layers, if it is trained."""
-    dit, rest, matrices, of_language_model = [], [], [], []
+    the latents' embedders, which are convolutions in the authors' code (RAEv2)."""
+    dit, rest, matrices = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if config.muon and parameter.ndim == 2 and re.match(r"dit\.(?!x_embedder|s_embedder)", name):
             matrices.append(parameter)
-        elif config.muon and parameter.ndim == 2 and name.startswith("language_model.model.layers."):
-            of_language_model.append(parameter)
         elif name.startswith(("dit.", "diff_head_projector.")):
             dit.append(parameter)
         else:
@@ -303,10 +296,7 @@ def make_optimizers(config: Config, model: nn.Module) -> common.Optimizers:
         groups.append({"params": rest, "lr": config.lr, "betas": (0.9, 0.999)})
     optimizers = [torch.optim.AdamW(groups, weight_decay=0.0, fused=True)]
     if matrices:
-        groups = common.muon_groups(model, matrices)
-        rate = config.muon * config.lr / config.dit_lr
-        groups += [group | {"lr": rate} for group in common.muon_groups(model, of_language_model)]
-        optimizers.append(common.Muon(groups, config.muon))
+        optimizers.append(common.Muon(common.muon_groups(model, matrices), config.muon))
     return common.Optimizers(*optimizers)
 
 
@@ -321,8 +311,8 @@ def learning_rate(config: Config, step: int) -> float:
 def flops_per_step(
     config: Config, model: rae.LatentModel, autoencoder: rae.RAE | rae.VAE, seq_len: int
 ) -> float:
-    """FLOPs of one step over the global batch, for the MFU: 3 x forward of what is trained, without
-    recomputation."""
+    """FLOPs of one step over the global batch, for the MFU: 3 x forward of what is trained and 2 x
+    of a frozen language model, without recomputation."""
     zeros = partial(torch.zeros, device="meta")
     tokens, channels = model.latent_shape
     condition = None

@@ -10,9 +10,10 @@ Every claim is one number per seed, its contrast, which is positive if the claim
 Student's t test of the contrasts against 0: "agrees" or "disagrees" if it is one-sided significant at 0.05
 (with three seeds: if the mean exceeds 2.92 standard errors), else "cannot tell".
 
-All arms of a claim see equally many samples. Each DiT trains with the better of two learning rates, chosen on
-seed 0. Encoders and decoders are trained once, with seed 0, except where the claim is about decoders. Writes
-RESULTS/NAME.json and NAME.png. Nothing that exists is made again.
+Arms that are compared see equally many samples (of `understanding`: equally many questions). Each DiT trains
+with the better of two learning rates, chosen on seed 0. Encoders and decoders are trained once, with seed 0,
+except where the claim is about decoders. Writes RESULTS/NAME.json and NAME.png. Nothing that exists is made
+again.
 """
 
 import importlib
@@ -53,7 +54,7 @@ class Config:
     steps: int = flag(300, "steps of a class-conditional DiT; others train for multiples of it", at_least=1)
     smoke: bool = flag(False, "one seed and two steps: shows that everything runs")
     dtype: str = flag("bf16", "compute dtype", choices=["bf16", "fp32"])
-    out: str = flag("runs/claims", "folder of the trainings")
+    out: str = flag("runs/claims", "folder of the runs")
     results: str = flag("docs/claims", "folder of the results")
 
 
@@ -65,7 +66,7 @@ class Lab:
         self.runs = {}  # by DiT: the loss that chose its learning rate, samples and PFLOP
         self.dist_ctx = common.init_distributed(config.dtype)
 
-    # ---- trainings; each returns the folder of a model
+    # ---- training runs; each returns the folder of a model
 
     def script(self, module: str, *flags) -> None:
         """Runs a script's `main` in this process, which saves the seconds of its imports."""
@@ -177,7 +178,7 @@ def settings_of(run: Path) -> dict:
 
 
 def pflop(run: Path) -> float:
-    """Of a training, without its encoder; a conversation has about 80 tokens."""
+    """Of a training run, without its encoder; a conversation has about 80 tokens."""
     config = train_t2i.Config(**settings_of(run))
     model = (rae.TextToImage if config.condition == "text" else rae.ClassToImage).from_pretrained(
         run / "model"
@@ -315,7 +316,7 @@ def finetuning(lab: Lab) -> Figures:
     figures = {}
     for name, model in text_models(lab).items():
         figures[f"{name}, 0 epochs"], _ = lab.overall(model)
-        flags = ("--init", model, "--data", folder, "--val-data", "nano:objects")
+        flags = ("--init", model, "--freeze", "none", "--data", folder, "--val-data", "nano:objects")
         flags += ("--reader", rae_96(lab)) if name == "VAE" else ()
         for epochs in EPOCHS:
             tuned = lab.dit(

@@ -42,7 +42,7 @@ KEEP = 4  # images kept of all candidates, as in Scale-RAE
 class Config:
     what: list[str] = flag((), "shapes (default), scaling, questions", nargs="*")
     model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id")
-    limit: int = flag(20, "prompts per task", at_least=2)
+    limit: int = flag(20, "prompts per task; questions: a sixth of the images", at_least=2)
     images: int = flag(4, "shapes: images per prompt", at_least=1)
     candidates: int = flag(32, "scaling: images per prompt to choose from", at_least=KEEP)
     seeds: int = flag(3, "scaling: number of seeds", at_least=1)
@@ -183,14 +183,15 @@ def evaluate_questions(
 ) -> list[dict]:
     right, expected = defaultdict(list), defaultdict(Counter)
     for i in tqdm(range(config.limit * len(shapes.TASKS)), desc="questions", leave=False):
-        sample = shapes.draw("objects", config.seed, i, model.autoencoder.image_size)
-        image = torch.from_numpy(sample.image).permute(2, 0, 1) / 255
-        for question, answer in sample.questions:
-            if question != shapes.DESCRIBE:
-                kind = " ".join(question.lower().split()[:2])
-                expected[kind][answer] += 1
-                with dist_ctx.autocast():
-                    right[kind].append(model.answer(image, question, max_tokens=8) == answer)
+        sample = shapes.draw("objects", config.seed, i, model.reader.image_size)
+        image = data.to_unit(torch.from_numpy(sample.image).permute(2, 0, 1), dist_ctx.device)
+        with torch.no_grad(), dist_ctx.autocast():
+            latents = model.reader.encode(image[None])[0]
+            for question, answer in sample.questions:
+                if question != shapes.DESCRIBE:
+                    kind = " ".join(question.lower().split()[:2])
+                    expected[kind][answer] += 1
+                    right[kind].append(model.answer(latents, question, max_tokens=8) == answer)
     most_frequent = {kind: max(answers.values()) for kind, answers in expected.items()}
     right["all"], most_frequent["all"] = sum(right.values(), []), sum(most_frequent.values())
     results = []

@@ -61,20 +61,21 @@ IMAGES = "nano:objects=0.7,nano:scenes=0.15,nano:text=0.15"
 # text
 
 
-SLOT, SLOTS = "<|endoftext|>", 12  # stand for a third of the latent queries of the text-to-image model
+SLOT = "<|endoftext|>"  # a token of an image, or one of the queries
+SLOTS = 12  # of the 36 latent queries
 
 
 def conversation(seed: int, index: int) -> tuple[list[tuple[str, str]], shapes.Sample]:
     """The turns of a conversation and the sample it is about. Of eight, five ask for an image, two about an
     image, and one about a caption."""
     sample = shapes.draw(TEXTS[index % len(TEXTS)], seed, index, SIZE)
-    chance, kind = data.hash_seed(seed, index), (index + index // 8) % 8  # all kinds among any eight
+    number, kind = data.hash_seed(seed, index), (index + index // 8) % 8  # each kind with every domain
     if kind < 5:
-        turns = data.request(sample.caption, chance % 1000 / 1000)
+        turns = data.request(sample.caption, number % 1000 / 1000)
     elif kind < 7:
-        turns = sample.dialogue(data.rng(seed, index).permutation(len(sample.questions)))
+        turns = sample.dialogue(data.rng(seed, index))
     else:
-        question, answer = sample.questions[chance % len(sample.questions)]
+        question, answer = sample.questions[number % len(sample.questions)]
         turns = [("user", f"{sample.caption}\n{question}"), ("assistant", answer)]
     return [("system", rae.SYSTEM), *turns], sample
 
@@ -137,7 +138,7 @@ def make_tokenizer(vocabulary: int = 576, documents: int = 20_000) -> transforme
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
+        pad_token=SLOT,
         additional_special_tokens=special[1:],
     )
     fast.chat_template = CHAT_TEMPLATE
@@ -145,6 +146,8 @@ def make_tokenizer(vocabulary: int = 576, documents: int = 20_000) -> transforme
 
 
 def train_language_model(out: Path, steps: int, batch: int, seed: int, dist_ctx: common.DistContext) -> None:
+    if batch < 8:
+        raise ValueError(f"--batch {batch}: give at least 8, the number of kinds of conversations")
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     model = transformers.Qwen2ForCausalLM(
@@ -161,7 +164,7 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int, dist_ctx:
         )
     )
 
-    tell, look = torch.nn.Linear(128, len(FACTS)), torch.nn.Linear(len(WEIGHTS), 128)
+    readout, projector = torch.nn.Linear(128, len(FACTS)), torch.nn.Linear(len(WEIGHTS), 128)
     slot, tokens = tokenizer.convert_tokens_to_ids(SLOT), (SIZE // PATCH) ** 2
     weights = torch.tensor(list(FACTS.values()))
 
@@ -182,42 +185,43 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int, dist_ctx:
         pairs.sort(key=lambda pair: len(pair[0]))  # similar lengths together
         ids, answer = zip(*(encode(turns) for turns, _ in pairs), strict=True)
         lengths = [len(row) for row in ids]
-        places = torch.cat([torch.arange(length) for length in lengths])
+        positions = torch.cat([torch.arange(length) for length in lengths])
         ids, answer = torch.cat(ids), torch.cat(answer)  # (L,), all conversations one after another
         images, queries = (ids == slot) & ~answer, (ids == slot) & answer
         # ---- inputs: of an image to read, what the encoder tells; queries as they are initialised
-        seen = [describe(sample) for turns, sample in pairs if "<image>" in turns[1][1]]
-        asked = [facts(sample.metadata) for turns, sample in pairs if "<image>" in turns[-1][1]]
+        described = [describe(sample) for turns, sample in pairs if "<image>" in turns[1][1]]
+        said = np.stack([facts(sample.metadata) for turns, sample in pairs if "<image>" in turns[-1][1]])
         embeddings = model.get_input_embeddings()(ids)
-        embeddings[images] = look(torch.from_numpy(np.concatenate(seen))).float()
+        embeddings[images] = projector(torch.from_numpy(np.concatenate(described))).float()
         embeddings[queries] = torch.randn(queries.sum(), 128) / 128**0.5
         # any twelve of the queries' places (with `use_cache` off, gaps would separate documents)
-        gaps = torch.rand(len(asked), tokens).argsort()[:, :SLOTS].sort()[0]
-        places[queries] += (gaps - torch.arange(SLOTS)).flatten()
+        places = torch.rand(len(said), tokens).argsort()[:, :SLOTS].sort()[0]
+        positions[queries] += (places - torch.arange(SLOTS)).flatten()
         # ---- last hidden states (L, 128)
         hidden = []
         for start in range(0, batch, 16):
             part = slice(start, start + 16)
-            x, at = (
+            x, position_ids = (
                 torch.nn.utils.rnn.pad_sequence(flat.split(lengths)[part], batch_first=True)
-                for flat in (embeddings, places)
+                for flat in (embeddings, positions)
             )
-            states = model.model(inputs_embeds=x, position_ids=at).last_hidden_state
+            states = model.model(inputs_embeds=x, position_ids=position_ids).last_hidden_state
             hidden += [row[:length] for row, length in zip(states, lengths[part], strict=True)]
         hidden = torch.cat(hidden)
         # ---- the tokens of answers
-        before = (answer & ~queries).roll(-1)
-        text_loss = F.cross_entropy(model.lm_head(hidden[before]).float(), ids[before.roll(1)])
+        supervised = answer & ~queries  # each is predicted by the token before it
+        logits = model.lm_head(hidden[supervised.roll(-1)]).float()
+        text_loss = F.cross_entropy(logits, ids[supervised])
         # ---- what the caption says, at every query
-        states = hidden[queries].view(len(asked), SLOTS, 128)
-        sigma = NOISE * torch.rand(len(asked), 1, 1)
-        error = tell(states + sigma * torch.randn_like(states)) - torch.from_numpy(np.stack(asked))[:, None]
+        states = hidden[queries].view(len(said), SLOTS, 128)
+        sigma = NOISE * torch.rand(len(said), 1, 1)
+        error = readout(states + sigma * torch.randn_like(states)) - torch.from_numpy(said)[:, None]
         facts_loss = (weights * error.square()).sum(dim=-1).mean()
-        return 5 * text_loss + facts_loss
+        return 5 * text_loss + facts_loss  # with a weight of 1 it learns to read images later
 
     tokenizer.save_pretrained(out)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    parts = torch.nn.ModuleList([model, tell, look])
+    parts = torch.nn.ModuleList([model, readout, projector])
     # decay, because large matrices learn slowly
     train(parts, loss, steps, dist_ctx, lr=2e-3, out=out, save=model, muon=matrices, muon_decay=0.1)
 
@@ -406,7 +410,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=[*PARTS, "ship"])
-    parser.add_argument("--out", type=Path, default=Path("nano/weights"), help="writes OUT/PART")
+    parser.add_argument("--out", type=Path, help="writes OUT/PART (default: runs/nano; ship: nano/weights)")
     defaults = [", ".join(f"{part} {recipe[i]}" for part, recipe in PARTS.items()) for i in (1, 2)]
     parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {defaults[0]})")
     parser.add_argument("--batch", type=int, help=f"samples per step (default: {defaults[1]})")
@@ -419,13 +423,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32", choices=["bf16", "fp32"], help="compute dtype")
     args = parser.parse_args()
     dist_ctx = common.init_distributed(args.dtype)
+    out = args.out or (common.WEIGHTS if args.part == "ship" else Path("runs/nano"))
     if args.part == "ship":
-        ship(args.out, args.runs)
+        ship(out, args.runs)
     else:
         train_part, steps, batch = PARTS[args.part]
         options = {"width": args.width, "target": args.target} if args.part == "encoder" else {}
         steps = steps if args.steps is None else args.steps  # 0: random weights
-        train_part(args.out / args.part, steps, args.batch or batch, args.seed, dist_ctx, **options)
+        train_part(out / args.part, steps, args.batch or batch, args.seed, dist_ctx, **options)
 
 
 if __name__ == "__main__":

@@ -116,9 +116,9 @@ class Sample:
     metadata: dict[str, Any]  # what the caption says; in `objects` a GenEval request
     label: int | None = None  # index in PAIRS, in the domain `classes`
 
-    def dialogue(self, order: Sequence[int]) -> list[tuple[str, str]]:
-        """The turns of a conversation with all questions about the image, in the given order."""
-        questions = [self.questions[i] for i in order]
+    def dialogue(self, rng: np.random.Generator) -> list[tuple[str, str]]:
+        """The turns of a conversation with all questions about the image, in random order."""
+        questions = [self.questions[i] for i in rng.permutation(len(self.questions))]
         questions.sort(key=lambda pair: pair[0] == DESCRIBE)  # last: it would answer the others
         turns = [turn for pair in questions for turn in zip(("user", "assistant"), pair, strict=True)]
         return [("user", f"<image>\n{turns[0][1]}"), *turns[1:]]

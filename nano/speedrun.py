@@ -6,7 +6,8 @@
 
 Started again, it goes on where it was stopped: a trainer at its newest checkpoint, the language model and the
 encoder from their beginning. Prints a table and writes OUT/speedrun.json and OUT/shapes.json. FLOPs are those
-of the weights, without attention: per weight and token 2 forward, and 4 backward if it is trained.
+of the weights, without attention: per weight and token 2 forward, 2 backward where gradients pass, and 2 more
+where it is trained.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 import common
+import data
 import train_decoder
 import train_t2i
 from common import flag
@@ -82,6 +84,7 @@ def flops_per_sample(config: Config) -> dict[str, float]:
 
     encoder, language_model = count("encoder"), count("language-model")
     draws = json.loads((out / "t2i/config.json").read_text())["draws"]
+    draws *= 1 - data.NANO_MIXTURE["nano:questions"]  # these generate nothing
     dit = count("t2i/model", "dit.")
     # through the frozen language model, gradients pass to the queries
     return {

@@ -307,7 +307,11 @@ def test_scaling_lies_between_chance_and_scorer(parts, tmp_path, monkeypatch):
 
 
 def test_questions_are_grouped_by_kind(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(rae.TextToImage, "answer", lambda *_, **__: "one")
+    def answer(model, latents, question, max_tokens):
+        assert latents.shape == model.read_shape and question.endswith("?")
+        return "one"
+
+    monkeypatch.setattr(rae.TextToImage, "answer", answer)
     results = run(monkeypatch, tmp_path, "questions", "--model", parts / "t2i")
     kinds = {name.split("/")[2] for name in results}
     assert kinds == {"does this", "how many", "what color", "is there", "what is", "all"}

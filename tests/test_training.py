@@ -49,7 +49,16 @@ def every_loss(parts, out) -> list:
 
 def t2i_flags(parts, out) -> list:
     models = ["--autoencoder", parts / "rae", "--language-model", parts / "language-model"]
-    return [*models, "--out", out, "--data", "nano:objects=0.6,nano:questions=0.4", *EVERY]
+    return [
+        *models,
+        "--freeze",
+        "none",
+        "--out",
+        out,
+        "--data",
+        "nano:objects=0.6,nano:questions=0.4",
+        *EVERY,
+    ]
 
 
 def png(value: int) -> bytes:
@@ -320,7 +329,7 @@ def test_optimizers_skip_a_step_that_is_not_finite():
 def test_frozen_parts_stay_as_they_are(freeze, trained, more, alpha, world, parts, tmp_path):
     """Finetuning, in the latents of the model's own autoencoder. A preset's alpha is for new models."""
     flags = ["--init", parts / "t2i", "--freeze", freeze, "--data", write_mixed(tmp_path, 9), "--steps", 5]
-    world(1, "train_t2i.py", *flags, *more, *EVERY, "--out", tmp_path / "run").wait()
+    world(2, "train_t2i.py", *flags, *more, *EVERY, "--shard", "full", "--out", tmp_path / "run").wait()
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert json.loads((tmp_path / "run/model/config.json").read_text())["alpha"] == config["alpha"] == alpha
     assert Path(config["autoencoder"]).samefile(parts / "rae")
@@ -398,10 +407,13 @@ def test_validation_loss_is_the_velocity_error_whatever_training_draws(condition
     assert rows[0]["val_loss"] == pytest.approx(sum(rows[0][f"val_loss_{t}"] for t in (0.3, 0.6, 0.9)) / 3)
 
 
-@pytest.mark.parametrize("condition", ["text", "class"])
-def test_flops_of_a_step_are_those_that_torch_counts(condition, parts):
+@pytest.mark.parametrize(
+    ("condition", "freeze"), [("text", "none"), ("text", "language-model"), ("class", "none")]
+)
+def test_flops_of_a_step_are_those_that_torch_counts(condition, freeze, parts):
     language_model = str(parts / "language-model")
-    config = train_t2i.Config(condition=condition, draws=2, batch=8, language_model=language_model)
+    settings = {"condition": condition, "freeze": freeze, "language_model": language_model}
+    config = train_t2i.Config(draws=2, batch=8, **settings)
     autoencoder = rae.RAE.from_pretrained(parts / "rae")
     num_classes = None if condition == "text" else 48
     model = train_t2i.build_model(config, None, (16, 24), num_classes, None)
@@ -417,7 +429,8 @@ def test_flops_of_a_step_are_those_that_torch_counts(condition, parts):
     expected += count(autoencoder.encoder, torch.randn(1, 3, 32, 32))
     if condition == "text":
         embeddings = torch.randn(1, 50, 32)
-        expected += 3 * count(model.language_model.model, inputs_embeds=embeddings, use_cache=False)
+        passes = 3 if freeze == "none" else 2  # gradients pass through a frozen one
+        expected += passes * count(model.language_model.model, inputs_embeds=embeddings, use_cache=False)
     assert train_t2i.flops_per_step(config, model, autoencoder, seq_len=50) == 8 * expected > 0
 
 
