@@ -44,9 +44,6 @@ def eval_table(file: dict, prefixes: tuple[str, ...]) -> str:
         raise ValueError(f"no metric begins with {' or '.join(prefixes)}")
     n = ", ".join(map(str, sorted({row["n"] for row in rows})))
     versions, date, command = file["versions"], file["date"][:10], f"`{file['command']}`"
-    # older files were made by an eval.py that also had these
-    if re.search(r"eval\.py (shapes|scaling)", command):
-        command += " (today `python -m nano.evaluate`)"
     return f"{common.table(rows)}\n\n{command}, torch {versions['torch']}, {date}; n = {n}"
 
 
