@@ -41,7 +41,7 @@ from torch import Tensor, nn
 # 1. layers
 
 
-class Hub(PyTorchModelHubMixin):
+class Hub(PyTorchModelHubMixin, library_name="rae"):
     """`save_pretrained(folder)` writes config.json (the arguments of `__init__`) and model.safetensors;
     `from_pretrained(folder or hub id)` reads them back strictly; `push_to_hub(id)` uploads them."""
 
@@ -425,7 +425,7 @@ class Decoder(nn.Module):
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=self.patch_size, c=3)
 
 
-class RAE(nn.Module, Hub, library_name="rae"):
+class RAE(nn.Module, Hub):
     """Representation autoencoder: frozen encoder, trained decoder, latent statistics (RAE section 3).
 
     encoder: hub id or local `transformers` folder; or its config as a dict, as `save_pretrained` writes it.
@@ -767,7 +767,7 @@ def initialise_dit(dit: nn.Module, xavier: bool) -> None:
             nn.init.zeros_(layer.bias)
 
 
-class DiT(nn.Module, Hub, library_name="rae"):
+class DiT(nn.Module, Hub):
     """Diffusion transformer on latent tokens with the blocks of LightningDiT; predicts the velocity.
 
     latent_shape: (N, C), a square grid of tokens.
@@ -910,7 +910,7 @@ class ContextCaption(nn.Module):
         return self.proj(self.norm(caption.tokens)), caption.mask
 
 
-class InContextDiT(nn.Module, Hub, library_name="rae"):
+class InContextDiT(nn.Module, Hub):
     """The diffusion transformer of RAEv2: timestep and condition are tokens of the sequence beside the latent
     tokens, and the backbone has no adaLN. Only the DDT head is modulated, by the backbone.
 
@@ -1304,7 +1304,7 @@ class LatentModel(nn.Module, Hub):
         return model
 
 
-class ClassToImage(LatentModel, library_name="rae"):
+class ClassToImage(LatentModel):
     """A DiT conditioned on class labels, or unconditional (RAE section 5).
 
     dit: arguments of `DiT` or `InContextDiT` without latent_shape: width, depth, heads, ...; num_classes, or
@@ -1381,7 +1381,7 @@ def open_text_encoder(path: str, device: torch.device) -> tuple:
     return tokenizer, model.to(device)
 
 
-class CaptionToImage(ClassToImage, library_name="rae"):
+class CaptionToImage(ClassToImage):
     """An InContextDiT conditioned on the tokens of a frozen language model (RAEv2, text to image).
 
     text_encoder: folder or hub id of a language model of `transformers`, which keeps its weights.
@@ -1493,7 +1493,7 @@ class Chat:
         return self.answer_mask[first]
 
 
-class TextToImage(LatentModel, library_name="rae"):
+class TextToImage(LatentModel):
     """A language model that generates images: trainable queries after the prompt collect one condition vector
     per latent token for a DiT, and images are read through a projector (Scale-RAE section 3).
 

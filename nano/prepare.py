@@ -357,6 +357,7 @@ def ship(out: Path, runs: Path) -> None:
             if key.startswith("encoder.") or (parameter.requires_grad and parameter.ndim > 1):
                 parameter.data = parameter.data.bfloat16()
         part.save_pretrained(out / name)
+        (out / name / "README.md").unlink()  # an empty model card
         rows = common.read_rows(runs / run / "metrics.jsonl")
         rows = [row for row in rows if "loss" in row]  # those of the training loss, not of validation
         kept = [*rows[9:-1:10], rows[-1]]
