@@ -14,13 +14,12 @@
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_t2i.py ...
 
 A language model reads the request, and its hidden states at the latent queries condition the DiT. They are
-trained together: loss = cross-entropy + 2 x velocity error (Scale-RAE section 3). The nano preset freezes the
-language model. Questions about images, mixed into the data, train the projector that reads latents. With
---condition class the DiT alone is trained, on the labels of folders, .cls files or a column `label`: loss =
-velocity error (RAE section 5); with --condition caption, on captions that a frozen language model reads
-(RAEv2). Latents are encoded on the fly, or read from a folder that encode.py wrote. Writes OUT/model (a
-TextToImage or ClassToImage folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl, OUT/losses.png
-and OUT/samples/.
+trained together: loss = cross-entropy + 2 x velocity error (Scale-RAE section 3). Questions about images,
+mixed into the data, train the projector that reads latents. With --condition class the DiT alone is trained,
+on the labels of folders, .cls files or a column `label`: loss = velocity error (RAE section 5); with
+--condition caption, on captions that a frozen language model reads (RAEv2). Latents are encoded on the fly,
+or read from a folder that encode.py wrote. Writes OUT/model (a TextToImage or ClassToImage folder for the
+other scripts), OUT/checkpoints/, OUT/metrics.jsonl, OUT/losses.png and OUT/samples/.
 """
 
 import itertools
@@ -96,7 +95,7 @@ NANO = {  # A nano image is still recognisable at t = 0.9, where only the prompt
     "ema": 0.998,
 }
 PRESETS = {
-    "nano": NANO | {"freeze": "language-model", "steps": 4000},  # training makes it forget: docs/speedrun.md
+    "nano": NANO | {"steps": 4000},
     "nano-class": NANO | {"condition": "class", "steps": 3000, "out": "runs/class"},
     # accumulation, so that 8 and 16 GPUs of 80 GB hold the activations (docs/plan.md)
     "dit-dh-xl-imagenet256": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b", "grad_accum": 2},

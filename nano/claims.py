@@ -278,7 +278,7 @@ def noise(lab: Lab) -> Figures:
     return figures
 
 
-QUESTIONS = ("--dit", "nano-guide", "--freeze", "none", "--val-data", "nano:objects", "--data")
+QUESTIONS = ("--dit", "nano-guide", "--val-data", "nano:objects", "--data")
 
 
 def weights(part: str) -> str:
@@ -316,7 +316,7 @@ def finetuning(lab: Lab) -> Figures:
     figures = {}
     for name, model in text_models(lab).items():
         figures[f"{name}, 0 epochs"], _ = lab.overall(model)
-        flags = ("--init", model, "--freeze", "none", "--data", folder, "--val-data", "nano:objects")
+        flags = ("--init", model, "--data", folder, "--val-data", "nano:objects")
         flags += ("--reader", rae_96(lab)) if name == "VAE" else ()
         for epochs in EPOCHS:
             tuned = lab.dit(

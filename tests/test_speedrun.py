@@ -7,9 +7,6 @@ import sys
 from functools import partial
 from types import SimpleNamespace
 
-import torch
-from safetensors.torch import load_file
-
 import common
 import rae
 import train_decoder
@@ -53,10 +50,6 @@ def test_every_stage_from_nothing(world, tmp_path):
     names = [stage.name for stage in speedrun.stages(speedrun.Config())]
     assert [line.split(" | ")[0].strip("| ") for line in table] == ["stage", *names, "all"]
     assert json.loads((tmp_path / "run/speedrun.json").read_text())["finished"] == names
-    before = load_file(tmp_path / "run/language-model/model.safetensors")
-    after = load_file(tmp_path / "run/t2i/model/model.safetensors")
-    frozen = {key: tensor.float() for key, tensor in before.items() if ".layers." in key}
-    assert frozen and all(torch.equal(after[f"language_model.{key}"], frozen[key]) for key in frozen)
 
     # started again, finished stages are not run again; one that is not goes on
     state = tmp_path / "run/speedrun.json"

@@ -49,16 +49,7 @@ def every_loss(parts, out) -> list:
 
 def t2i_flags(parts, out) -> list:
     models = ["--autoencoder", parts / "rae", "--language-model", parts / "language-model"]
-    return [
-        *models,
-        "--freeze",
-        "none",
-        "--out",
-        out,
-        "--data",
-        "nano:objects=0.6,nano:questions=0.4",
-        *EVERY,
-    ]
+    return [*models, "--out", out, "--data", "nano:objects=0.6,nano:questions=0.4", *EVERY]
 
 
 def png(value: int) -> bytes:
