@@ -1,6 +1,7 @@
 """Small untrained models in folders, written by the library classes that write the real ones."""
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
@@ -71,6 +72,16 @@ def parts(tmp_path_factory):
         str(folder / "language-model"), dit, autoencoder.latent_shape, str(folder / "rae")
     )
     model.save_pretrained(folder / "t2i")
+    return folder
+
+
+@pytest.fixture
+def plain_language_model(parts, tmp_path):
+    """Folder of the language model whose tokenizer has no tokens around an image, as Qwen's."""
+    folder = tmp_path / "plain-language-model"
+    shutil.copytree(parts / "language-model", folder)
+    for path in folder.glob("tokenizer*.json"):
+        path.write_text(path.read_text().replace("<im_", "<other_"))
     return folder
 
 

@@ -714,7 +714,7 @@ def test_untied_scale_rae(tokenizer, tmp_path):
         rae.TextToImage.from_pretrained(folder)
 
 
-def test_damaged_scale_rae_folders(tokenizer, parts, tmp_path, hub):
+def test_damaged_scale_rae_folders(tokenizer, plain_language_model, tmp_path, hub):
     config, weights, _ = scale_rae("narrow")
     folder = tmp_path / "folder"
 
@@ -746,7 +746,7 @@ def test_damaged_scale_rae_folders(tokenizer, parts, tmp_path, hub):
     save_file(weights, folder / "model.safetensors")
     tokenizer.add_tokens([f"<{i}>" for i in range(20)])
     fails("tokens, but weights for only 528")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(parts / "language-model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(plain_language_model)
     fails("no <im_end> and no <im_start>")
     for missing in ("nothing", "org/name", str(tmp_path / "nothing/model.pth.zstd")):
         with pytest.raises(ValueError, match="no file"):
