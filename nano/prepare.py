@@ -197,6 +197,7 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int, dist_ctx:
         # any twelve of the queries' places (with `use_cache` off, gaps would separate documents)
         places = torch.rand(len(said), tokens).argsort()[:, :SLOTS].sort()[0]
         positions[queries] += (places - torch.arange(SLOTS)).flatten()
+        positions[queries.roll(3) & ~queries] += tokens - SLOTS  # <im_end><|im_end|>\n follow all queries
         # ---- last hidden states (L, 128)
         hidden = []
         for start in range(0, batch, 16):
