@@ -178,6 +178,7 @@ def evaluate_scaling(
     return results
 
 
+@torch.no_grad()
 def evaluate_questions(
     model: rae.TextToImage, sampler: dict, config: Config, dist_ctx: common.DistContext
 ) -> list[dict]:
@@ -185,7 +186,7 @@ def evaluate_questions(
     for i in tqdm(range(config.limit * len(shapes.TASKS)), desc="questions", leave=False):
         sample = shapes.draw("objects", config.seed, i, model.reader.image_size)
         image = data.to_unit(torch.from_numpy(sample.image).permute(2, 0, 1), dist_ctx.device)
-        with torch.no_grad(), dist_ctx.autocast():
+        with dist_ctx.autocast():
             latents = model.reader.encode(image[None])[0]
             for question, answer in sample.questions:
                 if question != shapes.DESCRIBE:

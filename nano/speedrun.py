@@ -1,6 +1,6 @@
 """From nothing to images that follow the prompt: trains and evaluates every part of the nano world.
 
-    python -m nano.speedrun                              # about two hours of two cores
+    python -m nano.speedrun                              # 2 1/4 hours of two cores
     python -m nano.speedrun --scale 4 --out runs/long    # four times the steps of every stage
     python -m nano.prepare ship --runs runs/long         # makes its result the shipped weights
 

@@ -116,6 +116,11 @@ def test_tokenizer_spells_capitals_and_loses_nothing(parts):
     )
 
 
+def test_a_batch_without_all_kinds_of_conversations_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--batch 7: give at least 8"):
+        prepare.train_language_model(tmp_path, steps=1, batch=7, seed=0, dist_ctx=FP32)
+
+
 def test_conversations_ask_for_images_or_about_images_or_captions():
     pairs = [prepare.conversation(0, i) for i in range(80)]
     assert pairs[0][0] == prepare.conversation(0, 0)[0]
