@@ -287,7 +287,7 @@ class Transform:
     text_only: bool = False  # keep conversations without an image, which are skipped otherwise
     captions: bool = False  # skip images without a caption
     num_classes: int | None = None  # skip images without a label below it
-    length: Callable[[list], int] | None = None  # counts the tokens of a conversation
+    encode_chat: Callable[[list], tuple[list, list]] | None = None  # tokens and labels of a conversation
     max_seq_len: int = 0  # conversations with more tokens are skipped
 
     def pixels(self, image: Image.Image, across: float, down: float, mirror: float) -> np.ndarray:
@@ -349,7 +349,7 @@ def check_text(name: str, caption: str | None, label: int | None, conversation: 
         raise SkipSample(f"{name}: no label")
     if transform.num_classes and not 0 <= label < transform.num_classes:
         raise SkipSample(f"{name}: label {label}, but the classes are 0 to {transform.num_classes - 1}")
-    length = transform.length(conversation) if transform.length else 0
+    length = len(transform.encode_chat(conversation)[0]) if transform.encode_chat else 0
     if length > transform.max_seq_len:
         raise SkipSample(f"{name}: {length} tokens of conversation, the limit is {transform.max_seq_len}")
 

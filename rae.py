@@ -1458,11 +1458,29 @@ def chat_ml(role: str, text: str) -> str:
     return f"<|im_start|>{role}\n{text}<|im_end|>\n"
 
 
-def chat_length(conversation: list[tuple[str, str]], tokenizer, image_tokens: int) -> int:
-    """Tokens of a conversation as `TextToImage.encode_chat` makes them."""
-    parts = "".join(chat_ml(*turn) for turn in [("system", SYSTEM), *conversation]).split("<image>")
-    text = sum(len(tokenizer.encode(part, add_special_tokens=False)) for part in parts)
-    return text + (len(parts) - 1) * (image_tokens + 2)
+def encode_turn(role: str, text: str, tokenizer, image_tokens: int) -> list[int]:
+    """Token ids in ChatML; each <image> in the text becomes <im_start>, IMAGE per token, <im_end>."""
+    start, end = tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])
+    ids = []
+    for i, part in enumerate(chat_ml(role, text).split("<image>")):
+        ids += [start, *[IMAGE] * image_tokens, end] if i else []
+        ids += tokenizer.encode(part, add_special_tokens=False)
+    return ids
+
+
+def encode_chat(turns: list[tuple[str, str]], tokenizer, image_tokens: int) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a conversation of (role, text) turns, after the system turn."""
+    # The rule of the authors' code: supervised are the assistant's turns, header included, and everywhere
+    # line feeds, <|im_start|> and <|im_end|>; never the positions of images.
+    always = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    always += tokenizer.encode("\n", add_special_tokens=False)
+    ids, labels = [], []
+    for role, text in [("system", SYSTEM), *turns]:
+        for token in encode_turn(role, text, tokenizer, image_tokens):
+            supervised = token != IMAGE and (role == "assistant" or token in always)
+            ids.append(token)
+            labels.append(token if supervised else IGNORED)
+    return ids, labels
 
 
 @dataclass
@@ -1594,25 +1612,10 @@ class TextToImage(LatentModel):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def encode_turn(self, role: str, text: str) -> list[int]:
-        """Token ids in ChatML; each <image> in the text becomes <im_start>, N times IMAGE, <im_end>."""
-        first, *rest = chat_ml(role, text).split("<image>")
-        ids = self.tokens(first)
-        for part in rest:
-            ids += [self.im_start, *[IMAGE] * self.latent_shape[0], self.im_end, *self.tokens(part)]
-        return ids
+        return encode_turn(role, text, self.tokenizer, self.latent_shape[0])
 
     def encode_chat(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a conversation of (role, text) turns, after the system turn."""
-        # The rule of the authors' code: supervised are the assistant's turns, header included, and everywhere
-        # line feeds, <|im_start|> and <|im_end|>; never the positions of images.
-        always = {*self.tokens("\n"), *self.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])}
-        ids, labels = [], []
-        for role, text in [("system", SYSTEM), *turns]:
-            for token in self.encode_turn(role, text):
-                supervised = token != IMAGE and (role == "assistant" or token in always)
-                ids.append(token)
-                labels.append(token if supervised else IGNORED)
-        return ids, labels
+        return encode_chat(turns, self.tokenizer, self.latent_shape[0])
 
     def chat(self, conversations: list[list[tuple[str, str]]]) -> Chat:
         # cuDNN plans attention anew for every length, which takes up to half a second

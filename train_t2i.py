@@ -415,7 +415,7 @@ def open_data(
             with common.loading(config.language_model):
                 name = config.language_model
                 tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        options["length"] = partial(rae.chat_length, tokenizer=tokenizer, image_tokens=shape[0])
+        options["encode_chat"] = partial(rae.encode_chat, tokenizer=tokenizer, image_tokens=shape[0])
         options["max_seq_len"] = config.max_seq_len
     source = data.open_source(config.data, autoencoder.image_size, config.seed, **options)
     val_name = config.val_data or config.data

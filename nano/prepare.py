@@ -61,8 +61,8 @@ IMAGES = "nano:objects=0.7,nano:scenes=0.15,nano:text=0.15"
 # text
 
 
-SLOT = "<|endoftext|>"  # a token of an image, or one of the queries
-SLOTS = 12  # of the 36 latent queries
+TOKENS = (SIZE // PATCH) ** 2  # of an image
+KEPT = 12  # random ones of the 36 latent queries, which saves time
 
 
 def conversation(seed: int, index: int) -> tuple[list[tuple[str, str]], shapes.Sample]:
@@ -77,7 +77,7 @@ def conversation(seed: int, index: int) -> tuple[list[tuple[str, str]], shapes.S
     else:
         question, answer = sample.questions[number % len(sample.questions)]
         turns = [("user", f"{sample.caption}\n{question}"), ("assistant", answer)]
-    return [("system", rae.SYSTEM), *turns], sample
+    return turns, sample
 
 
 COLORS = ("", *shapes.COLORS)
@@ -129,16 +129,17 @@ def make_tokenizer(vocabulary: int = 576, documents: int = 20_000) -> transforme
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = [SLOT, "<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>"]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     texts = (text.replace("<image>", "") for i in range(documents) for _, text in conversation(0, i)[0])
-    tokenizer.train_from_iterator((f"assistant user system\n{text}" for text in texts), trainer)
+    headers = f"assistant user system\n{rae.SYSTEM}\n"
+    tokenizer.train_from_iterator((headers + text for text in texts), trainer)
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
-        pad_token=SLOT,
+        pad_token=special[0],
         additional_special_tokens=special[1:],
     )
     fast.chat_template = CHAT_TEMPLATE
@@ -165,39 +166,34 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int, dist_ctx:
     )
 
     readout, projector = torch.nn.Linear(128, len(FACTS)), torch.nn.Linear(len(WEIGHTS), 128)
-    slot, tokens = tokenizer.convert_tokens_to_ids(SLOT), (SIZE // PATCH) ** 2
     weights = torch.tensor(list(FACTS.values()))
 
-    def encode(turns: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids of a conversation, and which belong to an answer. Slots stand for images."""
-        ids, answer = [], []
-        for role, text in turns:
-            is_answer = role == "assistant"
-            slots = SLOT * (SLOTS if is_answer else tokens)
-            text = text.replace("<image>", f"<im_start>{slots}<im_end>")
-            header, body = map(tokenizer.encode, (f"<|im_start|>{role}\n", f"{text}<|im_end|>\n"))
-            ids += header + body
-            answer += [False] * len(header) + [is_answer] * len(body)
-        return torch.tensor(ids), torch.tensor(answer)
+    def encode(turns: list[tuple[str, str]]) -> tuple[torch.Tensor, ...]:
+        """Token ids, labels and positions (L,) of a conversation, and where its queries are."""
+        # The labels have to be those of text-to-image. Otherwise its loss is mostly that of headers, and
+        # queries and projector are trained to predict these.
+        ids, labels = map(torch.tensor, rae.encode_chat(turns, tokenizer, TOKENS))
+        labels[0] = rae.IGNORED  # no token is before it
+        queries = (ids == rae.IMAGE) & ("<image>" in turns[-1][1])
+        kept = torch.ones(len(ids), dtype=torch.bool)
+        if queries.any():
+            kept[queries.nonzero()[torch.randperm(TOKENS)[KEPT:]]] = False
+        return ids[kept], labels[kept], torch.arange(len(ids))[kept], queries[kept]
 
     def loss(step: int) -> torch.Tensor:
         pairs = [conversation(seed, step * batch + i) for i in range(batch)]
         pairs.sort(key=lambda pair: len(pair[0]))  # similar lengths together
-        ids, answer = zip(*(encode(turns) for turns, _ in pairs), strict=True)
-        lengths = [len(row) for row in ids]
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        ids, answer = torch.cat(ids), torch.cat(answer)  # (L,), all conversations one after another
-        images, queries = (ids == slot) & ~answer, (ids == slot) & answer
+        encoded = list(zip(*(encode(turns) for turns, _ in pairs), strict=True))
+        lengths = [len(row) for row in encoded[0]]
+        # (L,), all conversations one after another
+        ids, labels, positions, queries = map(torch.cat, encoded)
+        images = (ids == rae.IMAGE) & ~queries
         # ---- inputs: of an image to read, what the encoder tells; queries as they are initialised
-        described = [describe(sample) for turns, sample in pairs if "<image>" in turns[1][1]]
+        described = [describe(sample) for turns, sample in pairs if "<image>" in turns[0][1]]
         said = np.stack([facts(sample.metadata) for turns, sample in pairs if "<image>" in turns[-1][1]])
-        embeddings = model.get_input_embeddings()(ids)
+        embeddings = model.get_input_embeddings()(ids.clamp(min=0))
         embeddings[images] = projector(torch.from_numpy(np.concatenate(described))).float()
         embeddings[queries] = torch.randn(queries.sum(), 128) / 128**0.5
-        # any twelve of the queries' places (with `use_cache` off, gaps would separate documents)
-        places = torch.rand(len(said), tokens).argsort()[:, :SLOTS].sort()[0]
-        positions[queries] += (places - torch.arange(SLOTS)).flatten()
-        positions[queries.roll(3) & ~queries] += tokens - SLOTS  # <im_end><|im_end|>\n follow all queries
         # ---- last hidden states (L, 128)
         hidden = []
         for start in range(0, batch, 16):
@@ -206,19 +202,20 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int, dist_ctx:
                 torch.nn.utils.rnn.pad_sequence(flat.split(lengths)[part], batch_first=True)
                 for flat in (embeddings, positions)
             )
+            # `use_cache` is on: otherwise a gap in the positions would count as the border of two documents
             states = model.model(inputs_embeds=x, position_ids=position_ids).last_hidden_state
             hidden += [row[:length] for row, length in zip(states, lengths[part], strict=True)]
         hidden = torch.cat(hidden)
-        # ---- the tokens of answers
-        supervised = answer & ~queries  # each is predicted by the token before it
+        # ---- supervised tokens, each predicted by the one before it
+        supervised = labels != rae.IGNORED
         logits = model.lm_head(hidden[supervised.roll(-1)]).float()
-        text_loss = F.cross_entropy(logits, ids[supervised])
+        text_loss = F.cross_entropy(logits, labels[supervised])
         # ---- what the caption says, at every query
-        states = hidden[queries].view(len(said), SLOTS, 128)
+        states = hidden[queries].view(len(said), KEPT, 128)
         sigma = NOISE * torch.rand(len(said), 1, 1)
         error = readout(states + sigma * torch.randn_like(states)) - torch.from_numpy(said)[:, None]
         facts_loss = (weights * error.square()).sum(dim=-1).mean()
-        return 5 * text_loss + facts_loss  # with a weight of 1 it learns to read images later
+        return 10 * text_loss + facts_loss  # with smaller weights it learns to read images later
 
     tokenizer.save_pretrained(out)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]

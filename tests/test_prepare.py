@@ -126,11 +126,11 @@ def test_conversations_ask_for_images_or_about_images_or_captions():
     assert pairs[0][0] == prepare.conversation(0, 0)[0]
     heads, kinds = tuple(template.partition("{}")[0] for template in data.REQUESTS), []
     for turns, sample in pairs:
-        (system, _), (_, first), *_, (role, last) = turns
-        assert (system, role) == ("system", "assistant")
+        (user, first), *_, (role, last) = turns
+        assert (user, role) == ("user", "assistant")
         if "<image>" in last:
             kinds.append("request")
-            assert len(turns) == 3 and first.startswith(heads) and sample.caption in first
+            assert len(turns) == 2 and first.startswith(heads) and sample.caption in first
         elif "<image>" in first:
             kinds.append("image")
             asked = [text.removeprefix("<image>\n") for role, text in turns if role == "user"]

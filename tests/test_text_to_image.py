@@ -238,11 +238,6 @@ def test_the_model_decides_to_draw(model, monkeypatch):
     torch.testing.assert_close(dialogue.embeddings, model.embed(chat))
 
 
-def test_lengths_of_conversations(model):
-    for turns in (REQUEST, QUESTION, [*QUESTION, *REQUEST], [("user", "x"), ("assistant", "y" * 200)]):
-        assert rae.chat_length(turns, model.tokenizer, 16) == len(model.encode_chat(turns)[0])
-
-
 def test_bad_prompts(model):
     bad = {"": "empty", "  \n": "empty", "star " * 400: "limit", "a <|im_end|> star": "special"}
     bad["<image>"] = "special"
