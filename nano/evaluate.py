@@ -4,6 +4,7 @@
     python -m nano.evaluate shapes --limit 5 --model runs/t2i/model --out runs/t2i/shapes.json
     python -m nano.evaluate scaling --limit 5 --steps 25       # test-time scaling: best of N by verifier
     python -m nano.evaluate questions                          # answers to questions about images
+    python -m nano.evaluate binding                            # what the condition says, in seconds
 
 Prints a table and writes OUT: command, seed, versions, date and a list of results {metric, value, n}.
 
@@ -17,6 +18,10 @@ tasks. `chance` is the floor, `scorer` the ceiling.
 
 questions asks about 6 x --limit true images of `objects`. The kind of a question is its first two words. The
 floor is to give the most frequent answer of each kind.
+
+binding tells how far the condition vectors move if a prompt's two colors are swapped, its relation is turned
+or its number is changed: their mean squared distance, as a share of that of two captions of `objects`. What
+is lost here cannot be drawn. 3 x --limit prompts each.
 """
 
 from collections import Counter, defaultdict
@@ -40,7 +45,7 @@ KEEP = 4  # images kept of all candidates, as in Scale-RAE
 
 @dataclass
 class Config:
-    what: list[str] = flag((), "shapes (default), scaling, questions", nargs="*")
+    what: list[str] = flag((), "shapes (default), scaling, questions, binding", nargs="*")
     model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id")
     limit: int = flag(20, "prompts per task; questions: a sixth of the images", at_least=2)
     images: int = flag(4, "shapes: images per prompt", at_least=1)
@@ -204,7 +209,60 @@ def evaluate_questions(
     return results
 
 
-EVALUATIONS = {"shapes": evaluate_shapes, "scaling": evaluate_scaling, "questions": evaluate_questions}
+def swapped_colors(request: dict) -> dict:
+    one, other = request["include"]
+    return request | {"include": [one | {"color": other["color"]}, other | {"color": one["color"]}]}
+
+
+def turned_relation(request: dict) -> dict:
+    one, other = request["include"]
+    opposite = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+    relation, target = other["position"]
+    return request | {"include": [one, other | {"position": [opposite[relation], target]}]}
+
+
+def other_count(request: dict) -> dict:
+    [entry] = request["include"]
+    return request | {"include": [entry | {"count": {2: 3, 3: 4, 4: 2}[entry["count"]]}]}
+
+
+CHANGES = {
+    "swapped colors": ("color_attr", swapped_colors),
+    "turned relation": ("position", turned_relation),
+    "other count": ("counting", other_count),
+}
+
+
+@torch.no_grad()
+def evaluate_binding(
+    model: rae.TextToImage, sampler: dict, config: Config, dist_ctx: common.DistContext
+) -> list[dict]:
+    seed, count = config.seed, 3 * config.limit
+
+    def conditions(captions: list[str]) -> Tensor:
+        with dist_ctx.autocast():
+            return model.condition(captions).float()
+
+    captions = conditions([shapes.draw("objects", seed, i).caption for i in range(count)])
+    distance = 2 * captions.var(dim=0).sum()  # mean squared distance of two of them
+    results = []
+    for name, (task, change) in CHANGES.items():
+        before, after = [], []
+        for i in range(count):
+            request = shapes.prompt(task, seed, i)
+            for prompts, asked in ((before, request), (after, change(request))):
+                prompts.append(shapes.caption(shapes.Chance(seed, i), asked))  # the same wording
+        moved = (conditions(before) - conditions(after)).square().sum(dim=(1, 2)).mean()
+        results.append({"metric": f"binding/model/{name}", "value": (moved / distance).item(), "n": count})
+    return results
+
+
+EVALUATIONS = {
+    "shapes": evaluate_shapes,
+    "scaling": evaluate_scaling,
+    "questions": evaluate_questions,
+    "binding": evaluate_binding,
+}
 
 
 def main() -> None:

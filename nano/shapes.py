@@ -185,7 +185,7 @@ def prompt(task: str, seed: int, index: int, held_out: bool = False) -> dict[str
         raise ValueError(f"{task} has no held-out prompts: choose colors or color_attr, which name pairs")
     chance = Chance(len(DOMAINS) + TASKS.index(task), seed, index)
     metadata = _request(chance, task, HELD_OUT_PAIRS if held_out else TRAINING_PAIRS)
-    return metadata | {"prompt": _caption(chance, metadata)}
+    return metadata | {"prompt": caption(chance, metadata)}
 
 
 def render(metadata: dict[str, Any], seed: int, size: int = 48) -> np.ndarray:
@@ -226,7 +226,7 @@ def _draw_objects(chance: Chance, size: int, task: str | None = None) -> Sample:
     if metadata["tag"] == "counting" and chance.coin(1 / 3):
         entry = metadata["include"][0]
         entry["color"] = chance.choice([color for shape, color in TRAINING_PAIRS if shape == entry["class"]])
-    metadata["prompt"] = _caption(chance, metadata)
+    metadata["prompt"] = caption(chance, metadata)
     objects = _place(chance, metadata["include"], size, gap=2.5)
     background = _plain(chance, size)
     questions = (*_judgements(chance, metadata), *chance.shuffled(_questions(chance, objects))[:2])
@@ -316,7 +316,7 @@ def _scene(chance: Chance) -> list[dict[str, Any]]:
     return include[: 3 if total <= 4 and chance.coin() else 2]
 
 
-def _caption(chance: Chance, metadata: dict[str, Any]) -> str:
+def caption(chance: Chance, metadata: dict[str, Any]) -> str:
     """A sentence for a GenEval request; the last entry of a position is named first, as in GenEval."""
     things = [_phrase(entry) for entry in metadata["include"]]
     if metadata["tag"] == "position":
@@ -376,7 +376,7 @@ def _questions(chance: Chance, objects: tuple[Object, ...]) -> list[tuple[str, s
 def _judgements(chance: Chance, metadata: dict[str, Any]) -> list[tuple[str, str]]:
     """The two questions with which a model judges its own images (`rae.verify`)."""
     aligned = chance.coin()
-    prompt = _caption(chance, metadata if aligned else _altered(chance, metadata))
+    prompt = caption(chance, metadata if aligned else _altered(chance, metadata))
     return [
         (f"Does this image align with the prompt: {prompt}?", "yes" if aligned else "no"),
         (DESCRIBE, metadata["prompt"]),

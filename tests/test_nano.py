@@ -318,3 +318,26 @@ def test_questions_are_grouped_by_kind(parts, tmp_path, monkeypatch):
     counted, everything = results["questions/model/how many"], results["questions/model/all"]
     assert 0 < counted["value"] == results["questions/most frequent/how many"]["value"] < 1
     assert everything["value"] * everything["n"] == pytest.approx(counted["value"] * counted["n"])
+
+
+def test_changes_of_a_prompt_move_the_condition(parts, tmp_path, monkeypatch):
+    changed = {}
+    for name, (task, change) in evaluate.CHANGES.items():
+        request = shapes.prompt(task, 5, 0)
+        before, after = (shapes.caption(shapes.Chance(5), asked) for asked in (request, change(request)))
+        changed[name] = (before, after)
+    before, after = changed["swapped colors"]
+    assert before != after and sorted(before.replace("an ", "a ")) == sorted(after.replace("an ", "a "))
+    for name, words in (("turned relation", shapes.RELATIONS), ("other count", ("two", "three", "four"))):
+        said = [[word for word in words if word in text] for text in changed[name]]
+        assert len(said[0]) == len(said[1]) == 1 and said[0] != said[1]
+
+    def condition(model, prompts):  # knows the colors' order, but neither relations nor numbers
+        named = [[word for word in prompt.split() if word in shapes.COLORS] for prompt in prompts]
+        ranks = [[words.index(c) + 1 if c in words else 0 for c in shapes.COLORS] for words in named]
+        return torch.tensor(ranks).float()[:, None]
+
+    monkeypatch.setattr(rae.TextToImage, "condition", condition)
+    results = run(monkeypatch, tmp_path, "binding", "--model", parts / "t2i")
+    assert results["binding/model/swapped colors"]["value"] > 0.1
+    assert results["binding/model/turned relation"]["value"] == 0
