@@ -289,7 +289,7 @@ class Whole:
     """Takes the place of data.Transform in a source: centre crops of `size`, or whole images (None), which
     must be squares of one size."""
 
-    text_only, captions, num_classes, length, max_seq_len = False, False, None, None, 0
+    text_only, captions, num_classes, encode_chat, max_seq_len = False, False, None, None, 0
 
     def __init__(self, size: int | None):
         self.size, self.crop = size, size is not None

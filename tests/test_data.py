@@ -1121,7 +1121,11 @@ def test_unusable_conversations_are_skipped_and_named(tmp_path):
         reasons[f"t.jsonl: line {len(rows)}:"] = ""
     write_lines(tmp_path / "t.jsonl", rows)
     write_tar(tmp_path / "tars/0.tar", files)
-    limit = {"length": lambda turns: sum(len(text) for _, text in turns), "max_seq_len": 600}
+
+    def encode_chat(turns):  # a token per character
+        return "".join(text for _, text in turns), ""
+
+    limit = {"encode_chat": encode_chat, "max_seq_len": 600}
     source = data.open_source(f"{tmp_path}/t.jsonl,{tmp_path}/tars", SIZE, 0, text_only=True, **limit)
     once = data.OnePass(source, 8, workers=0)
     usable = [conversation for batch in once for conversation in batch["conversation"]]
