@@ -29,8 +29,8 @@ import train_t2i
 from common import flag
 from nano import prepare
 
-# mean tokens: of an image, of a conversation in the language model's stage, and in that of text-to-image
-TOKENS, SHORT_CHAT, CHAT = 36, 72, 85
+# mean tokens of a conversation, in the language model's stage and in that of text-to-image
+SHORT_CHAT, CHAT = 72, 85
 
 
 @dataclass
@@ -87,9 +87,9 @@ def flops_per_sample(config: Config) -> dict[str, float]:
     dit = count("t2i/model", "dit.")
     return {
         "language model": 6 * language_model * SHORT_CHAT,
-        "encoder": 6 * encoder * TOKENS,
-        "decoder": (6 * count("decoder/model", "decoder.") + 2 * encoder) * TOKENS,
-        "text to image": (6 * draws * dit + 2 * encoder) * TOKENS + 6 * language_model * CHAT,
+        "encoder": 6 * encoder * prepare.TOKENS,
+        "decoder": (6 * count("decoder/model", "decoder.") + 2 * encoder) * prepare.TOKENS,
+        "text to image": (6 * draws * dit + 2 * encoder) * prepare.TOKENS + 6 * language_model * CHAT,
     }
 
 
