@@ -561,8 +561,7 @@ def summary(results: Path) -> str:
     for name in CLAIMS:
         seeds = measured(results, name)
         names[verdict([row["contrast"] for row in seeds]) if seeds else "not measured"].append(name)
-    rows = (f"| {conclusion} | {', '.join(some)} |" for conclusion, some in sorted(names.items()))
-    return "\n".join(["| verdict | claims |", "|---|---|", *rows])
+    return "\n".join(f"- {conclusion}: {', '.join(some)}" for conclusion, some in sorted(names.items()))
 
 
 def measured(results: Path, name: str) -> list[dict]:
