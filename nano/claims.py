@@ -141,10 +141,16 @@ class Lab:
             labels = [i % len(shapes.PAIRS) for i in indices]
             with self.dist_ctx.autocast():
                 images = model.autoencoder.decode(model.generate(labels, steps, noise=noise, **sampler))
-            for label, image in zip(labels, common.to_uint8(images).permute(0, 2, 3, 1).numpy(), strict=True):
-                shape, color = shapes.PAIRS[label]
-                entry = {"class": shape, "count": 1, "color": color}
-                right.append(evaluate.is_right(image, {"include": [entry]}))
+            images = common.to_uint8(images).permute(0, 2, 3, 1).numpy()
+            right += [shows(image, label) for image, label in zip(images, labels, strict=True)]
+        return float(np.mean(right))
+
+    def right_decoded(self, autoencoder: Path) -> float:
+        """The same of true images after an autoencoder."""
+        autoencoder, right = common.load_autoencoder(autoencoder, self.dist_ctx), []
+        for i in range(8 if self.config.smoke else 480):
+            sample = shapes.draw("classes", 5000 + self.seed, i)
+            right.append(shows(evaluate.reconstruct(autoencoder, sample.image, self.dist_ctx), sample.label))
         return float(np.mean(right))
 
     def overall(self, folder: Path) -> tuple[float, float]:
@@ -171,6 +177,11 @@ class Lab:
         config = evaluate.Config(limit=1 if self.config.smoke else 40, seed=5000 + self.seed)
         results = evaluate.evaluate_questions(model, {}, config, self.dist_ctx)
         return {row["metric"]: row["value"] for row in results}["questions/model/all"]
+
+
+def shows(image: np.ndarray, label: int) -> bool:
+    shape, color = shapes.PAIRS[label]
+    return evaluate.is_right(image, {"include": [{"class": shape, "count": 1, "color": color}]})
 
 
 def settings_of(run: Path) -> dict:
@@ -227,6 +238,7 @@ def semantics(lab: Lab) -> Figures:
     figures = {}
     for arm, autoencoder in autoencoders.items():
         figures[arm] = lab.right(lab.dit(f"semantics-{arm}", *CLASS, "--autoencoder", autoencoder))
+        figures[f"{arm}, true images"] = lab.right_decoded(autoencoder)
     return figures
 
 
@@ -278,7 +290,8 @@ def noise(lab: Lab) -> Figures:
     return figures
 
 
-QUESTIONS = ("--dit", "nano-guide", "--val-data", "nano:objects", "--data")
+ALONG = ("--freeze", "none", "--val-data", "nano:objects")  # the language model learns too, as in the paper
+QUESTIONS = (*ALONG, "--dit", "nano-guide", "--data")
 
 
 def weights(part: str) -> str:
@@ -316,7 +329,7 @@ def finetuning(lab: Lab) -> Figures:
     figures = {}
     for name, model in text_models(lab).items():
         figures[f"{name}, 0 epochs"], _ = lab.overall(model)
-        flags = ("--init", model, "--data", folder, "--val-data", "nano:objects")
+        flags = (*ALONG, "--init", model, "--data", folder)
         flags += ("--reader", rae_96(lab)) if name == "VAE" else ()
         for epochs in EPOCHS:
             tuned = lab.dit(
