@@ -4,6 +4,7 @@
 
     nano                           the synthetic world of nano/shapes.py: the domains of NANO_MIXTURE
     nano:DOMAIN                    objects, scenes, text, questions, classes, or a task such as counting
+    nano:lessons                   nano, but simple images first: NANO_LESSONS
     path/to/folder                 images; captions in its metadata.jsonl or in .txt files beside the images,
                                    or one subfolder per class
     path/to/shards                 .tar files (jpg, png, ... beside txt, cls or json) or .parquet files
@@ -51,9 +52,14 @@ from PIL.Image import Resampling
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 REQUESTS = ("Generate an image of {}", "Can you draw {}?", "Please make a picture of {}", "Show me {}")
-# tasks by themselves are drawn more often, because they are learned last
-NANO_MIXTURE = {"nano:objects": 0.35, "nano:counting": 0.1, "nano:position": 0.1, "nano:color_attr": 0.1}
-NANO_MIXTURE |= {"nano:scenes": 0.1, "nano:text": 0.15, "nano:questions": 0.1}
+# tasks by themselves are drawn more often: they are learned last
+NANO_MIXTURE = {"nano:objects": 0.3, "nano:counting": 0.15, "nano:position": 0.15, "nano:color_attr": 0.15}
+NANO_MIXTURE |= {"nano:scenes": 0.1, "nano:text": 0.05, "nano:questions": 0.1}
+NANO_LESSONS = {  # from this sample on, however long the run: simple images first (docs/speedrun.md)
+    0: "nano:colors",
+    12_800: "nano:color_attr=0.35,nano:position=0.25,nano:counting=0.25,nano:colors=0.15",
+    38_400: "nano",
+}
 
 CAPTIONS = ("text", "caption", "txt", "prompt")  # columns and file extensions, in order of preference
 LABELS = ("label", "cls")
@@ -393,6 +399,20 @@ class NanoSource:
             raise ValueError(f"nano:{self.domain} has no end: give a limit")
         for number in range(rank, limit, world_size):
             yield self[number] | {"index": (number,)}
+
+
+class NanoLessons(NanoSource):
+    """The mixtures of NANO_LESSONS, one after another."""
+
+    def __init__(self, size: int, seed: int):
+        self.lessons = {
+            first: open_source(names, size, hash_seed(seed, first)) for first, names in NANO_LESSONS.items()
+        }
+        self.domain, self.class_names, self.identity = "lessons", None, "nano:lessons"
+
+    def __getitem__(self, number: int) -> dict:
+        first = max(first for first in self.lessons if first <= number)
+        return self.lessons[first][number - first]
 
 
 class Shuffled:
@@ -911,6 +931,8 @@ def open_one(name: str, transform: Transform, seed: int):
     """The source of one name: a NanoSource, ImageSource, LatentFolder or ShardStream."""
     path = Path(name)
     try:
+        if name == "nano:lessons":
+            return NanoLessons(transform.size, seed)
         if name.startswith("nano:"):
             return NanoSource(name.removeprefix("nano:"), transform.size, seed)
         if (path / "latents.json").is_file():

@@ -14,12 +14,13 @@
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_t2i.py ...
 
 A language model reads the request, and its hidden states at the latent queries condition the DiT. They are
-trained together: loss = cross-entropy + 2 x velocity error (Scale-RAE section 3). Questions about images,
-mixed into the data, train the projector that reads latents. With --condition class the DiT alone is trained,
-on the labels of folders, .cls files or a column `label`: loss = velocity error (RAE section 5); with
---condition caption, on captions that a frozen language model reads (RAEv2). Latents are encoded on the fly,
-or read from a folder that encode.py wrote. Writes OUT/model (a TextToImage or ClassToImage folder for the
-other scripts), OUT/checkpoints/, OUT/metrics.jsonl, OUT/losses.png and OUT/samples/.
+trained together, unless --freeze is given, as by the nano preset: loss = cross-entropy + 2 x velocity error
+(Scale-RAE section 3). Questions about images, mixed into the data, train the projector that reads latents.
+With --condition class the DiT alone is trained, on the labels of folders, .cls files or a column `label`:
+loss = velocity error (RAE section 5); with --condition caption, on captions that a frozen text encoder reads
+(RAEv2). Latents are encoded on the fly, or read from a folder that encode.py wrote. Writes OUT/model (a
+TextToImage or ClassToImage folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl, OUT/losses.png
+and OUT/samples/.
 """
 
 import itertools
@@ -95,7 +96,8 @@ NANO = {  # A nano image is still recognisable at t = 0.9, where only the prompt
     "ema": 0.998,
 }
 PRESETS = {
-    "nano": NANO | {"steps": 4000},
+    # frozen, because it would forget which colour belongs to which shape (docs/speedrun.md)
+    "nano": NANO | {"freeze": "language-model", "steps": 4000},
     "nano-class": NANO | {"condition": "class", "steps": 3000, "out": "runs/class"},
     # accumulation, so that 8 and 16 GPUs of 80 GB hold the activations (docs/plan.md)
     "dit-dh-xl-imagenet256": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b", "grad_accum": 2},
@@ -166,8 +168,8 @@ class Config(common.TrainConfig):
         None, "factor of the timestep shift (default: --init's, or sqrt(N C / 4096))", above=0
     )
     # data
-    data: str = flag("", "source of images, or several with weights, see data.py (default: nano)")
-    val_data: str = flag("", "held-out source (default: --data with another seed, held out for nano only)")
+    data: str = flag("", "source of images, or several with weights, see data.py (default: the nano world)")
+    val_data: str = flag("", "held-out source (default: --data with another seed, unseen for nano only)")
     eval_every: int = flag(500, "steps between validation losses", at_least=1)
     flip: bool = flag(False, "mirror half of the images")
     max_seq_len: int = flag(512, "most tokens of a conversation, images included", at_least=1)
@@ -427,8 +429,9 @@ def open_data(
         part.need_labels(classes)
     infos = [(config.data, info) for info in source.latents]
     infos += [(val_name, info) for info in val_source.latents]
+    fingerprint = common.fingerprint(autoencoder) if infos else ""
     for name, info in infos:
-        if tuple(info["latent_shape"]) != shape or info.get("fingerprint") != common.fingerprint(autoencoder):
+        if tuple(info["latent_shape"]) != shape or info.get("fingerprint") != fingerprint:
             made_by = f"{tuple(info['latent_shape'])} of {info['autoencoder']}"
             now = f"--autoencoder {config.autoencoder} with {shape}, or its weights have changed"
             cure = "give the one that made them, or run encode.py again"
@@ -516,8 +519,11 @@ class Validation:
 def main() -> None:
     config = common.parse(Config, __doc__, PRESETS)
     is_text = config.condition == "text"
-    nano = {"text": "nano", "caption": "nano:objects"}  # the mixture has questions
+    # captions: a source without questions; a model that can draw already: one without simple images first
+    nano = {"text": "nano" if config.init else "nano:lessons", "caption": "nano:objects"}
     config.data = config.data or nano.get(config.condition, "nano:classes")
+    if config.data == "nano:lessons":  # begins with single objects
+        config.val_data = config.val_data or "nano"
     if config.decay_end is not None and (config.decay_start is None or config.decay_end < config.decay_start):
         raise ValueError(f"--decay-end {config.decay_end} needs a --decay-start before it")
     dist_ctx = common.init_distributed(config.dtype, config.shard)

@@ -290,8 +290,8 @@ def noise(lab: Lab) -> Figures:
     return figures
 
 
-ALONG = ("--freeze", "none", "--val-data", "nano:objects")  # the language model learns too, as in the paper
-QUESTIONS = (*ALONG, "--dit", "nano-guide", "--data")
+JOINTLY = ("--freeze", "none", "--val-data", "nano:objects")  # trains the language model, as the paper does
+QUESTIONS = (*JOINTLY, "--dit", "nano-guide", "--data")
 
 
 def weights(part: str) -> str:
@@ -329,7 +329,7 @@ def finetuning(lab: Lab) -> Figures:
     figures = {}
     for name, model in text_models(lab).items():
         figures[f"{name}, 0 epochs"], _ = lab.overall(model)
-        flags = (*ALONG, "--init", model, "--data", folder)
+        flags = (*JOINTLY, "--init", model, "--data", folder)
         flags += ("--reader", rae_96(lab)) if name == "VAE" else ()
         for epochs in EPOCHS:
             tuned = lab.dit(

@@ -83,16 +83,15 @@ def conversation(seed: int, index: int) -> tuple[list[tuple[str, str]], shapes.S
 COLORS = ("", *shapes.COLORS)
 SIDES = {"left of": ("left", "right"), "above": ("top", "bottom")}  # of subject and reference
 SIDES |= {"right of": SIDES["left of"][::-1], "below": SIDES["above"][::-1]}
+PLACES = ("left", "right", "top", "bottom")
 FACTS = {  # what a caption can say, and its weight: what is rare or hard counts for more
-    **{f"{color} {shape}": 1.0 for color in COLORS for shape in shapes.SHAPES},
+    # not one number per pair of colour and shape: pairs that never occur would have none
+    **{f"{channel} of {what}": 4.0 for what in (*shapes.SHAPES, *PLACES) for channel in "rgb"},
     **dict.fromkeys((*COLORS, *shapes.SHAPES, *(str(count) for count in range(1, 5))), 1.0),
     **dict.fromkeys(shapes.RELATIONS, 4.0),
     **{f"{role} {shape}": 4.0 for role in ("subject", "reference") for shape in shapes.SHAPES},
-    **{  # follow from these, but the DiT would have to multiply
-        f"{side} {what}": 2.0
-        for side in ("left", "right", "top", "bottom")
-        for what in (*shapes.COLORS, *shapes.SHAPES)
-    },
+    # follow from these, but the DiT would have to multiply
+    **{f"{place} {shape}": 2.0 for place in PLACES for shape in shapes.SHAPES},
     **{f"background {name}": 4.0 for name in (*shapes.TEXTURES, *shapes.TONES)},
     **{f"ink {name}": 4.0 for name in shapes.DARK_INKS | shapes.LIGHT_INKS},
     **{f"letter {place} {letter}": 2.0 for place in range(4) for letter in shapes.GLYPHS},
@@ -100,18 +99,26 @@ FACTS = {  # what a caption can say, and its weight: what is rare or hard counts
 
 
 def facts(metadata: dict) -> np.ndarray:
-    """What a caption says as numbers (len(FACTS),): how many objects of which colour, shape and both; the
-    relation of two, and what is on which side; texture and tone of the background; colour and letters of a
-    word."""
+    """What a caption says as numbers (len(FACTS),), 0 if nothing: how many objects there are, of which shapes
+    and colours; red, green and blue of every shape's colour, from -1 to 1; the relation of two objects, and
+    what is on each side; texture and tone of the background; colour and letters of a word."""
     include, said = metadata["include"], Counter()
+
+    def say_color(what: str, entry: dict) -> None:
+        if "color" in entry:
+            for channel, value in zip("rgb", shapes.COLORS[entry["color"]], strict=True):
+                said[f"{channel} of {what}"] = value / 127.5 - 1
+
     for entry in include:
-        color, shape, count = entry.get("color", ""), entry["class"], entry["count"]
-        said.update({f"{color} {shape}": count, color: count, shape: count, str(count): 1})
+        shape, count = entry["class"], entry["count"]
+        said.update({entry.get("color", ""): count, shape: count, str(count): 1})
+        say_color(shape, entry)
         if "position" in entry:
             relation, other = entry["position"]
             said.update([relation, f"subject {shape}", f"reference {include[other]['class']}"])
             for side, thing in zip(SIDES[relation], (entry, include[other]), strict=True):
-                said.update(f"{side} {thing[key]}" for key in ("color", "class") if key in thing)
+                said[f"{side} {thing['class']}"] = 1
+                say_color(side, thing)
     said.update(f"background {name}" for name in metadata.get("background", ()))
     said.update([f"ink {metadata['ink']}"] if "ink" in metadata else [])
     said.update(f"letter {place} {letter}" for place, letter in enumerate(metadata.get("word", "")))
@@ -399,7 +406,7 @@ def train(
 
 
 PARTS = {  # how each is trained: the function, its steps and samples per step
-    "language-model": (train_language_model, 3000, 64),
+    "language-model": (train_language_model, 2000, 64),
     "encoder": (train_encoder, 6000, 32),
     "vae": (train_vae, 2000, 32),
 }

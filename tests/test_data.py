@@ -232,6 +232,20 @@ def test_nano_asks_for_images_and_about_them():
     assert len(wordings) == len(data.REQUESTS) and 20 < min(wordings.values())
 
 
+def test_nano_lessons_follow_each_other():
+    source = data.open_source("nano:lessons", 48, seed=0)
+    first, second, third = data.NANO_LESSONS
+
+    def captions(start: int) -> list[str]:
+        return [source[number]["caption"] for number in range(start, start + 100)]
+
+    single = [len(caption.split()) <= 6 for caption in captions(first)]
+    assert all(single) and all(len(caption.split()) <= 6 for caption in captions(second - 100))
+    assert sum(" and " in caption or " of " in caption for caption in captions(second)) > 40
+    assert data.open_source("nano", 48, data.hash_seed(0, third))[0]["caption"] == captions(third)[0]
+    assert [*data.OnePass(source, 8, limit=16, workers=0)][0]["caption"] == captions(0)[:8]
+
+
 def test_nano_questions_are_about_their_images():
     source, domains = data.open_source("nano:questions", 48, seed=5), Counter()
     for number in range(200):

@@ -77,13 +77,17 @@ def test_facts_are_what_a_caption_says():
         values = prepare.facts(metadata)
         return {name: values[index] for index, name in enumerate(prepare.FACTS) if values[index]}
 
+    def red(what: str) -> dict[str, float]:
+        values = np.array(shapes.COLORS["red"], np.float32) / 127.5 - 1
+        return {f"{channel} of {what}": value for channel, value in zip("rgb", values, strict=True)}
+
     above = {"class": "star", "count": 1, "color": "red", "position": ["above", 0]}
     assert said({"include": [{"class": "ring", "count": 2}, above]}) == {
-        " ring": 2, "": 2, "ring": 2, "red star": 1, "red": 1, "star": 1, "1": 1, "2": 1,
-        "above": 1, "subject star": 1, "reference ring": 1, "top red": 1, "top star": 1, "bottom ring": 1,
+        "": 2, "ring": 2, "red": 1, "star": 1, "1": 1, "2": 1, **red("star"),
+        "above": 1, "subject star": 1, "reference ring": 1, "top star": 1, "bottom ring": 1, **red("top"),
     }  # fmt: skip
     left = [{"class": "ring", "count": 1}, above | {"position": ["right of", 0]}]
-    assert said({"include": left}).items() > {"left ring": 1, "right star": 1, "right red": 1}.items()
+    assert said({"include": left}).items() > ({"left ring": 1, "right star": 1} | red("right")).items()
     assert said({"include": [], "word": "AB", "ink": "pink"}) == {
         "ink pink": 1, "letter 0 A": 1, "letter 1 B": 1,
     }  # fmt: skip

@@ -50,6 +50,8 @@ def test_every_stage_from_nothing(world, tmp_path):
     names = [stage.name for stage in speedrun.stages(speedrun.Config())]
     assert [line.split(" | ")[0].strip("| ") for line in table] == ["stage", *names, "all"]
     assert json.loads((tmp_path / "run/speedrun.json").read_text())["finished"] == names
+    t2i = json.loads((tmp_path / "run/t2i/config.json").read_text())
+    assert (t2i["data"], t2i["val_data"], t2i["freeze"]) == ("nano:lessons", "nano", "language-model")
 
     # started again, finished stages are not run again; one that is not goes on
     state = tmp_path / "run/speedrun.json"

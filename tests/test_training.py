@@ -48,7 +48,14 @@ def every_loss(parts, out) -> list:
 
 
 def t2i_flags(parts, out) -> list:
-    models = ["--autoencoder", parts / "rae", "--language-model", parts / "language-model"]
+    models = [
+        "--autoencoder",
+        parts / "rae",
+        "--language-model",
+        parts / "language-model",
+        "--freeze",
+        "none",
+    ]
     return [*models, "--out", out, "--data", "nano:objects=0.6,nano:questions=0.4", *EVERY]
 
 
