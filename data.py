@@ -375,7 +375,7 @@ class NanoSource:
 
         domains = (*shapes.DOMAINS, "questions", "classes", *shapes.TASKS)
         if domain not in domains:
-            raise ValueError(f"nano has no domain {domain!r}: choose from {', '.join(domains)}")
+            raise ValueError(f"nano has no domain {domain!r}: choose from {', '.join(domains)}, lessons")
         self.draw, self.domain, self.size, self.seed = shapes.draw, domain, size, seed
         names = [f"{color} {shape}" for shape, color in shapes.PAIRS]
         self.class_names = names if domain == "classes" else None

@@ -96,7 +96,7 @@ NANO = {  # A nano image is still recognisable at t = 0.9, where only the prompt
     "ema": 0.998,
 }
 PRESETS = {
-    # frozen, because it would forget which colour belongs to which shape (docs/speedrun.md)
+    # trained, the language model would forget which colour belongs to which shape (docs/speedrun.md)
     "nano": NANO | {"freeze": "language-model", "steps": 4000},
     "nano-class": NANO | {"condition": "class", "steps": 3000, "out": "runs/class"},
     # accumulation, so that 8 and 16 GPUs of 80 GB hold the activations (docs/plan.md)

@@ -141,8 +141,10 @@ class Lab:
             labels = [i % len(shapes.PAIRS) for i in indices]
             with self.dist_ctx.autocast():
                 images = model.autoencoder.decode(model.generate(labels, steps, noise=noise, **sampler))
-            images = common.to_uint8(images).permute(0, 2, 3, 1).numpy()
-            right += [shows(image, label) for image, label in zip(images, labels, strict=True)]
+            for label, image in zip(labels, common.to_uint8(images).permute(0, 2, 3, 1).numpy(), strict=True):
+                shape, color = shapes.PAIRS[label]
+                entry = {"class": shape, "count": 1, "color": color}
+                right.append(evaluate.is_right(image, {"include": [entry]}))
         return float(np.mean(right))
 
     def right_decoded(self, autoencoder: Path) -> float:
@@ -150,7 +152,8 @@ class Lab:
         autoencoder, right = common.load_autoencoder(autoencoder, self.dist_ctx), []
         for i in range(8 if self.config.smoke else 480):
             sample = shapes.draw("classes", 5000 + self.seed, i)
-            right.append(shows(evaluate.reconstruct(autoencoder, sample.image, self.dist_ctx), sample.label))
+            decoded = evaluate.reconstruct(autoencoder, sample.image, self.dist_ctx)
+            right.append(evaluate.is_right(decoded, sample.metadata))
         return float(np.mean(right))
 
     def overall(self, folder: Path) -> tuple[float, float]:
@@ -177,11 +180,6 @@ class Lab:
         config = evaluate.Config(limit=1 if self.config.smoke else 40, seed=5000 + self.seed)
         results = evaluate.evaluate_questions(model, {}, config, self.dist_ctx)
         return {row["metric"]: row["value"] for row in results}["questions/model/all"]
-
-
-def shows(image: np.ndarray, label: int) -> bool:
-    shape, color = shapes.PAIRS[label]
-    return evaluate.is_right(image, {"include": [{"class": shape, "count": 1, "color": color}]})
 
 
 def settings_of(run: Path) -> dict:

@@ -83,7 +83,7 @@ def conversation(seed: int, index: int) -> tuple[list[tuple[str, str]], shapes.S
 COLORS = ("", *shapes.COLORS)
 SIDES = {"left of": ("left", "right"), "above": ("top", "bottom")}  # of subject and reference
 SIDES |= {"right of": SIDES["left of"][::-1], "below": SIDES["above"][::-1]}
-PLACES = ("left", "right", "top", "bottom")
+PLACES = (*SIDES["left of"], *SIDES["above"])
 FACTS = {  # what a caption can say, and its weight: what is rare or hard counts for more
     # not one number per pair of colour and shape: pairs that never occur would have none
     **{f"{channel} of {what}": 4.0 for what in (*shapes.SHAPES, *PLACES) for channel in "rgb"},

@@ -239,8 +239,7 @@ def test_nano_lessons_follow_each_other():
     def captions(start: int) -> list[str]:
         return [source[number]["caption"] for number in range(start, start + 100)]
 
-    single = [len(caption.split()) <= 6 for caption in captions(first)]
-    assert all(single) and all(len(caption.split()) <= 6 for caption in captions(second - 100))
+    assert all(len(caption.split()) <= 6 for caption in captions(first) + captions(second - 100))
     assert sum(" and " in caption or " of " in caption for caption in captions(second)) > 40
     assert data.open_source("nano", 48, data.hash_seed(0, third))[0]["caption"] == captions(third)[0]
     assert [*data.OnePass(source, 8, limit=16, workers=0)][0]["caption"] == captions(0)[:8]

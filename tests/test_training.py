@@ -48,15 +48,9 @@ def every_loss(parts, out) -> list:
 
 
 def t2i_flags(parts, out) -> list:
-    models = [
-        "--autoencoder",
-        parts / "rae",
-        "--language-model",
-        parts / "language-model",
-        "--freeze",
-        "none",
-    ]
-    return [*models, "--out", out, "--data", "nano:objects=0.6,nano:questions=0.4", *EVERY]
+    models = ["--autoencoder", parts / "rae", "--language-model", parts / "language-model"]
+    all_trained = "--freeze none --data nano:objects=0.6,nano:questions=0.4".split()
+    return [*models, *all_trained, "--out", out, *EVERY]
 
 
 def png(value: int) -> bytes:
