@@ -97,7 +97,7 @@ NANO = {  # A nano image is still recognisable at t = 0.9, where only the prompt
 }
 PRESETS = {
     # trained, the language model would forget which colour belongs to which shape (docs/speedrun.md)
-    "nano": NANO | {"freeze": "language-model", "steps": 2500},
+    "nano": NANO | {"freeze": "language-model", "steps": 3200},
     "nano-class": NANO | {"condition": "class", "steps": 3000, "out": "runs/class"},
     # accumulation, so that 8 and 16 GPUs of 80 GB hold the activations (docs/plan.md)
     "dit-dh-xl-imagenet256": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b", "grad_accum": 2},
