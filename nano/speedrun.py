@@ -40,7 +40,7 @@ class Config:
     dtype: str = flag("bf16", "compute dtype of all stages", choices=["bf16", "fp32"])
     compile: bool = flag(False, "torch.compile in decoder and text to image; a CPU needs a C++ compiler")
     limit: int = flag(50, "prompts per task of the evaluation", at_least=2)
-    eval_seed: int = flag(9000, "seed of the evaluation's prompts: no setting was chosen on this one")
+    eval_seed: int = flag(9000, "seed of the evaluation's prompts: settings were chosen on another")
     out: str = flag("runs/speedrun", "folder of the run")
 
 
@@ -148,7 +148,7 @@ def main() -> None:
     done = {"settings": settings, "finished": [], "minutes": {}}
     if state.exists():
         done = json.loads(state.read_text())
-        changed = [name for name, value in settings.items() if done["settings"][name] != value]
+        changed = [name for name, value in settings.items() if done["settings"].get(name, value) != value]
         if changed:
             before = ", ".join(f"--{name.replace('_', '-')} {done['settings'][name]}" for name in changed)
             raise ValueError(f"{out} was begun with {before}: give the same, or another --out")
