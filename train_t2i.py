@@ -429,9 +429,8 @@ def open_data(
         part.need_labels(classes)
     infos = [(config.data, info) for info in source.latents]
     infos += [(val_name, info) for info in val_source.latents]
-    fingerprint = common.fingerprint(autoencoder) if infos else ""
     for name, info in infos:
-        if tuple(info["latent_shape"]) != shape or info.get("fingerprint") != fingerprint:
+        if tuple(info["latent_shape"]) != shape or info.get("fingerprint") != common.fingerprint(autoencoder):
             made_by = f"{tuple(info['latent_shape'])} of {info['autoencoder']}"
             now = f"--autoencoder {config.autoencoder} with {shape}, or its weights have changed"
             cure = "give the one that made them, or run encode.py again"
