@@ -340,10 +340,11 @@ def train_vae(out: Path, steps: int, batch: int, seed: int, dist_ctx: common.Dis
         return error.abs().mean() + edges + 1e-6 * posterior.kl().mean()
 
     train(model, loss, steps, dist_ctx, lr=1e-3, out=out)
-    # shift and scale that normalise its latents, measured on the trained weights
+    # mean and std that normalise each channel of its latents, measured on the trained weights
     with torch.no_grad():
         latents = torch.cat([model.float().encode(pixels()).latent_dist.mean for _ in range(8)])
-    model.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    mean, std = latents.mean((0, 2, 3)).tolist(), latents.std((0, 2, 3)).tolist()
+    model.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
     model.save_config(out)
 
 
