@@ -206,8 +206,9 @@ rae.DITS |= {  # for --dit
        for width, depth in ((48, 2), (48, 8), (96, 2), (144, 2))},
     "claim-48x2-head": {"width": 48, "depth": 2, "heads": 2, "head": (144, 2, 2)},
 }  # fmt: skip
-HEAD = 256  # its width, the same for all sizes; backbones have 0.5 to 1 of it, in the paper 0.48 to 0.86
-for width in (128, 192, 256):
+HEAD = 256  # its width, the same for all sizes
+BACKBONES = (128, 192, 256)  # 0.5 to 1 of it, in the paper 0.48 to 0.86
+for width in BACKBONES:
     plain = {"width": width, "depth": 4, "heads": width // 32}
     rae.DITS[f"claim-{width}"] = plain
     rae.DITS[f"claim-{width}-head"] = plain | {"head": (HEAD, 2, HEAD // 32)}
@@ -280,7 +281,7 @@ def dit_width(lab: Lab) -> Figures:
 
 
 def head(lab: Lab) -> Figures:
-    names = [f"{width}{kind}" for width in (128, 192, 256) for kind in ("", "-head", "-deep")]
+    names = [f"{width}{kind}" for width in BACKBONES for kind in ("", "-head", "-deep")]
     flags = ("--preset", "nano-class", "--autoencoder", rae_96(lab), "--dit")
     return {name: lab.right(lab.dit(f"head-{name}", *flags, f"claim-{name}")) for name in names}
 
