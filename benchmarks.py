@@ -47,7 +47,7 @@ import data
 import rae
 
 # -----------------------------------------------------------------------------------------------------------
-# rows: one for each image or question, in a file that a stopped run goes on with
+# rows: one for each image or question, in a file from which a stopped run resumes
 
 
 def read_scored(path: Path, fields: tuple[str, ...], networks: dict[str, str]) -> dict[tuple, dict]:

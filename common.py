@@ -380,24 +380,6 @@ def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def to_host(*tensors: Tensor) -> tuple[list[Tensor], Callable[[], None]]:
-    """Starts copying tensors to the CPU. The copies are valid once the returned function has been called."""
-    device = tensors[0].device
-    copies = [tensor.to("cpu", non_blocking=device.type == "cuda") for tensor in tensors]
-    if device.type != "cuda":
-        return copies, lambda: None
-    # waits for the copies alone, not for work queued since; blocking: sleeps instead of spinning
-    done = torch.cuda.Event(blocking=True)
-    done.record()
-
-    def wait() -> None:
-        # a new thread starts on the first device
-        with torch.cuda.device(device):
-            done.synchronize()
-
-    return copies, wait
-
-
 def global_sum(*values: float) -> list[float]:
     """Sums of numbers over all processes."""
     if not dist.is_initialized():
@@ -939,7 +921,7 @@ class Run:
         if found and not (complete or lock.exists()):
             raise ValueError(f"{self.out / found[0]} is there, but not of a run of this script: {another}")
         if "model" in found and not resume:
-            raise ValueError(f"{self.out / 'model'} is there, but no checkpoint to go on from: {another}")
+            raise ValueError(f"{self.out / 'model'} is there, but no checkpoint to resume from: {another}")
         # ---- one run at a time
         with writing(self.out):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -991,7 +973,7 @@ class Run:
         export: the main process's unsharded copy of modules["ema"], by way of which `save` writes the model
             folder
         frozen: other models that the run depends on, by name; after a change of one it cannot be resumed
-        data: what identifies the data, a list of str; after a change the run goes on, and says so
+        data: what identifies the data, a list of str; after a change the run continues, and says so
         """
         self.modules, self.optimizers, self.export = modules, optimizers, export
         self.identity = from_main(partial(self.identify, frozen or {}, data), self.dist_ctx)

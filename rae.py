@@ -16,8 +16,10 @@ averages several encoder layers, puts timestep and condition into the sequence, 
     8. sizes           the papers' names
 
 Conventions: latents are tokens (B, N, C) in raster order; t = 0 is data and t = 1 is noise; images are (B, 3,
-H, W) in [0, 1]. Parameters are fp32. Run under `torch.autocast` for bf16 compute: norms, rotary positions,
-losses and the sampler's state stay in fp32. `convert.py` reads what the authors and diffusers released.
+H, W) in [0, 1]. Conditions have width Z, captions K tokens. Of the images in a batch of conversations, A
+(answers) are generated, with k draws of noise and t each, and R are read. Parameters are fp32. Run under
+`torch.autocast` for bf16 compute: norms, rotary positions, losses and the sampler's state stay in fp32.
+`convert.py` reads what the authors and diffusers released.
 """
 
 import contextlib
@@ -186,7 +188,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int, frequencies: int = 256):
         super().__init__()
         # RAE trained the frequencies; Scale-RAE drew them with this seed and left them out of its files. Here
-        # they are saved, and trained by InContextDiT alone.
+        # they are saved, and trainable in InContextDiT alone.
         generator = torch.Generator().manual_seed(114514)
         frequency = torch.randn(frequencies, generator=generator, device="cpu")
         self.W = nn.Parameter(frequency, requires_grad=False)
@@ -208,7 +210,7 @@ class Family(NamedTuple):
     model: str  # class name
     norm: str | None  # the final LayerNorm, whose affine part is removed; None: kept as it is
     class_tokens: int  # leading tokens to drop; register tokens are counted from the config
-    interpolate: bool  # whether other image sizes than the trained one have to be asked for
+    interpolate: bool  # other image sizes need interpolate_pos_encoding=True
     pooled: bool = False  # several layers: whether their mean also gets the pooled vector (RAEv2)
 
 
@@ -278,7 +280,7 @@ class Encoder(nn.Module):
         # files are often bf16; the encoder runs in fp32, or under autocast
         self.model = model.float().requires_grad_(False).eval()
         self.layers, self.pooled = layers, family.pooled
-        # a buffer, because buffers tell whether latents are another autoencoder's (common.fingerprint)
+        # a buffer, so that common.fingerprint tells autoencoders of other layers apart
         self.register_buffer("layer_numbers", torch.tensor(layers or []), persistent=False)
         self.norm = family.norm or "layernorm"  # name of the final norm
         self.prefix = family.class_tokens + getattr(config, "num_register_tokens", 0)
@@ -415,7 +417,7 @@ class Decoder(nn.Module):
                 raise ValueError(f"{x.shape[1]} latent tokens are no square grid; give {self.side**2}")
             x = rearrange(x, "b (h w) d -> b d h w", h=side)
             x = F.interpolate(x, (self.side, self.side), mode="bilinear").flatten(2).mT
-        # a class token in front, which the pixels do not come from
+        # a class token in front, whose output is discarded
         x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1).type_as(x), x], dim=1)
         x = x + self.decoder_pos_embed
         for layer in self.decoder_layers:
@@ -866,7 +868,7 @@ class DiT(nn.Module, Hub):
 
 @dataclass
 class Caption:
-    """Text tokens of a frozen language model, padded on the right; repeated and counted as labels are."""
+    """Text tokens of a frozen language model, padded on the right; has `repeat` and `len`, as labels have."""
 
     tokens: Tensor  # (B, K, Z)
     mask: Tensor  # (B, K) bool, False for padding
@@ -916,7 +918,7 @@ class InContextDiT(nn.Module, Hub):
 
     latent_shape, width, depth, heads, head, num_classes: as for `DiT`.
     condition_width: of the text tokens of a `Caption`. time_tokens, condition_tokens: how many tokens the
-        timestep and the condition have; for captions at most.
+        timestep and the condition have (captions: the maximum).
     base_depth: the backbone block, counted from 1, after which a second output layer, the base head, makes a
         weaker prediction for internal guidance; None: no base head.
     """
@@ -1044,8 +1046,8 @@ def shift_time(t: Tensor | float, alpha: float) -> Tensor | float:
 
 
 def sample_time(u: Tensor, alpha: float, mean: float | None = 0.0, std: float = 1.0) -> Tensor:
-    """Training timesteps from uniform draws `u` in (0, 1): logit-normal(mean, std), or uniform if mean is
-    None; truncated at 0.999, then shifted."""
+    """Training timesteps (B,) from uniform draws `u` (B,) in (0, 1): logit-normal(mean, std), or uniform if
+    mean is None; truncated at 0.999 as in RAE's code, then shifted."""
     if mean is None:
         return shift_time(0.999 * u, alpha)
     # truncated inverse CDF: u times the probability of t < 0.999, so that no draw lies beyond it
@@ -1070,8 +1072,8 @@ def flow_loss(
 
 
 def time_grid(steps: int, alpha: float, grid: str = "full") -> list[tuple[float, float]]:
-    """(t, dt) of every Euler step from t = 1. "full" goes down to 0 in `steps` evaluations; "rae" and
-    "scale-rae" are the grids of the authors' code, with one evaluation less."""
+    """(t, dt) of every Euler step from t = 1, with shifted t and dt < 0. "full" goes down to 0 in `steps`
+    evaluations; "rae" and "scale-rae" are the grids of the authors' code, with one evaluation less."""
     if steps < 1 + (grid != "full"):
         raise ValueError(f"grid {grid!r} needs more than {steps} step(s)")
     if grid == "full":
@@ -1246,7 +1248,7 @@ class LatentModel(nn.Module, Hub):
         steps, solver, grid: see `sample`.
         """
         if guidance != 1 and guide is None and self.dit.y_embedder is None:
-            raise ValueError("an unconditional model has no classifier-free guidance: give a guide")
+            raise ValueError(f"guidance {guidance}: an unconditional model needs 1 (off) or a guide")
         if guidance != 1 and guide is not None and guide.latent_shape != self.latent_shape:
             raise ValueError(f"the guide generates latents {guide.latent_shape}, not {self.latent_shape}")
         if internal_guidance != 1 and not getattr(self.dit, "base_depth", None):
@@ -1646,7 +1648,7 @@ class TextToImage(LatentModel):
 
     def embed(self, chat: Chat, context_latents: Tensor | None = None) -> Tensor:
         """Input embeddings (B, L, width): latent queries where images are to be generated, and projections of
-        the images to read, (C, *read_shape)."""
+        the images to read, (R, *read_shape)."""
         if context_latents is not None and context_latents.shape[1:] != self.read_shape:
             shape = tuple(context_latents.shape[1:])
             raise ValueError(f"latents {shape} cannot be read, only {self.read_shape}")
@@ -1690,7 +1692,7 @@ class TextToImage(LatentModel):
         cross-entropy summed over the supervised tokens.
 
         x_t (k A, N, C), shifted t (k A,), dropped (k A,) bool, the condition dropout: k draws per image, all
-        images' first draws first. context_latents: (C, *read_shape), images to read.
+        images' first draws first. context_latents: (R, *read_shape), images to read.
         """
         # ---- text: one pass over prompts, images to read and queries
         hidden = self.hidden_states(self.embed(chat, context_latents))
@@ -1773,7 +1775,9 @@ def read(model: TextToImage, ids: list[int], latents: Tensor | None = None, batc
     return model.embed(chat, latents if latents is None else latents.to(model.device))
 
 
-def decode_greedily(model: TextToImage, embeddings: Tensor, max_tokens: int, stop: list[int]):
+def decode_greedily(
+    model: TextToImage, embeddings: Tensor, max_tokens: int, stop: list[int]
+) -> transformers.generation.GenerateDecoderOnlyOutput:
     """Continues the embeddings (B, L, width). Returns `sequences` (B, T), the new tokens up to and including
     one of `stop`, then padding; and `logits`, T tensors (B, V)."""
     options = {"max_new_tokens": max_tokens, "eos_token_id": stop, "pad_token_id": stop[0]}

@@ -6,7 +6,7 @@
     python sample.py "a cat in the snow" --model runs/t2i/model    # your own model
     python sample.py --classes 3,17 --model runs/class/model       # class labels, or --classes all
     python sample.py --reconstruct image.png                       # original | reconstruction
-    python sample.py --ask image.png "how many stars are there?" "which colour are they?"
+    python sample.py --ask image.png "how many stars are there?" "what color are the stars?"
     python sample.py --chat "draw a red circle"                    # the model answers in words or draws
     torchrun --nproc-per-node 8 sample.py --file prompts.txt       # one prompt per line, on 8 GPUs
 
@@ -15,8 +15,8 @@
     torchrun --nproc-per-node 8 -- sample.py --preset rae-256 --classes all --n 50000 --out fid --npz fid.npz
 
 Writes a PNG per image, with prompt, seed and settings in its metadata, and for up to 256 images a grid with
-one row per prompt. Its name is the prompt in lower case; if that leaves out anything, such as "!", a hash
-follows. No other file is replaced than the same image. --latents also saves latents, which --ask and
+one row per prompt. An image is named after its prompt in lower case, with a hash if that leaves out anything,
+such as "!". A file is only ever replaced by the same image. --latents also saves latents, which --ask and
 --reconstruct accept instead of an image.
 Image k of a prompt, or of all class labels, is drawn from seed + k, whatever the batch size and the number of
 processes.
@@ -26,7 +26,6 @@ import json
 import re
 import unicodedata
 import zipfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,7 @@ PRESETS = {
 }
 CONFLICTS = {
     "classes": ("prompts", "reconstruct", "ask", "chat", "best_of"),
-    "reconstruct": ("ask", "chat", "best_of", "latents"),
+    "reconstruct": ("ask", "chat", "best_of", "latents", "prompts", "model"),
     "ask": ("best_of", "latents", "guide", "n"),
     "chat": ("best_of", "latents", "guide", "n"),
 }
@@ -318,13 +317,13 @@ def draw(config: Config, dist_ctx: DistContext) -> None:
             if config.best_of:
                 jobs, latents, scores = keep_best(jobs, latents, model, settings, config)
             images = model.autoencoder.decode(latents).float()  # (B, 3, H, W)
-            (images, latents), wait = common.to_host(images, latents)
+            images, latents = images.cpu(), latents.cpu()
             # Wait for the chunk before, so that at most two are in memory; raise what went wrong in a thread.
             for write in writes:
                 write.result()
             writes = []
             for job, image, tokens, extra in zip(jobs, images, latents, scores, strict=True):
-                writes.append(pool.submit(save, job, image, tokens, settings | extra, config, wait))
+                writes.append(pool.submit(save, job, image, tokens, settings | extra, config))
         for write in writes:
             write.result()
     # A barrier: the main process needs the images of all.
@@ -459,9 +458,8 @@ def check_result(job: Job, *tensors: Tensor) -> None:
     common.check_finite(f"{kind} {job.input!r}, seed {job.seed}", *tensors)
 
 
-def save(job: Job, image: Tensor, latents: Tensor, settings: dict, config: Config, wait: Callable) -> None:
+def save(job: Job, image: Tensor, latents: Tensor, settings: dict, config: Config) -> None:
     """Writes a PNG and, with --latents, the latents."""
-    wait()  # until both have arrived from the GPU
     check_result(job, latents, image)
     path = Path(config.out) / f"{job.name}.png"
     common.save_image(path, image, **describe(job, settings))
@@ -613,6 +611,8 @@ def main() -> None:
             if getattr(config, name) and getattr(config, other):
                 shown = other.replace("_", "-")
                 raise ValueError(f"--{name} does not go with {shown}: leave one of them out")
+    if config.classes == "none" and "guidance" not in config.given:
+        config.guidance = 1.0  # no condition, no classifier-free guidance
     if config.classes and not config.model:
         raise ValueError("--classes needs --model, such as one trained by train_t2i.py --preset nano-class")
     if not (config.prompts or config.classes or config.reconstruct):

@@ -128,10 +128,12 @@ class Config(common.TrainConfig):
         "nano:objects=0.7,nano:scenes=0.15,nano:text=0.15",
         "source of images, or several with weights, see data.py",
     )
-    crop: str = flag("centre", "random: a square at 1.5 x the size", choices=["centre", "random"])
+    crop: str = flag("centre", "random: a square of an image at 1.5 x the size", choices=["centre", "random"])
     # losses
     tau: float = flag(0.0, "noise-augmented decoding: an image's sigma is uniform in [0, tau)", at_least=0)
-    perceptual: str = flag("none", "features: VGG16's or encoder's", choices=["lpips", "encoder", "none"])
+    perceptual: str = flag(
+        "none", "perceptual loss on features of VGG16 or of the encoder", choices=["lpips", "encoder", "none"]
+    )
     gram_weight: float = flag(0.0, "weight of the distance of the features' Gram matrices", at_least=0)
     gan_weight: float = flag(0.0, "weight of the adversarial loss (0: no discriminator)", at_least=0)
     adaptive: bool = flag(True, "scale the adversarial gradient to that of the other losses (VQGAN)")

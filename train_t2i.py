@@ -96,7 +96,7 @@ NANO = {  # A nano image is still recognisable at t = 0.9, where only the prompt
     "ema": 0.998,
 }
 PRESETS = {
-    # trained, the language model would forget which colour belongs to which shape (docs/speedrun.md)
+    # if trained, the language model forgets which colour belongs to which shape (docs/speedrun.md)
     "nano": NANO | {"freeze": "language-model", "steps": 3200},
     "nano-class": NANO | {"condition": "class", "steps": 3000, "out": "runs/class"},
     # accumulation, so that 8 and 16 GPUs of 80 GB hold the activations (docs/plan.md)
@@ -152,7 +152,10 @@ class Config(common.TrainConfig):
     condition: str = flag("text", "conditioning", choices=["text", "caption", "class", "none"])
     num_classes: int | None = flag(None, "number of classes, if --data does not tell", at_least=1)
     autoencoder: str = flag("", "RAE or VAE: folder, hub id or name (default: that of --init, or nano's)")
-    language_model: str = flag(str(common.WEIGHTS / "language-model"), "transformers folder or hub id")
+    language_model: str = flag(
+        str(common.WEIGHTS / "language-model"),
+        "transformers folder or hub id; with --condition caption the text encoder",
+    )
     reader: str = flag("", "encoder for understanding, if images are generated in a VAE's latents: an RAE")
     dit: str = flag("nano", "size of the DiT", choices=rae.DITS)
     init: str = flag("", "start from this model (folder, hub id or name), with its sizes")
@@ -172,7 +175,9 @@ class Config(common.TrainConfig):
     val_data: str = flag("", "held-out source (default: --data with another seed, unseen for nano only)")
     eval_every: int = flag(500, "steps between validation losses", at_least=1)
     flip: bool = flag(False, "mirror half of the images")
-    max_seq_len: int = flag(512, "most tokens of a conversation, images included", at_least=1)
+    max_seq_len: int = flag(
+        512, "maximum tokens of a sample with its images; longer ones are skipped", at_least=1
+    )
     # optimization
     steps: int = flag(10_000, "optimizer steps", at_least=1)
     lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector", above=0)
@@ -182,14 +187,14 @@ class Config(common.TrainConfig):
         200, "steps of linear warm-up (below 1: a fraction of all); none with --decay-start", at_least=0
     )
     decay_start: int | None = flag(None, "first step of a linear decay (default: cosine decay)", at_least=0)
-    decay_end: int | None = flag(None, "and its last step (default: that of the run)", at_least=1)
+    decay_end: int | None = flag(None, "last step of the linear decay (default: that of the run)", at_least=1)
     final_lr: float = flag(0.0, "final learning rate, as a fraction of the peak", at_least=0, at_most=1)
     t_distribution: str = flag(
         "logit-normal", "distribution of t, before the timestep shift", choices=["logit-normal", "uniform"]
     )
     base_weight: float = flag(1.0, "weight of the base head's loss, if the DiT has one", at_least=0)
     draws: int = flag(1, "draws of noise and t per image; the condition is computed once", at_least=1)
-    dropout: float = flag(0.1, "share of images with the null condition", at_least=0, at_most=1)
+    dropout: float = flag(0.1, "condition dropout: probability of the null condition", at_least=0, at_most=1)
     ema: float = flag(0.999, "EMA decay of the weights that are saved (0: no EMA)", at_least=0, at_most=1)
 
 
@@ -312,8 +317,8 @@ def learning_rate(config: Config, step: int) -> float:
 def flops_per_step(
     config: Config, model: rae.LatentModel, autoencoder: rae.RAE | rae.VAE, seq_len: int
 ) -> float:
-    """FLOPs of one step over the global batch, for the MFU: 3 x forward of what is trained and 2 x
-    of a frozen language model, without recomputation."""
+    """FLOPs of one step over the global batch, for the MFU: 3 x forward of what is trained, 2 x of a frozen
+    language model and 1 x of the encoder, without recomputation and the text encoder of captions."""
     zeros = partial(torch.zeros, device="meta")
     tokens, channels = model.latent_shape
     condition = None

@@ -1,7 +1,7 @@
-"""The papers' claims about design, asked again in the nano world.
+"""The papers' claims about design, tested in the nano world.
 
     python -m nano.claims                        # the table of what was measured so far
-    python -m nano.claims width head             # two claims, 3 seeds; started again, it goes on
+    python -m nano.claims width head             # two claims, 3 seeds; started again, it resumes
     python -m nano.claims all --smoke            # every claim end to end, in two minutes
 
 A claim that fails here is not refuted: this world is a toy. It is a question worth asking.
@@ -93,7 +93,7 @@ class Lab:
             flags = ("--out", out, "--steps", steps, "--resume", *flags)
             self.script(script, "--dtype", self.config.dtype, *flags)
             if not is_finished():
-                sys.exit(f"{out} was stopped: the same command goes on")
+                sys.exit(f"{out} was stopped: the same command resumes")
         return out
 
     def prepared(self, part: str, name: str, multiple: float, *flags) -> Path:
@@ -176,7 +176,7 @@ class Lab:
         return float(np.mean(values))
 
     def answers(self, folder: Path) -> tuple[float, float]:
-        """Share of right answers to questions about true images, by a model and by always giving the most
+        """Share of correct answers to questions about true images, by a model and by always giving the most
         frequent one."""
         model = common.load_model(rae.TextToImage, folder, "", self.dist_ctx)
         config = evaluate.Config(limit=1 if self.config.smoke else 100, seed=5000 + self.seed)
@@ -259,7 +259,7 @@ def shift(lab: Lab) -> Figures:
 
 
 def mean_alpha(figures: Figures, channels: int) -> float:
-    """The mean binary logarithm of alpha, weighted by the share of right images: it moves as the best alpha
+    """The mean binary logarithm of alpha, weighted by the share of correct images: it moves as the best alpha
     does, but does not jump between the four."""
     weights = [figures[f"{channels} channels, alpha {alpha}"] for alpha in ALPHAS]
     return float(np.average(np.log2(ALPHAS), weights=weights)) if any(weights) else 0.0
@@ -424,7 +424,7 @@ class Claim:
     uses: tuple[str, ...] = ()  # shipped weights
 
 
-RIGHT, SCORE = "right images", "overall of the six tasks"
+RIGHT, SCORE = "correct images", "overall of the six tasks"
 CLAIMS = {
     "semantics": Claim(
         "Latents of an encoder that knows what it sees are easier to generate than others",
@@ -433,7 +433,7 @@ CLAIMS = {
     ),
     "shift": Claim(
         "The timestep shift has to grow with the dimension of the latents",
-        *("RAE 4.3, Scale-RAE 3.1", "GenEval 23.6 -> 49.6", RIGHT, shift),
+        *("RAE 4, Scale-RAE 3.1", "GenEval 23.6 -> 49.6", RIGHT, shift),
         lambda f: mean_alpha(f, WIDTHS[-1]) - mean_alpha(f, WIDTHS[0]),
     ),
     "width": Claim(
@@ -448,7 +448,7 @@ CLAIMS = {
     ),
     "noise": Claim(
         "Noise-augmented decoding helps early in training more than late",
-        *("Scale-RAE 3.2", "+5.1 at 1k steps, +0.2 at 30k", RIGHT, noise),
+        *("Scale-RAE 3.2", "+5.1 at 1k steps, +0.2 at 120k", RIGHT, noise),
         lambda f: (f["early, noisy"] - f["early, clean"]) - (f["late, noisy"] - f["late, clean"]),
     ),
     "vae": Claim(
@@ -477,7 +477,7 @@ CLAIMS = {
     "understanding": Claim(
         "Generating in the latents that are read costs at most a tenth of what reading them gains",
         *("Scale-RAE 4.3", "MME 1468.7 (RAE), 1481.7 (VAE), 1374.8 (no generation)"),
-        *("right answers", understanding),
+        *("correct answers", understanding),
         # a gain over the most frequent answer
         lambda f: f["RAE"] - f["no generation"] + 0.1 * (f["no generation"] - f["most frequent answer"]),
         ("language-model",),

@@ -19,9 +19,9 @@ tasks. `chance` is the floor, `scorer` the ceiling.
 questions asks about 6 x --limit true images of `objects`. The kind of a question is its first two words. The
 floor is to give the most frequent answer of each kind.
 
-binding tells how far the condition vectors move if a prompt's two colors are swapped, its relation is turned
-or its number is changed: their mean squared distance, as a share of that of two captions of `objects`. What
-is lost here cannot be drawn. 3 x --limit prompts each.
+binding tells how far the condition vectors move if a prompt's two colors are swapped, its relation reversed
+or its number changed: their mean squared distance, as a share of that of two captions of `objects`. What is
+lost here cannot be drawn. 3 x --limit prompts each.
 """
 
 from collections import Counter, defaultdict
@@ -214,7 +214,7 @@ def swapped_colors(request: dict) -> dict:
     return request | {"include": [one | {"color": other["color"]}, other | {"color": one["color"]}]}
 
 
-def turned_relation(request: dict) -> dict:
+def reversed_relation(request: dict) -> dict:
     one, other = request["include"]
     opposite = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
     relation, target = other["position"]
@@ -228,7 +228,7 @@ def other_count(request: dict) -> dict:
 
 CHANGES = {
     "swapped colors": ("color_attr", swapped_colors),
-    "turned relation": ("position", turned_relation),
+    "reversed relation": ("position", reversed_relation),
     "other count": ("counting", other_count),
 }
 

@@ -4,7 +4,7 @@
     python -m nano.speedrun --scale 4 --out runs/long    # four times the steps of every stage
     python -m nano.prepare ship --runs runs/long         # makes its result the shipped weights
 
-Started again, it goes on where it was stopped: a trainer at its newest checkpoint, the language model and the
+Started again, it resumes where it was stopped: a trainer at its newest checkpoint, the language model and the
 encoder from their beginning. Prints a table and writes OUT/speedrun.json and OUT/shapes.json. FLOPs are those
 of the weights, without attention: per token 6 for a trained weight, 2 for a frozen one, and 4 for one of the
 frozen language model, through which gradients pass. Questions count as images: up to a tenth too much.
@@ -164,7 +164,7 @@ def main() -> None:
         with common.replacing(state) as temporary:
             temporary.write_text(json.dumps(done, indent=1) + "\n")
         if not is_finished:
-            sys.exit(f"{stage.name} was stopped: the same command goes on")
+            sys.exit(f"{stage.name} was stopped: the same command resumes")
     flops, totals = flops_per_sample(config), [0.0, 0.0, 0.0]
     print("\n| stage | minutes | core-minutes | samples | PFLOP | reached |\n|---|---|---|---|---|---|")
     for stage in stages(config):

@@ -203,8 +203,11 @@ def test_unconditional_training_saves_the_ema(world, parts, tmp_path):
     world(1, "train_t2i.py", *flags, "--steps", 3, "--out", tmp_path).wait()
     model = rae.ClassToImage.from_pretrained(tmp_path / "model")
     assert model.num_classes is None and model.generate([0, 0], 2).shape == (2, 16, 24)
-    with pytest.raises(ValueError, match="give a guide"):
+    with pytest.raises(ValueError, match="an unconditional model needs 1"):
         model.generate([0, 0], 2, guidance=2.0)
+    flags = ["--classes", "none", "--model", tmp_path / "model", "--n", 1, "--steps", 1]
+    world(1, "sample.py", *flags, "--out", tmp_path / "images").wait()  # without a guidance scale
+    assert (tmp_path / "images/000000.png").exists()
     saved = load_file(next((tmp_path / "checkpoints/0000003").glob("*.safetensors")))
     name = "dit.blocks.0.attn.proj.bias"
     assert not torch.equal(saved[f"model.{name}"], saved[f"ema.{name}"])

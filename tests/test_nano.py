@@ -328,7 +328,7 @@ def test_changes_of_a_prompt_move_the_condition(parts, tmp_path, monkeypatch):
         changed[name] = (before, after)
     before, after = changed["swapped colors"]
     assert before != after and sorted(before.replace("an ", "a ")) == sorted(after.replace("an ", "a "))
-    for name, words in (("turned relation", shapes.RELATIONS), ("other count", ("two", "three", "four"))):
+    for name, words in (("reversed relation", shapes.RELATIONS), ("other count", ("two", "three", "four"))):
         said = [[word for word in words if word in text] for text in changed[name]]
         assert len(said[0]) == len(said[1]) == 1 and said[0] != said[1]
 
@@ -340,4 +340,4 @@ def test_changes_of_a_prompt_move_the_condition(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(rae.TextToImage, "condition", condition)
     results = run(monkeypatch, tmp_path, "binding", "--model", parts / "t2i")
     assert results["binding/model/swapped colors"]["value"] > 0.1
-    assert results["binding/model/turned relation"]["value"] == 0
+    assert results["binding/model/reversed relation"]["value"] == 0

@@ -443,6 +443,7 @@ def test_presets_name_what_is_released(name, scale):
         ("a star|--best-of|2", "at most"),
         ("a star|--chat|--n|2", "--chat does not go with n"),
         ("--reconstruct|a.png|--latents", "--reconstruct does not go with latents"),
+        ("--reconstruct|a.png", "--reconstruct does not go with model"),
         ("a star|--file|.ci", "whole set of prompts"),
         ("--file|.ci", "DPG-Bench is a folder of .txt"),
         ("--classes|3", "--classes needs --model"),

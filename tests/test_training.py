@@ -767,7 +767,7 @@ def test_the_checkpoint_of_one_run_does_not_overwrite_another(tmp_path):
     with pytest.raises(ValueError, match="holds another run: choose another --out"):
         open_run(tmp_path / "other", resume=source)
     shutil.rmtree(tmp_path / "other/checkpoints")  # of a finished run the model is left
-    with pytest.raises(ValueError, match="no checkpoint to go on from: choose another --out"):
+    with pytest.raises(ValueError, match="no checkpoint to resume from: choose another --out"):
         (tmp_path / "other/config.json").write_text('{"batch": 4}')
         open_run(tmp_path / "other", resume="")
     assert set(contents(tmp_path / "one").items()) <= set(before.items())
