@@ -119,8 +119,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: Tensor, keys: Tensor | None = None) -> Tensor:
-        """keys: (B, N) bool, which tokens are attended to; None: all."""
+    def forward(self, x: Tensor, rope: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """key_mask: (B, N) bool, which tokens are attended to; None: all."""
         # (B, N, width) -> three of (B, heads, N, width / heads)
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         # norms and rotation give fp32 under autocast, which SDPA would not mix with the bf16 of v
@@ -128,7 +128,7 @@ class Attention(nn.Module):
         q, k = q.type_as(v), k.type_as(v)
         # Without a mask SDPA picks flash attention. It rejects an empty batch on CUDA; the product keeps the
         # graph alive, so that FSDP can still reduce the gradients of a rank without images.
-        mask = None if keys is None else keys[:, None, None]
+        mask = None if key_mask is None else key_mask[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, mask) if len(x) else q * k * v
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
@@ -343,7 +343,7 @@ def check_encoder(source: str, model: nn.Module, report: dict, unused: tuple) ->
         raise ValueError(f"encoder {source}: {len(wrong)} weights are missing or unknown: {wrong[:5]}")
 
 
-def input_of(source: str, encoder: Encoder) -> tuple[int, list[float], list[float]]:
+def input_settings(source: str, encoder: Encoder) -> tuple[int, list[float], list[float]]:
     """Side in pixels, mean and std of an encoder's input, from its folder's image processor."""
     # DINO's processors resize to `size` and crop to `crop_size`; SigLIP's only resize
     processor = transformers.AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
@@ -452,7 +452,7 @@ class RAE(nn.Module, Hub):
         super().__init__()
         self.encoder = Encoder(encoder, layers=layers)
         if not isinstance(encoder, dict):
-            side, image_mean, image_std = input_of(encoder, self.encoder)
+            side, image_mean, image_std = input_settings(encoder, self.encoder)
             encoder_size = encoder_size or side
         if not (encoder_size and image_mean and image_std):
             raise ValueError("an encoder config needs encoder_size, image_mean and image_std beside it")
@@ -678,10 +678,10 @@ class Block(nn.Module):
         self.adaLN_modulation = adaln(condition_width, width, 6)
 
     def forward(
-        self, x: Tensor, condition: Tensor | None, rope: Tensor, keys: Tensor | None = None
+        self, x: Tensor, condition: Tensor | None, rope: Tensor, key_mask: Tensor | None = None
     ) -> Tensor:
         if self.adaLN_modulation is None:
-            x = x + self.attn(self.norm1(x), rope, keys)
+            x = x + self.attn(self.norm1(x), rope, key_mask)
             return x + self.mlp(self.norm2(x))
         # six of (B, 1 or N, width)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
@@ -983,7 +983,7 @@ class InContextDiT(nn.Module, Hub):
         # ---- sequence: latents, timestep, condition -> (B, N + T + K, width)
         tokens, time = x.shape[1], self.t_embedder(t)[:, None]
         parts = [(self.s_embedder if self.head else self.x_embedder)(x), self.time_tokens + time]
-        keys = None
+        key_mask = None
         if self.y_embedder is not None:
             if condition is None:
                 condition = self.y_embedder.drop(None, torch.ones_like(t, dtype=torch.bool))
@@ -991,7 +991,7 @@ class InContextDiT(nn.Module, Hub):
             parts.append(context)
             if mask is not None and mask.shape[1]:  # without a mask SDPA can use flash attention
                 # padding is hidden as keys; all other tokens are seen
-                keys = F.pad(mask, (tokens + len(self.time_tokens), 0), value=True)
+                key_mask = F.pad(mask, (tokens + len(self.time_tokens), 0), value=True)
         elif condition is not None:
             raise ValueError("this DiT is unconditional, but a condition was given")
         s = torch.cat([part.float() for part in parts], dim=1)
@@ -999,7 +999,7 @@ class InContextDiT(nn.Module, Hub):
         # ---- backbone; the timestep is added again to what leaves it, if there is a DDT head
         base = None
         for number, block in enumerate(self.blocks[: self.depth], start=1):
-            s = block(s, None, self.rope[:, : s.shape[1]], keys)
+            s = block(s, None, self.rope[:, : s.shape[1]], key_mask)
             if number == self.base_depth:
                 u = F.silu(time + s[:, :tokens]) if self.head else s[:, :tokens]
                 base = self.base_final_layer(u, u)

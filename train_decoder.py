@@ -202,7 +202,7 @@ class Backbone(nn.Module):
         """From a hub id or folder. A DINO gets the tanh GELU that the published discriminators have."""
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         encoder = rae.Encoder(source, DINO_CHANGES if config.model_type == "vit" else {})
-        size, mean, std = rae.input_of(source, encoder)
+        size, mean, std = rae.input_settings(source, encoder)
         return cls(encoder, size, mean, std, layers)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -443,10 +443,10 @@ class LastLayer:
         return gradient
 
 
-def adaptive_weight(of_reconstruction: Tensor, of_gan: Tensor) -> Tensor:
+def adaptive_weight(reconstruction_grad: Tensor, gan_grad: Tensor) -> Tensor:
     """Factor that scales the second gradient to the norm of the first (VQGAN, arXiv 2012.09841), up to
     10^4."""
-    return (of_reconstruction.norm() / (of_gan.norm() + 1e-6)).clamp(0, 1e4)
+    return (reconstruction_grad.norm() / (gan_grad.norm() + 1e-6)).clamp(0, 1e4)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -696,8 +696,9 @@ def main() -> None:
                 [gan_gradient] = torch.autograd.grad(gan_loss * share, pixels)
                 gan_weight = torch.full((), config.gan_weight, device=device)
                 if config.adaptive:  # by the gradients of the last layer, taken from those of the pixels
-                    of_losses, of_gan = last_layer.gradient(gradient), last_layer.gradient(gan_gradient)
-                    gan_weight = gan_weight * adaptive_weight(of_losses, of_gan)
+                    reconstruction_grad = last_layer.gradient(gradient)
+                    gan_grad = last_layer.gradient(gan_gradient)
+                    gan_weight = gan_weight * adaptive_weight(reconstruction_grad, gan_grad)
                 gradient, loss = gradient + gan_weight * gan_gradient, loss + gan_weight * gan_loss
                 losses |= {"gan_loss": gan_loss, "gan_weight": gan_weight}
 

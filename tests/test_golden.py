@@ -313,10 +313,10 @@ def test_adaptive_weight(case):
     images = decoded.detach().requires_grad_()
     l1, gan = F.l1_loss(images, given.target), -discriminator(case)(2 * images - 1).mean()
     gradients = [torch.autograd.grad(loss, images)[0] for loss in (l1, gan)]
-    of_l1, of_gan = (last_layer.gradient(gradient) for gradient in gradients)
-    weight = train_decoder.adaptive_weight(of_l1, of_gan)
+    l1_grad, gan_grad = (last_layer.gradient(gradient) for gradient in gradients)
+    weight = train_decoder.adaptive_weight(l1_grad, gan_grad)
     decoded.backward(gradients[0] + 0.75 * weight * gradients[1])
-    found = {"l1": l1, "gan": gan, "grad_norm_l1": of_l1.norm(), "grad_norm_gan": of_gan.norm()}
+    found = {"l1": l1, "gan": gan, "grad_norm_l1": l1_grad.norm(), "grad_norm_gan": gan_grad.norm()}
     found |= {"adaptive_weight": weight, "total": l1 + 0.75 * weight * gan}
     for name in ("decoder_pred", "decoder_embed"):
         found[f"grad_norm_total_{name}_weight"] = getattr(decoder, name).weight.grad.norm()

@@ -228,7 +228,7 @@ def test_code_of_a_repository_is_never_run_and_never_asked_about(parts, tmp_path
     ours |= {"AutoTokenizer": ["code.Tokenizer", None], "AutoImageProcessor": "code.Processor"}
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "ours", "auto_map": ours}))
-    for open_it in (lambda: rae.Encoder(str(tmp_path)), lambda: rae.input_of(str(tmp_path), None),
+    for open_it in (lambda: rae.Encoder(str(tmp_path)), lambda: rae.input_settings(str(tmp_path), None),
                     lambda: train_decoder.Backbone.from_pretrained(str(tmp_path)),
                     lambda: rae.TextToImage(str(tmp_path), {}, (16, 24)),
                     lambda: benchmarks.Detector(str(tmp_path), torch.device("cpu")),
