@@ -1072,8 +1072,8 @@ def flow_loss(
 
 
 def time_grid(steps: int, alpha: float, grid: str = "full") -> list[tuple[float, float]]:
-    """(t, dt) of every Euler step from t = 1, with shifted t and dt < 0. "full" goes down to 0 in `steps`
-    evaluations; "rae" and "scale-rae" are the grids of the authors' code, with one evaluation less."""
+    """(t, dt) of every Euler step from t = 1, of shifted t. "full" goes down to 0 in `steps` evaluations;
+    "rae" and "scale-rae" are the grids of the authors' code, with one evaluation less."""
     if steps < 1 + (grid != "full"):
         raise ValueError(f"grid {grid!r} needs more than {steps} step(s)")
     if grid == "full":

@@ -611,8 +611,9 @@ def main() -> None:
             if getattr(config, name) and getattr(config, other):
                 shown = other.replace("_", "-")
                 raise ValueError(f"--{name} does not go with {shown}: leave one of them out")
-    if config.classes == "none" and "guidance" not in config.given:
-        config.guidance = 1.0  # no condition, no classifier-free guidance
+    # without a condition only a guide can guide
+    if config.classes == "none" and not config.guide and "guidance" not in config.given:
+        config.guidance = 1.0
     if config.classes and not config.model:
         raise ValueError("--classes needs --model, such as one trained by train_t2i.py --preset nano-class")
     if not (config.prompts or config.classes or config.reconstruct):

@@ -207,7 +207,9 @@ def test_unconditional_training_saves_the_ema(world, parts, tmp_path):
         model.generate([0, 0], 2, guidance=2.0)
     flags = ["--classes", "none", "--model", tmp_path / "model", "--n", 1, "--steps", 1]
     world(1, "sample.py", *flags, "--out", tmp_path / "images").wait()  # without a guidance scale
-    assert (tmp_path / "images/000000.png").exists()
+    assert Image.open(tmp_path / "images/000000.png").text["guidance"] == "1.0"
+    world(1, "sample.py", *flags, "--guide", tmp_path / "model", "--out", tmp_path / "guided").wait()
+    assert Image.open(tmp_path / "guided/000000.png").text["guidance"] == "3.0"
     saved = load_file(next((tmp_path / "checkpoints/0000003").glob("*.safetensors")))
     name = "dit.blocks.0.attn.proj.bias"
     assert not torch.equal(saved[f"model.{name}"], saved[f"ema.{name}"])
