@@ -159,8 +159,8 @@ def encodable(text: str) -> str:
 
 
 def parse_conversation(row: dict) -> list[tuple[str, str]]:
-    """The (role, text) turns of a row's "conversations". Raises SkipSample unless human and gpt alternate and
-    <image> occurs as often as the row has images (0 or 1)."""
+    """The (role, text) turns of a row's "conversations". An image without <image> comes before the first
+    one, as in Scale-RAE. Raises SkipSample unless human and gpt alternate and <image> occurs at most once."""
     name, images = row["name"], 1 if row.get("image") else 0
     try:
         turns = [(turn["from"], encodable(turn["value"])) for turn in row["conversations"]]
@@ -181,9 +181,11 @@ def parse_conversation(row: dict) -> list[tuple[str, str]]:
     if special := re.search(SPECIAL_TOKEN, "\n".join(texts)):
         raise SkipSample(f"{name}: special token {special[0]} in a turn")
     count = sum(text.count("<image>") for text in texts)
-    if count != images:
+    if images and not count:
+        texts[0] = f"<image>\n{texts[0]}"
+    elif count != images:
         raise SkipSample(f"{name}: {count} <image> for {images} images")
-    return [("user" if speaker == "human" else "assistant", text) for speaker, text in turns]
+    return [("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
 
 
 # -----------------------------------------------------------------------------------------------------------

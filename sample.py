@@ -49,7 +49,8 @@ from rae import LatentModel
 IMAGENET = {"grid": "rae", "dtype": "fp32"}
 PRESETS = {
     "nano": {},
-    "scale-rae": {"guidance": 1.0, "grid": "scale-rae"},  # Scale-RAE: no guidance, 50 points
+    # Scale-RAE: no guidance, 50 points
+    "scale-rae": {"guidance": 1.0, "grid": "scale-rae", "dtype": "fp32"},
     "rae-256": IMAGENET | {"model": "rae-dit-dh-xl-256", "guide": "rae-dit-dh-s-256", "guidance": 1.42},
     "raev2-imagenet": {  # RAEv2: internal guidance, no second evaluation
         "model": "raev2-imagenet",
@@ -93,7 +94,11 @@ class Config:
     internal_guidance: float = flag(1.0, "scale of the guidance by the base head of a RAEv2 model; 1 is off")
     interval: str = flag("0,1", "guidance interval of t; t = 1 is noise")
     solver: str = flag("euler", "ODE solver", choices=["euler", "heun"])
-    grid: str = flag("full", "timesteps; the others are the papers'", choices=["full", "rae", "scale-rae"])
+    grid: str = flag(
+        "full",
+        "timesteps: full ends at t = 0, the others are the authors'",
+        choices=["full", "rae", "scale-rae"],
+    )
     seed: int = flag(0, "seed of the first image of each prompt", at_least=0, at_most=2**63)
     # output
     out: str = flag("samples", "output folder")

@@ -117,7 +117,7 @@ class Config(common.TrainConfig):
     encoder: str = flag(str(common.WEIGHTS / "encoder"), "frozen encoder: transformers folder or hub id")
     layers: str = flag("", "encoder layers to average, like 11,17,23 counted from 0 (default: only the last)")
     encoder_size: int | None = flag(
-        None, "side of its input in pixels (default: that of its config)", at_least=1
+        None, "side of the encoder's input in pixels (default: that of its config)", at_least=1
     )
     decoder: str = flag("nano", "size of the decoder", choices=rae.DECODERS)
     patch_size: int | None = flag(None, "pixels per token and side (default: the encoder's)", at_least=1)
@@ -137,9 +137,11 @@ class Config(common.TrainConfig):
     gram_weight: float = flag(0.0, "weight of the distance of the features' Gram matrices", at_least=0)
     gan_weight: float = flag(0.0, "weight of the adversarial loss (0: no discriminator)", at_least=0)
     adaptive: bool = flag(True, "scale the adversarial gradient to that of the other losses (VQGAN)")
-    discriminator: str = flag(str(common.WEIGHTS / "encoder"), "its frozen backbone: folder or hub id")
+    discriminator: str = flag(
+        str(common.WEIGHTS / "encoder"), "frozen backbone of the discriminator: folder or hub id"
+    )
     disc_lr: float = flag(2e-4, "peak learning rate of the discriminator", above=0)
-    disc_warmup: int = flag(100, "its steps of linear warm-up, before the cosine decay", at_least=0)
+    disc_warmup: int = flag(100, "warm-up steps of the discriminator, before its cosine decay", at_least=0)
     disc_start: int = flag(0, "step at which the discriminator starts to train", at_least=0)
     gan_start: int = flag(0, "step at which the adversarial loss is added", at_least=0)
     # optimization

@@ -132,12 +132,12 @@ PRESETS = {
         "autoencoder": "",  # that of --init
         "init": "runs/t2i/model",
         "batch": 1024,
-        "steps": 235,  # 4 epochs of BLIP3o-60k
+        "steps": 225,  # 4 epochs of the 57,553 images of BLIP3o-60k
         "lr": 5.66e-5,
         "dit_lr": 5.66e-4,
         "warmup": 0.03,
         "max_seq_len": 1024,
-        "save_every": 235,
+        "save_every": 225,
     },
 }
 VAL_TIMES = (0.3, 0.6, 0.9)  # noise levels of the validation loss
@@ -168,7 +168,7 @@ class Config(common.TrainConfig):
         "velocity", "output of the DiT: velocity or clean latents", choices=["velocity", "x"]
     )
     alpha: float | None = flag(
-        None, "factor of the timestep shift (default: --init's, or sqrt(N C / 4096))", above=0
+        None, "factor of the timestep shift (none: that of --init, or sqrt(N C / 4096))", above=0
     )
     # data
     data: str = flag("", "source of images, or several with weights, see data.py (default: the nano world)")
@@ -231,7 +231,6 @@ def build_model(
         if config.reader:
             model.reader_path = config.reader
     elif config.condition == "text":
-        reads = {"reader": config.reader, "reader_channels": read_shape[1]} if reader else {}
         if "time_tokens" in rae.DITS[config.dit] or config.prediction == "x":
             raise ValueError(
                 f"--dit {config.dit} --prediction {config.prediction}: in-context DiTs and prediction x need "
@@ -244,7 +243,8 @@ def build_model(
                 latent_shape,
                 config.autoencoder,
                 config.alpha,
-                **reads,
+                config.reader or None,
+                read_shape[1],
             )
     elif config.condition == "caption":
         if "time_tokens" not in rae.DITS[config.dit]:
@@ -258,8 +258,9 @@ def build_model(
         )
     else:
         dit = rae.class_dit(config.dit, num_classes)
-        names = {"prediction": config.prediction, "class_names": class_names}
-        model = rae.ClassToImage(dit, latent_shape, config.autoencoder, config.alpha, **names)
+        model = rae.ClassToImage(
+            dit, latent_shape, config.autoencoder, config.alpha, config.prediction, class_names
+        )
     for name, parameter in model.named_parameters():
         is_frozen = {
             "none": False,

@@ -14,7 +14,7 @@ prompt of the same task). Beyond the six tasks, `held-out colors` are pairs of s
 training image holds, and `words` are read in the image.
 
 scaling keeps the best 4 of 4, 8, ... --candidates images by each verifier, and reports the overall of the six
-tasks. `chance` is the floor, `scorer` the ceiling.
+tasks. `chance` is the mean over all, `scorer` the ceiling.
 
 questions asks about 6 x --limit true images of `objects`. The kind of a question is its first two words. The
 floor is to give the most frequent answer of each kind.
@@ -135,10 +135,10 @@ def evaluate_shapes(
 
 
 def keep_best(verdicts: list[rae.Verdict], scores: list[bool]) -> dict[str, list[int]]:
-    """Numbers of the candidates kept by each verifier, by chance and by the scorer."""
+    """Numbers of the candidates kept by each verifier, by chance (all, for their mean) and by the scorer."""
     kept = {name: rae.best(verdicts, name, KEEP) for name in rae.VERIFIERS}
     numbers = range(len(verdicts))
-    return kept | {"chance": numbers[:KEEP], "scorer": sorted(numbers, key=lambda i: -scores[i])[:KEEP]}
+    return kept | {"chance": numbers, "scorer": sorted(numbers, key=lambda i: -scores[i])[:KEEP]}
 
 
 def scale_one_seed(
@@ -173,13 +173,14 @@ def evaluate_scaling(
     for seed in range(config.seed, config.seed + config.seeds):
         for key, value in scale_one_seed(model, sizes, seed, sampler, config, dist_ctx).items():
             overalls[key].append(value)
-    results, n = [], KEEP * len(shapes.TASKS) * config.limit * config.seeds
+    results = []
     for (size, name), values in overalls.items():
+        n = (size if name == "chance" else KEEP) * len(shapes.TASKS) * config.limit * config.seeds
         metric = f"best {KEEP} of {size}/{name}"
         results.append({"metric": metric, "value": float(np.mean(values)), "n": n})
         if len(values) > 1:
-            spread = float(np.std(values, ddof=1))
-            results.append({"metric": f"{metric}, spread", "value": spread, "n": n})
+            deviation = float(np.std(values, ddof=1))
+            results.append({"metric": f"{metric}, standard deviation", "value": deviation, "n": n})
     return results
 
 

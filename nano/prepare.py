@@ -6,15 +6,15 @@ and `diffusers` folders.
     python -m nano.prepare vae                  # stands in for FLUX's VAE, to compare with the RAE
     python -m nano.prepare ship                 # what nano.speedrun trained -> nano/weights, as bf16
 
-Encoder: each token learns to tell, through one linear layer, what the nearest object or letter is, where its
-centre lies, and what the background looks like, as SigLIP-2 learns from captions of billions of images. Noise
-on the tokens makes the encoder spend them on that and not on pixels, which the decoder draws again: so a
-generative model has few numbers to get right.
+Encoder: each token predicts, through one linear layer, what the nearest object or letter is, where its centre
+lies, and what the background looks like, as SigLIP-2 learns from captions of billions of images. Noise on the
+tokens makes the encoder spend them on that and not on pixels, which the decoder draws again: so a generative
+model has few numbers to get right.
 
-Language model: the answers to questions about captions and about images, which it reads as the numbers that
-the encoder's tokens learn to tell, through one linear layer. After a request for an image, what stands at the
-places of the later latent queries learns to tell, through noise and one linear layer, what the caption says.
-The queries could learn that from the images alone only slowly.
+Language model: answers questions about captions and about images, which it reads as the encoder's targets,
+through one linear layer. After a request for an image, the hidden states at the places of the later latent
+queries predict, through noise and one linear layer, what the caption says. From images alone the queries
+would learn that slowly.
 
 VAE: L1 of pixels and of their differences, and a trace of KL. Packed 2x2, it has as many tokens as the RAE.
 """
@@ -195,7 +195,7 @@ def train_language_model(out: Path, steps: int, batch: int, seed: int, dist_ctx:
         # (L,), all conversations one after another
         ids, labels, positions, queries = map(torch.cat, encoded)
         images = (ids == rae.IMAGE) & ~queries
-        # ---- inputs: of an image to read, what the encoder tells; queries as they are initialised
+        # ---- inputs: of an image to read, what the encoder predicts; queries as they are initialised
         described = [describe(sample) for turns, sample in pairs if "<image>" in turns[0][1]]
         said = np.stack([facts(sample.metadata) for turns, sample in pairs if "<image>" in turns[-1][1]])
         embeddings = model.get_input_embeddings()(ids.clamp(min=0))
@@ -272,7 +272,7 @@ def train_encoder(
     width: int = WIDTH,
     target: str = "objects",
 ) -> None:
-    """`objects`: tokens tell what is there. `pixels`: they tell their own pixels, to compare with."""
+    """`objects`: tokens predict what is there. `pixels`: they predict their own pixels, to compare with."""
     torch.manual_seed(seed)
     model = transformers.SiglipVisionModel(
         transformers.SiglipVisionConfig(
@@ -295,12 +295,12 @@ def train_encoder(
         images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
         pixels = data.to_unit(images, torch.device("cpu")) * 2 - 1
         if target == "pixels":
-            told = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
+            targets = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
         else:
-            told = torch.from_numpy(np.stack([describe(sample) for sample in samples]))
+            targets = torch.from_numpy(np.stack([describe(sample) for sample in samples]))
         tokens = model(pixels).last_hidden_state  # (B, N, width)
         sigma = NOISE * torch.rand(batch, 1, 1)
-        error = head((tokens + sigma * torch.randn_like(tokens)).float()) - told
+        error = head((tokens + sigma * torch.randn_like(tokens)).float()) - targets
         return (weights * error.square()).sum(dim=-1).mean()
 
     matrices = [p for p in model.encoder.parameters() if p.ndim == 2]
@@ -426,7 +426,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/speedrun"), help="ship: folder of a speedrun")
     parser.add_argument("--width", type=int, default=WIDTH, help="encoder: channels of a token")
     parser.add_argument(
-        "--target", default="objects", choices=["objects", "pixels"], help="encoder: what its tokens tell"
+        "--target", default="objects", choices=["objects", "pixels"], help="encoder: what its tokens predict"
     )
     parser.add_argument("--dtype", default="fp32", choices=["bf16", "fp32"], help="compute dtype")
     args = parser.parse_args()

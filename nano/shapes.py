@@ -32,7 +32,7 @@ COLORS = {
     "purple": (140, 40, 180),
     "pink": (250, 110, 185),
 }
-# Pairs that no training image or caption holds: they test whether colour and shape were learned separately.
+# Pairs that occur in the domain `classes` only: they test whether colour and shape were learned separately.
 HELD_OUT = frozenset({
     ("circle", "purple"), ("square", "green"), ("square", "cyan"), ("triangle", "orange"),
     ("star", "blue"), ("cross", "yellow"), ("cross", "pink"), ("ring", "red"),
@@ -110,7 +110,6 @@ class Sample:
     background: np.ndarray  # (size, size, 3) in [0, 255], the image without its objects
     caption: str
     objects: tuple[Object, ...]  # shapes, or the letters of the word
-    task: str | None  # GenEval's tag, in the domain `objects`
     questions: tuple[tuple[str, str], ...]  # (question, answer) pairs
     word: str | None  # in the domain `text`
     metadata: dict[str, Any]  # what the caption says; in `objects` a GenEval request
@@ -230,8 +229,8 @@ def _draw_objects(chance: Chance, size: int, task: str | None = None) -> Sample:
     objects = _place(chance, metadata["include"], size, gap=2.5)
     background = _plain(chance, size)
     questions = (*_judgements(chance, metadata), *chance.shuffled(_questions(chance, objects))[:2])
-    image, tag = _paint(background, objects), metadata["tag"]
-    return Sample(image, background, metadata["prompt"], objects, tag, questions, None, metadata)
+    image = _paint(background, objects)
+    return Sample(image, background, metadata["prompt"], objects, questions, None, metadata)
 
 
 def _draw_class(chance: Chance, size: int) -> Sample:
@@ -242,7 +241,7 @@ def _draw_class(chance: Chance, size: int) -> Sample:
     questions, image = tuple(_questions(chance, objects)), _paint(background, objects)
     metadata = {"include": [{"class": shape, "count": 1, "color": color}]}
     caption = an(f"{color} {shape}")
-    return Sample(image, background, caption, objects, None, questions, None, metadata, label)
+    return Sample(image, background, caption, objects, questions, None, metadata, label)
 
 
 def _draw_scene(chance: Chance, size: int) -> Sample:
@@ -257,7 +256,7 @@ def _draw_scene(chance: Chance, size: int) -> Sample:
     question = chance.choice((("what is the background like?", texture), yes_no))
     questions = _some(chance, [question, *_questions(chance, objects)])
     metadata, image = {"include": include, "background": [texture, tone]}, _paint(background, objects)
-    return Sample(image, background, caption, objects, None, questions, None, metadata)
+    return Sample(image, background, caption, objects, questions, None, metadata)
 
 
 def _draw_text(chance: Chance, size: int) -> Sample:
@@ -283,7 +282,7 @@ def _draw_text(chance: Chance, size: int) -> Sample:
         (f"is the word {other}?", "yes" if other == ink else "no"),
     ]
     metadata = {"include": [], "word": word} | ({"ink": ink} if ink in caption else {})
-    return Sample(image, background, caption, objects, None, _some(chance, questions), word, metadata)
+    return Sample(image, background, caption, objects, _some(chance, questions), word, metadata)
 
 
 def _request(chance: Chance, task: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:

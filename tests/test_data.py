@@ -1090,10 +1090,8 @@ def say(*texts: str, speakers=("human", "gpt")) -> list[dict]:
 
 
 BAD = (  # image, conversations, why it is skipped
-    ("p.png", say("draw", "here"), "0 <image> for 1 images"),
     (None, say("draw", "<image>"), "1 <image> for 0 images"),
     ("p.png", say("<image>", "<image>"), "2 <image> for 1 images"),
-    ("p.png", [{"from": "system", "value": "<image>"}, *say("a", "b")], "0 <image> for 1 images"),
     (["p.png", "p.png"], say("<image>", "b"), "2 images"),
     (3, say("<image>", "b"), "damaged json"),
     ("q.png", say("<image>", "b"), "No such file"),
@@ -1116,6 +1114,11 @@ BAD = (  # image, conversations, why it is skipped
 )
 DAMAGED_LINES = ("{", "[1]", "null", "3", "[" * 100_000, '{"image": "p.png"}', "\0\0\0")
 GOOD = {"image": "p.png", "conversations": say("<image>\na \ud800 <b>", "fine")}
+
+
+def test_image_without_placeholder_is_read_in_the_first_turn():
+    row = {"name": "a", "image": "p.png", "conversations": say("what?", "a cat")}
+    assert data.parse_conversation(row) == [("user", "<image>\nwhat?"), ("assistant", "a cat")]
 
 
 def test_unusable_conversations_are_skipped_and_named(tmp_path):

@@ -35,7 +35,7 @@ def test_parts_are_ordinary_folders(monkeypatch, tmp_path):
 
 def sample_of(background: float, *objects: shapes.Object) -> shapes.Sample:
     canvas = np.full((48, 48, 3), background)
-    return shapes.Sample(canvas.astype(np.uint8), canvas, "", objects, None, (), None, {})
+    return shapes.Sample(canvas.astype(np.uint8), canvas, "", objects, (), None, {})
 
 
 def test_targets_describe_the_nearest_object_and_the_background():
