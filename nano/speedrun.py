@@ -1,8 +1,8 @@
 """From nothing to images that follow the prompt: trains and evaluates every part of the nano world.
 
-    python -m nano.speedrun --compile                    # 90 minutes of two cores
-    python -m nano.speedrun --scale 4 --out runs/long    # four times the steps of every stage
-    python -m nano.prepare ship --runs runs/long         # makes its result the shipped weights
+    python -m nano.speedrun --compile                              # 90 minutes of two cores
+    python -m nano.speedrun --compile --scale 2 --out runs/long    # twice the steps of every stage
+    python -m nano.prepare ship --runs runs/long                   # how the shipped weights were made
 
 Started again, it resumes where it was stopped: a trainer at its newest checkpoint, the language model and the
 encoder from their beginning. Prints a table and writes OUT/speedrun.json and OUT/shapes.json. FLOPs are those
