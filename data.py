@@ -160,7 +160,8 @@ def encodable(text: str) -> str:
 
 def parse_conversation(row: dict) -> list[tuple[str, str]]:
     """The (role, text) turns of a row's "conversations". An image without <image> comes before the first
-    one, as in Scale-RAE. Raises SkipSample unless human and gpt alternate and <image> occurs at most once."""
+    one, as in Scale-RAE. Raises SkipSample unless human and gpt alternate, or if <image> does not occur as
+    often as the row has images (0 or 1)."""
     name, images = row["name"], 1 if row.get("image") else 0
     try:
         turns = [(turn["from"], encodable(turn["value"])) for turn in row["conversations"]]
@@ -185,7 +186,8 @@ def parse_conversation(row: dict) -> list[tuple[str, str]]:
         texts[0] = f"<image>\n{texts[0]}"
     elif count != images:
         raise SkipSample(f"{name}: {count} <image> for {images} images")
-    return [("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
+    roles = ("user" if speaker == "human" else "assistant" for speaker in speakers)
+    return list(zip(roles, texts, strict=True))
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ class Lab:
 
     def __init__(self, config: Config, seed: int, rates: dict[str, float]):
         self.config, self.seed, self.rates = config, seed, rates
+        self.eval_seed = 5000 + seed  # of images, prompts and noise that no training has seen
         self.runs = {}  # by DiT: the loss that chose its learning rate, samples and PFLOP
         self.dist_ctx = common.init_distributed(config.dtype)
 
@@ -138,8 +139,7 @@ class Lab:
         right = []
         for start in range(0, count, 80):
             indices = list(range(start, min(start + 80, count)))
-            # not the noise of the training samples
-            noise, *_ = data.flow_draws(model.latent_shape, 5000 + self.seed, indices, torch.device("cpu"))
+            noise, *_ = data.flow_draws(model.latent_shape, self.eval_seed, indices, torch.device("cpu"))
             labels = [i % len(shapes.PAIRS) for i in indices]
             with self.dist_ctx.autocast():
                 images = model.autoencoder.decode(model.generate(labels, steps, noise=noise, **sampler))
@@ -153,7 +153,7 @@ class Lab:
         """The same of true images after an autoencoder."""
         autoencoder, right = common.load_autoencoder(autoencoder, self.dist_ctx), []
         for i in range(8 if self.config.smoke else 480):
-            sample = shapes.draw("classes", 5000 + self.seed, i)
+            sample = shapes.draw("classes", self.eval_seed, i)
             decoded = evaluate.reconstruct(autoencoder, sample.image, self.dist_ctx)
             right.append(evaluate.is_right(decoded, sample.metadata))
         return float(np.mean(right))
@@ -162,7 +162,7 @@ class Lab:
         """GenEval's overall of a text-to-image model, and of true images after its autoencoder."""
         model = common.load_model(rae.TextToImage, folder, "", self.dist_ctx)
         limit, images, steps = (2, 1, 2) if self.config.smoke else (10, 4, 25)
-        config = evaluate.Config(limit=limit, images=images, seed=5000 + self.seed)
+        config = evaluate.Config(limit=limit, images=images, seed=self.eval_seed)
         results = evaluate.evaluate_shapes(model, {"steps": steps, "guidance": 3.0}, config, self.dist_ctx)
         values = {row["metric"]: row["value"] for row in results}
         return values["shapes/model/overall"], values["shapes/decoded/overall"]
@@ -171,7 +171,7 @@ class Lab:
         """In dB."""
         autoencoder, values = common.load_autoencoder(folder, self.dist_ctx), []
         for i in range(4 if self.config.smoke else 256):
-            image = shapes.draw(domain, 5000 + self.seed, i).image
+            image = shapes.draw(domain, self.eval_seed, i).image
             error = (evaluate.reconstruct(autoencoder, image, self.dist_ctx) / 255.0 - image / 255.0) ** 2
             values.append(-10 * math.log10(error.mean()))
         return float(np.mean(values))
@@ -180,7 +180,7 @@ class Lab:
         """Share of correct answers to questions about true images, by a model and by always giving the most
         frequent one."""
         model = common.load_model(rae.TextToImage, folder, "", self.dist_ctx)
-        config = evaluate.Config(limit=1 if self.config.smoke else 100, seed=5000 + self.seed)
+        config = evaluate.Config(limit=1 if self.config.smoke else 100, seed=self.eval_seed)
         results = evaluate.evaluate_questions(model, {}, config, self.dist_ctx)
         values = {row["metric"]: row["value"] for row in results}
         return values["questions/model/all"], values["questions/most frequent/all"]
@@ -377,7 +377,7 @@ def verification(lab: Lab) -> Figures:
     config = evaluate.Config(limit=limit, candidates=candidates)
     model = common.load_model(rae.TextToImage, common.WEIGHTS / "t2i", "", lab.dist_ctx)
     sampler = {"steps": steps, "guidance": 3.0}
-    scores = evaluate.scale_one_seed(model, [candidates], 5000 + lab.seed, sampler, config, lab.dist_ctx)
+    scores = evaluate.scale_one_seed(model, [candidates], lab.eval_seed, sampler, config, lab.dist_ctx)
     return {name: score for (_, name), score in scores.items()}
 
 

@@ -1116,8 +1116,9 @@ DAMAGED_LINES = ("{", "[1]", "null", "3", "[" * 100_000, '{"image": "p.png"}', "
 GOOD = {"image": "p.png", "conversations": say("<image>\na \ud800 <b>", "fine")}
 
 
-def test_image_without_placeholder_is_read_in_the_first_turn():
-    row = {"name": "a", "image": "p.png", "conversations": say("what?", "a cat")}
+@pytest.mark.parametrize("dropped", [[], [{"from": "system", "value": "<image>"}]])
+def test_image_without_placeholder_is_read_in_the_first_turn(dropped):
+    row = {"name": "a", "image": "p.png", "conversations": [*dropped, *say("what?", "a cat")]}
     assert data.parse_conversation(row) == [("user", "<image>\nwhat?"), ("assistant", "a cat")]
 
 
