@@ -111,7 +111,7 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
     flags = vars(parser.parse_args())
     flags.pop("preset", None)
     # ---- values: the dataclass's defaults, then --preset's (with --resume OUT/config.json's), then the flags
-    saved = Path(flags.get("out", getattr(config, "out", ""))) / "config.json"
+    saved = Path((base | flags).get("out", getattr(config, "out", ""))) / "config.json"
     if flags.get("resume") and saved.is_file():
         try:
             base = dict(json.loads(saved.read_text()))

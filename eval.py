@@ -10,7 +10,8 @@
         --reference VIRTUAL_imagenet256_labeled.npz
 
     # GenEval: draw in the official layout, then detect and judge; both commands resume where they stopped
-    torchrun --nproc-per-node 8 sample.py --file evaluation_metadata.jsonl --out geneval --resume
+    torchrun --nproc-per-node 8 sample.py --preset scale-rae --model runs/t2i/model \\
+        --file evaluation_metadata.jsonl --out geneval --resume
     torchrun --nproc-per-node 8 eval.py geneval --samples geneval
 
 Prints a table and writes OUT: command, seed, versions, date and a list of results {metric, value, n}. `recon`

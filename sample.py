@@ -50,7 +50,7 @@ IMAGENET = {"grid": "rae", "dtype": "fp32"}
 PRESETS = {
     "nano": {},
     # Scale-RAE: no guidance, 50 points
-    "scale-rae": {"guidance": 1.0, "grid": "scale-rae", "dtype": "fp32"},
+    "scale-rae": {"model": "scale-rae-1.5b-2.4b", "guidance": 1.0, "grid": "scale-rae", "dtype": "fp32"},
     "rae-256": IMAGENET | {"model": "rae-dit-dh-xl-256", "guide": "rae-dit-dh-s-256", "guidance": 1.42},
     "raev2-imagenet": {  # RAEv2: internal guidance, no second evaluation
         "model": "raev2-imagenet",

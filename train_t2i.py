@@ -10,7 +10,7 @@
     torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-2.4b --shard full --grad-accum 8 \\
         --data web=0.55,synthetic=0.35,questions.jsonl=0.1 --out runs/t2i
     torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-finetune --shard full --grad-accum 8 \\
-        --data blip3o-60k.jsonl --init runs/t2i/model --out runs/finetuned
+        --data blip3o-60k --init runs/t2i/model --out runs/finetuned
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_t2i.py ...
 
 A language model reads the request, and its hidden states at the latent queries condition the DiT. They are

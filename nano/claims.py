@@ -54,7 +54,7 @@ class Config:
     seeds: int = flag(3, "number of seeds", at_least=1)
     steps: int = flag(300, "steps of a class-conditional DiT; others train for multiples of it", at_least=1)
     smoke: bool = flag(False, "one seed and two steps: shows that everything runs")
-    dtype: str = flag("bf16", "compute dtype", choices=["bf16", "fp32"])
+    dtype: str = flag("bf16", "compute dtype; fp32 on a CPU without AVX512-BF16", choices=["bf16", "fp32"])
     out: str = flag("runs/claims", "folder of the runs")
     results: str = flag("docs/claims", "folder of the results")
 
@@ -100,11 +100,13 @@ class Lab:
     def prepared(self, part: str, name: str, multiple: float, *flags) -> Path:
         """An encoder or a VAE."""
         out = Path(self.config.out) / name
-        if not (out / part / "log.jsonl").exists():
+        if not out.exists():
+            begun = out.with_name(f"{name}-begun")
             small = ["--batch", 4] if self.config.smoke else []
             steps = self.steps(multiple) if multiple else 0
-            flags = ("--out", out, "--steps", steps, "--dtype", self.config.dtype, *small, *flags)
+            flags = ("--out", begun, "--steps", steps, "--dtype", self.config.dtype, *small, *flags)
             self.script("nano.prepare", part, *flags)
+            begun.rename(out)
         return out / part
 
     def decoder(self, name: str, *flags, multiple: float = 5, seed: int = 0) -> Path:

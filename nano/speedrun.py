@@ -37,7 +37,7 @@ SHORT_CHAT, CHAT = 72, 85
 class Config:
     scale: float = flag(1.0, "factor of the steps of every stage", above=0)
     seed: int = flag(0, "seed of every stage")
-    dtype: str = flag("bf16", "compute dtype of all stages", choices=["bf16", "fp32"])
+    dtype: str = flag("bf16", "compute dtype; fp32 on a CPU without AVX512-BF16", choices=["bf16", "fp32"])
     compile: bool = flag(False, "torch.compile in decoder and text to image; a CPU needs a C++ compiler")
     limit: int = flag(50, "prompts per task of the evaluation", at_least=2)
     eval_seed: int = flag(9000, "seed of the evaluation's prompts: settings were chosen on another")

@@ -66,6 +66,15 @@ def test_presets_of_stage_2(name, parse):
     assert common.count_flops(model, x, t, inputs[config.condition] if model.y_embedder else None) > 0
 
 
+def test_resume_reads_the_config_of_its_preset(parse, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, steps in (("runs/t2i", 5), ("runs/class", 7)):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "config.json").write_text(json.dumps({"out": folder, "steps": steps}))
+    assert parse(train_t2i, "--resume").steps == 5
+    assert parse(train_t2i, "--preset", "nano-class", "--resume").steps == 7
+
+
 def test_flags_override_presets_and_a_resumed_config(parse, tmp_path):
     config = parse(train_t2i, "--preset", "scale-rae-2.4b", "--dit", "2.4B-DH", "--warmup", 0.1, "--no-flip")
     assert (config.dit, config.batch, config.warmup, config.flip) == ("2.4B-DH", 2048, 0.1, False)
