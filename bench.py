@@ -33,8 +33,6 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import data
@@ -285,14 +283,6 @@ def measure_decoder_full(config: Config, compiled: bool, steps: int = 60) -> dic
 # measuring
 
 
-def flops_of(call: Callable[[], object]) -> int:
-    # The math backend: torch does not count the CPU's attention kernel, and it counts what flash attention
-    # recomputes in the backward pass.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        call()
-    return counter.get_total_flops()
-
-
 def peak_memory(cuda: bool, reset: bool = False) -> dict:
     """Since the last reset: of CUDA's allocator, or on Linux of the process; {} elsewhere."""
     if cuda:
@@ -350,7 +340,7 @@ def measure_loop(name: str, compiled: bool, config: Config, dist_ctx: DistContex
 
     # ---- FLOPs, of few images: the math backend takes memory --------------------------------------------
     few = min(4, images)
-    gflop = flops_of(lambda: run(few)) / few / 1e9 if models else 0
+    gflop = common.flops_of(lambda: run(few)) / few / 1e9 if models else 0
     # ---- as in the scripts: compiled, then checkpointed; to sample, linear layers in the compute dtype --
     if not trains:
         common.cast_linear(blocks, dist_ctx)

@@ -441,17 +441,24 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
             gradient.copy_(summed.view_as(gradient))
 
 
-def count_flops(module: nn.Module, *inputs: Tensor, **kwargs: Tensor) -> int:
-    """FLOPs of a forward pass on meta tensors; a multiplication and an addition are two."""
+def flops_of(call: Callable[[], object]) -> int:
+    """A multiplication and an addition are two."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
-    # on the meta device nothing is computed; SDPA's math kernel is plain matmuls, which the counter knows
-    on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors}
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        torch.func.functional_call(module, on_meta, inputs, kwargs)
+    # The math backend: torch does not count the CPU's attention kernel, and it counts what flash attention
+    # recomputes in the backward pass.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        call()
     return counter.get_total_flops()
+
+
+@torch.no_grad()
+def count_flops(module: nn.Module, *inputs: Tensor, **kwargs: Tensor) -> int:
+    """FLOPs of a forward pass on meta tensors, where nothing is computed."""
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors}
+    return flops_of(partial(torch.func.functional_call, module, on_meta, inputs, kwargs))
 
 
 # -----------------------------------------------------------------------------------------------------------

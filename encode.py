@@ -66,15 +66,6 @@ def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def text_row(caption: str | None, label: int | None, conversation: list) -> dict:
-    """A line of RANK.jsonl."""
-    # A mere request for the caption is left out: the reader varies its wording.
-    row = {"caption": caption, "label": label}
-    if caption is None or data.requested_caption(conversation) is None:
-        row["conversation"] = conversation
-    return row
-
-
 def write_part(
     folder: Path, config: Config, source: data.Mixture, autoencoder: rae.RAE | rae.VAE, dist_ctx: DistContext
 ) -> int:
@@ -90,7 +81,12 @@ def write_part(
             file.write(encode(autoencoder, batch["image"], config.flip, dist_ctx).tobytes())
             count += len(batch["image"])
             fields = zip(batch["caption"], batch["label"], batch["conversation"], strict=True)
-            texts.writelines(json.dumps(text_row(*row)) + "\n" for row in fields)
+            for caption, label, conversation in fields:
+                row = {"caption": caption, "label": label}
+                # a mere request for the caption is left out: the reader varies its wording
+                if caption is None or data.requested_caption(conversation) is None:
+                    row["conversation"] = conversation
+                texts.write(json.dumps(row) + "\n")
         file.seek(0)
         write_header(file, (count, *shape))
     if batches.skipped:

@@ -30,7 +30,7 @@ import common  # noqa: E402
 import rae  # noqa: E402
 import train_decoder  # noqa: E402
 import train_t2i  # noqa: E402
-from bench import DINOV2, QWEN, SIGLIP, flops_of  # noqa: E402
+from bench import DINOV2, QWEN, SIGLIP  # noqa: E402
 from common import flag  # noqa: E402
 
 
@@ -224,7 +224,7 @@ def cost_of(run: Run) -> Cost:
         parameters = size(part.module)
         if part.passes:
             with torch.no_grad():
-                cost.flops += part.passes * flops_of(partial(part.forward, part.module))
+                cost.flops += part.passes * common.flops_of(partial(part.forward, part.module))
         if part.passes < FROZEN:
             cost.replicated += 4 * parameters
             continue

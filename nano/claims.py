@@ -35,7 +35,6 @@ import torch
 from PIL import Image
 
 import common
-import data
 import rae
 import train_t2i
 from common import flag
@@ -133,22 +132,17 @@ class Lab:
 
     # ---- figures: shares of 1 unless said otherwise
 
-    @torch.no_grad()
     def right(self, folder: Path, autoencoder: Path | str = "", **sampler) -> float:
         """Share of a class-conditional model's images that show their label's shape and colour."""
         model = common.load_model(rae.ClassToImage, folder, str(autoencoder), self.dist_ctx)
         count, steps = (8, 2) if self.config.smoke else (480, 25)
-        right = []
-        for start in range(0, count, 80):
-            indices = list(range(start, min(start + 80, count)))
-            noise, *_ = data.flow_draws(model.latent_shape, self.eval_seed, indices, torch.device("cpu"))
-            labels = [i % len(shapes.PAIRS) for i in indices]
-            with self.dist_ctx.autocast():
-                images = model.autoencoder.decode(model.generate(labels, steps, noise=noise, **sampler))
-            for label, image in zip(labels, common.to_uint8(images).permute(0, 2, 3, 1).numpy(), strict=True):
-                shape, color = shapes.PAIRS[label]
-                entry = {"class": shape, "count": 1, "color": color}
-                right.append(evaluate.is_right(image, {"include": [entry]}))
+        labels, right = [i % len(shapes.PAIRS) for i in range(count)], []
+        config = evaluate.Config(seed=self.eval_seed, batch=80)
+        images = evaluate.draw_images(model, labels, {"steps": steps} | sampler, config, self.dist_ctx)
+        for label, image in zip(labels, images, strict=True):
+            shape, color = shapes.PAIRS[label]
+            entry = {"class": shape, "count": 1, "color": color}
+            right.append(evaluate.is_right(image, {"include": [entry]}))
         return float(np.mean(right))
 
     def right_decoded(self, autoencoder: Path) -> float:

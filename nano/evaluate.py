@@ -64,7 +64,7 @@ class Config:
 
 @torch.no_grad()
 def generate(
-    model: rae.TextToImage, prompts: list[str], noise: Tensor, dist_ctx: common.DistContext, **sampler
+    model: rae.LatentModel, prompts: list, noise: Tensor, dist_ctx: common.DistContext, **sampler
 ) -> tuple[Tensor, np.ndarray]:
     """Latents (B, N, C) and images (B, H, W, 3) uint8, from noise (B, N, C)."""
     with dist_ctx.autocast():
@@ -84,9 +84,10 @@ def reconstruct(autoencoder: rae.RAE, image: np.ndarray, dist_ctx: common.DistCo
 
 
 def draw_images(
-    model: rae.TextToImage, prompts: list[str], sampler: dict, config: Config, dist_ctx: common.DistContext
+    model: rae.LatentModel, prompts: list, sampler: dict, config: Config, dist_ctx: common.DistContext
 ) -> Iterator[np.ndarray]:
-    """An image (H, W, 3) uint8 for each prompt. Its noise depends on its number, not on the batch size."""
+    """An image (H, W, 3) uint8 for each prompt, or label. Its noise depends on its number, not on the batch
+    size."""
     for start in tqdm(range(0, len(prompts), config.batch), desc="draw", leave=False):
         batch = prompts[start : start + config.batch]
         indices = list(range(start, start + len(batch)))

@@ -77,7 +77,8 @@ def read_word(image: np.ndarray) -> str:
     if count == 0:
         return ""
     kept = 1 + np.argmax(ndimage.sum_labels(ink, blobs, range(1, count + 1)))
-    return _fit_letters(ink, *_extent((ink > 0.5) & (blobs == kept)))
+    rows, columns = ndimage.find_objects(((ink > 0.5) & (blobs == kept)).astype(int))[0]
+    return _fit_letters(ink, rows.start, columns.start, rows.stop, columns.stop)
 
 
 def _segment(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -161,12 +162,6 @@ def _ink(image: np.ndarray) -> np.ndarray:
     if np.linalg.norm(direction) < CONTRAST:
         return np.zeros(image.shape[:2])
     return np.clip(away @ direction / (direction @ direction), 0, 1)
-
-
-def _extent(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """Top, left, bottom and right of a mask, in pixels."""
-    rows, columns = ndimage.find_objects(mask.astype(int))[0]
-    return rows.start, columns.start, rows.stop, columns.stop
 
 
 def _fit_letters(ink: np.ndarray, top: float, left: float, bottom: float, right: float) -> str:
