@@ -442,7 +442,7 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def flops_of(call: Callable[[], object]) -> int:
-    """A multiplication and an addition are two."""
+    """FLOPs of a call; a multiplication and an addition are two."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -263,6 +263,20 @@ def test_geneval_end_to_end(networks, tmp_path, capsys):
     assert "choose another --out" in run(capsys, *command, "--clip", "another/clip", code=1)
 
 
+def test_sample_writes_the_layouts_of_geneval_and_dpg(parts, tmp_path, capsys):
+    prompts = [{"tag": "colors", "include": [CAT], "prompt": text} for text in ("a cat", "a red cat")]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/a.txt").write_text("an image of a cat\n")
+    command = ["sample.py", "--steps", 1, "--model", parts / "t2i"]
+    run(capsys, *command, "--file", tmp_path / "prompts.jsonl", "--n", 2, "--out", tmp_path / "geneval")
+    images = benchmarks.geneval_images(tmp_path / "geneval")
+    assert [metadata for _, metadata in images] == [prompts[0]] * 2 + [prompts[1]] * 2
+    run(capsys, *command, "--file", tmp_path / "prompts", "--out", tmp_path / "dpg")
+    single, grid = Image.open(tmp_path / "dpg/a/3.png"), Image.open(tmp_path / "dpg/a.png")
+    assert np.array_equal(np.asarray(benchmarks.crop_square(grid, 3)), np.asarray(single))
+
+
 def test_geneval_refuses_other_layouts(tmp_path):
     write_geneval(tmp_path)
     assert len(benchmarks.geneval_images(tmp_path)) == 4
