@@ -139,7 +139,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# loops: what to call with a number of images, and the models in it; of a step the loss of the first of them
+# loops: what to call with a number of images, and its models; a step returns the loss of the first model
 
 Call = Callable[[int], object]
 

@@ -5,7 +5,7 @@ Rules and arithmetic are those of the official scorers, except where the list sa
 same too, through `transformers`.
 
 geneval: --samples is a folder in GenEval's layout, as sample.py --file evaluation_metadata.jsonl draws it.
-No mmdetection is needed. Published figures that others have scored both ways differ by about 0.01.
+No mmdetection is needed. Models that others scored both ways (nanogen-evals) differ by up to 0.010.
 dpg: --samples is a folder of 2 x 2 grids ITEM.png, as sample.py --file FOLDER draws them for the official
 prompts. A BLIP or another visual question answering model of `transformers` works, but only figures of mPLUG
 compare with published ones. The official script drops the first row of its table, and takes categories from

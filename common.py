@@ -44,7 +44,7 @@ import convert
 import rae
 
 WEIGHTS = Path(os.path.relpath(Path(__file__).parent / "nano" / "weights"))  # shipped with the repository
-PATIENT = 12 * 60  # minutes, for ranks that finish sampling or encoding early and wait for the slowest
+LONG_TIMEOUT = 12 * 60  # minutes, for ranks that finish sampling or encoding early and wait for the slowest
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, by device name
 
 transformers.logging.disable_progress_bar()  # one for each small folder that is read
@@ -81,7 +81,7 @@ class TrainConfig:
     batch: int = flag(64, "samples per step, over all ranks", at_least=1)
     grad_accum: int = flag(1, "gradient accumulation: micro-batches per step and rank", at_least=1)
     dtype: str = flag("auto", "compute dtype; auto: bf16 on CUDA, else fp32", choices=DTYPES)
-    shard: str = flag("none", "FSDP2 sharding: across all ranks (full) or within a node", choices=SHARDING)
+    shard: str = flag("none", "FSDP2 sharding: full (all ranks) or hybrid (within a node)", choices=SHARDING)
     activation_checkpointing: bool = flag(False, "recompute the blocks in backward, to save memory")
     compile: bool | None = flag(None, "torch.compile the transformer blocks (default: on CUDA)")
     workers: int = flag(1, "data loading processes per rank", at_least=0)
@@ -316,7 +316,7 @@ def shard_model(
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    # with several replicas hybrid sharding, whose gradients are also summed over the replicas
+    # a 2-D mesh is hybrid sharding: gradients are also summed over replicas
     mesh = dist_ctx.mesh if dist_ctx.mesh.shape[0] > 1 else dist_ctx.mesh["shard"]
     # Tables of one row would be padded to a row for every rank.
     tables = {p for p in module.parameters() if p.shape[:1] == (1,) and not p.requires_grad}
@@ -503,8 +503,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Ranks share the work: of so many matrices at a time, each orthogonalises one and sends it to the
-        others."""
+        """Each rank orthogonalises one of every world_size matrices and broadcasts it."""
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         matrices = [(p, group) for group in self.param_groups for p in group["params"]]
         matrices.sort(key=lambda pair: pair[0].numel())  # so that all ranks have as much to do
@@ -673,8 +672,8 @@ def check_output(path: Path, suffix: str = "") -> None:
 
 @contextmanager
 def replacing(path: Path, folder: bool = False):
-    """Yields a temporary path in the same folder, which takes the place of `path` if nothing went wrong: of a
-    file, or with `folder` of a folder. The caller knows that an old folder may go."""
+    """Yields a temporary path in the same folder, renamed to `path` on success. With `folder`, an old folder
+    is deleted: the caller must allow it."""
     if not folder:
         check_is_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -904,8 +903,8 @@ class Run:
         # a group of its own: checkpoints are written in a thread, which must not mix with the loop's sums
         self.group = None
         if dist_ctx.world_size > 1:
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=PATIENT))
-        # copies to the CPU by way of pinned memory that is kept; it would be of no use without a GPU
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=LONG_TIMEOUT))
+        # copies to the CPU through reused pinned memory, useless without a GPU
         self.stager = None
         if dist_ctx.device.type == "cuda":
             from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -977,8 +976,8 @@ class Run:
         """Registers what checkpoints hold, and restores it in place from the newest one, if there is any.
         Returns the step and the positions of the data.
 
-        export: the main process's unsharded copy of modules["ema"], by way of which `save` writes the model
-            folder
+        export: the main process's unsharded copy of modules["ema"], through which `save` writes the
+            model folder
         frozen: other models that the run depends on, by name; after a change of one it cannot be resumed
         data: what identifies the data, a list of str; after a change the run continues, and says so
         """

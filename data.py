@@ -52,7 +52,7 @@ from PIL.Image import Resampling
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 REQUESTS = ("Generate an image of {}", "Can you draw {}?", "Please make a picture of {}", "Show me {}")
-# tasks by themselves are drawn more often: they are learned last
+# the hard tasks get extra weight, because they are learned last
 NANO_MIXTURE = {"nano:objects": 0.3, "nano:counting": 0.15, "nano:position": 0.15, "nano:color_attr": 0.15}
 NANO_MIXTURE |= {"nano:scenes": 0.1, "nano:text": 0.05, "nano:questions": 0.1}
 NANO_LESSONS = {  # from this sample on, however long the run: simple images first (docs/speedrun.md)
@@ -159,9 +159,9 @@ def encodable(text: str) -> str:
 
 
 def parse_conversation(row: dict) -> list[tuple[str, str]]:
-    """The (role, text) turns of a row's "conversations". An image without <image> comes before the first
-    one, as in Scale-RAE. Raises SkipSample unless human and gpt alternate, or if <image> does not occur as
-    often as the row has images (0 or 1)."""
+    """The (role, text) turns of a row's "conversations". If no turn has <image>, the image goes before
+    the first one, as in Scale-RAE. Raises SkipSample unless human and gpt alternate, or if <image> does not
+    occur as often as the row has images (0 or 1)."""
     name, images = row["name"], 1 if row.get("image") else 0
     try:
         turns = [(turn["from"], encodable(turn["value"])) for turn in row["conversations"]]
@@ -237,8 +237,8 @@ def check_size(name: str, image: Image.Image) -> None:
 
 
 def scaled_grey(name: str, image: Image.Image) -> Image.Image:
-    """8-bit greyscale from 16 or 32 bits: [0, 1] of floats, and [0, 65535] of integers, become [0, 255]. For
-    values beyond, their own range does."""
+    """8-bit greyscale from 16 or 32 bits: floats in [0, 1] and integers in [0, 65535] become [0, 255]; beyond
+    that, the image's own range does."""
     values = np.asarray(image, np.float64)
     if not np.isfinite(values).all():
         raise SkipSample(f"{name} has values that are not finite")
@@ -351,7 +351,7 @@ def sample_or_reason(row: dict, transform: Transform, uniform: np.ndarray) -> di
 
 def check_text(name: str, caption: str | None, label: int | None, conversation: list, transform: Transform):
     """Raises SkipSample without the caption or label that the transform needs, or beyond max_seq_len."""
-    # Conversations, which text_only stands for, need no caption, but may not ask for nothing either.
+    # With text_only, conversations need no caption, but a request must not be empty.
     talks = transform.text_only and requested_caption(conversation) != ""
     if transform.captions and not (caption or talks):
         raise SkipSample(f"{name}: no caption")
@@ -534,11 +534,11 @@ class Folder:
         unknown = [(n, s) for s, n in suffixes.most_common(9) if s not in (".txt", ".jsonl", ".csv")]
         if unknown:
             counts = ", ".join(f"{count:,} {suffix or 'no suffix'}" for count, suffix in unknown)
-            say(f"{path}: passed over files that are no image of a known format: {counts}")
+            say(f"{path}: ignored files that are no image of a known format: {counts}")
         if metadata:
             named = [image for image, _ in rows]
             if unnamed := len(set(images).difference(named)):
-                say(f"{path}: passed over {unnamed:,} images that no metadata file names")
+                say(f"{path}: ignored {unnamed:,} images that no metadata file names")
             images = named
         self.images, self.fields = Packed(images), Packed(json.dumps(fields) for _, fields in rows)
         self.identity = f"{len(images):,} images ({short_hash(self.images.content)})"
@@ -819,7 +819,7 @@ def open_table(name: str, path: str, files: list[str] | None = None) -> dict[str
     from datasets import Image as ImageColumn
     from datasets import load_dataset
 
-    # Names of files are patterns there.
+    # load_dataset takes file names as glob patterns
     files = files and [glob.escape(file) for file in files]
     table = load_dataset(path, data_files=files, split="train", streaming=True)
     features = table.features or {}

@@ -220,7 +220,8 @@ class FeatureSums:
 def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     """|m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1^1/2 S2 S1^1/2)^1/2."""
     # Both roots are of symmetric matrices, so eigenvalues give them. scipy's root of a general matrix is far
-    # slower, and some of its versions were wrong. Rounding makes tiny eigenvalues negative: clip.
+    # slower, and was wrong in some versions (SciPy issues 19415, 20178). Rounding makes tiny eigenvalues
+    # negative: clip.
     values, vectors = np.linalg.eigh(one.covariance)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ other.covariance @ root).clip(min=0)).sum()
@@ -613,7 +614,7 @@ def main() -> None:
         common.check_output(strip)
         if strip.exists() and "data" not in data.open_metadata(str(strip)):
             raise ValueError(f"{strip}, the place of the strip, is not from eval.py: choose another --out")
-    dist_ctx = common.init_distributed(config.dtype, minutes=common.PATIENT)
+    dist_ctx = common.init_distributed(config.dtype, minutes=common.LONG_TIMEOUT)
     if dist_ctx.is_main:
         print(dist_ctx)
     results = []

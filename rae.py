@@ -232,8 +232,8 @@ class Encoder(nn.Module):
     source: hub id or local `transformers` folder (pretrained weights), or the config of one as a dict
         (weights are loaded later, from a state dict). `changes` override values of its config.
     layers: blocks, counted from 0, whose normalised tokens are averaged (RAEv2); default: the last one alone.
-    affine: keep the learned scale and shift of the final norm. The default is that of the papers: False, but
-        for SigLIP with `layers`.
+    affine: keep the learned scale and shift of the final norm. The default is the papers': False, except for
+        SigLIP with `layers`.
     """
 
     def __init__(
@@ -572,7 +572,7 @@ class VAE(nn.Module):
             raise ValueError(f"{source} is no AutoencoderKL of diffusers but {config.get('_class_name')}")
         weights = convert.read_weights(folder, None, convert.diffusers_files(folder))
         self.vae = AutoencoderKL.from_config(config).requires_grad_(False)
-        self.vae._fix_state_dict_keys_on_load(weights)  # as those of Stable Diffusion were named once
+        self.vae._fix_state_dict_keys_on_load(weights)  # renames old Stable Diffusion keys
         convert.load_official(self.vae, weights)
         config = self.vae.config
         if (config.in_channels, config.out_channels) != (3, 3):
@@ -585,7 +585,7 @@ class VAE(nn.Module):
             raise ValueError(f"image_size {self.image_size} is not a multiple of {self.image_size // side}")
         # (256, 64) for FLUX at 256 px
         self.latent_shape = (side * side, 4 * config.latent_channels)
-        # `force_upcast` is about fp16, whose range the decoder leaves; bf16 has that of fp32
+        # `force_upcast` guards against overflow in fp16; bf16 has the range of fp32
         shift, scale = latent_scale(source, config)
         self.register_buffer("shift", shift, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
@@ -1073,7 +1073,7 @@ def flow_loss(
 
 def time_grid(steps: int, alpha: float, grid: str = "full") -> list[tuple[float, float]]:
     """(t, dt) of every Euler step from t = 1, of shifted t. "full" goes down to 0 in `steps` evaluations;
-    "rae" and "scale-rae" are the grids of the authors' code, with one evaluation less."""
+    "rae" and "scale-rae" are the grids of the authors' code, with one evaluation fewer."""
     if steps < 1 + (grid != "full"):
         raise ValueError(f"grid {grid!r} needs more than {steps} step(s)")
     if grid == "full":
@@ -1085,7 +1085,7 @@ def time_grid(steps: int, alpha: float, grid: str = "full") -> list[tuple[float,
         # The authors' off-by-one: the last step is taken at the first point, t < 1, with dt = 1 - t > 0.
         index = [round(k * 999 / (steps - 1)) + 1 for k in range(steps)]
         base = torch.tensor(index, dtype=torch.float64) / 1000
-        # downwards from the last but one; the last is only used by the step back up
+        # downwards from the second to last; the last is only used by the step back up
         base = torch.cat([base[:-1].flip(0), base[-1:]])
     else:
         raise ValueError(f"unknown grid {grid!r}: full, rae or scale-rae")
@@ -1148,8 +1148,8 @@ def guided(
 def internally_guided(
     velocities: Callable, scale: float, interval: tuple[float, float] = (0.0, 1.0)
 ) -> Velocity:
-    """Internal guidance (RAEv2): the base head of the same model is the weaker one, so that one evaluation
-    does. velocities(x, t) -> (velocity, the base head's)."""
+    """Internal guidance (RAEv2): the base head of the same model is the weaker one, so one evaluation is
+    enough. velocities(x, t) -> (velocity, the base head's)."""
 
     def guided_velocity(x: Tensor, t: Tensor) -> Tensor:
         velocity, base = velocities(x, t)
@@ -1192,7 +1192,7 @@ class LatentModel(nn.Module, Hub):
         self.latent_shape, self.prediction = tuple(latent_shape), prediction
         self.alpha = default_alpha(latent_shape) if alpha is None else alpha
         self.autoencoder_path = autoencoder
-        # opened ones, by path; in a dict they are no submodules: their weights stay in their own folders
+        # opened ones by path, in a dict: not submodules, so not saved with this model
         self._autoencoders = {}
 
     @property
@@ -1472,8 +1472,8 @@ def encode_turn(role: str, text: str, tokenizer, image_tokens: int) -> list[int]
 
 def encode_chat(turns: list[tuple[str, str]], tokenizer, image_tokens: int) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation of (role, text) turns, after the system turn."""
-    # The rule of the authors' code: supervised are the assistant's turns, header included, and everywhere
-    # line feeds, <|im_start|> and <|im_end|>; never the positions of images.
+    # As in the authors' code, assistant turns are supervised, header included, and everywhere line feeds,
+    # <|im_start|> and <|im_end|>; never the positions of images.
     always = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     always += tokenizer.encode("\n", add_special_tokens=False)
     ids, labels = [], []
@@ -1672,7 +1672,7 @@ class TextToImage(LatentModel):
 
     @property
     def causal_mask(self) -> dict | None:
-        """What makes Qwen2 plainly causal. Other language models get None, and make a mask of their own."""
+        """Mask argument for plain causal attention in Qwen2; None: the model builds its own mask."""
         config = self.language_model.config
         is_plain = (config.model_type, config._attn_implementation) == ("qwen2", "sdpa")
         # To make a mask, `transformers` would ask the GPU whether positions are packed, and wait for it.
@@ -1844,8 +1844,8 @@ class Verdict(NamedTuple):
     prompt_confidence: float
 
 
-# Sort keys, the best verdict first; ties keep their order. Scale-RAE: all yes answers, the surest first, then
-# the others, the least sure of no first.
+# Sort keys, the best verdict first; ties keep their order. Scale-RAE: yes answers by descending yes logit,
+# then the others by ascending no logit.
 VERIFIERS = {
     "answer_logits": lambda verdict: (verdict.answer != "yes", -verdict.yes_logit, verdict.no_logit),
     "prompt_confidence": lambda verdict: -verdict.prompt_confidence,

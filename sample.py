@@ -78,7 +78,7 @@ class Config:
     prompts: list[str] = flag((), "what to draw; the turns of --ask or --chat", nargs="*", metavar="PROMPT")
     file: str = flag("", "prompts: a text file, GenEval's .jsonl or .json, DPG-Bench's folder of .txt")
     classes: str = flag("", "class labels: 3,17 or all; none for an unconditional model")
-    n: int | None = flag(None, "images per prompt, or of all classes in total (default 4 each)", at_least=1)
+    n: int | None = flag(None, "images per prompt, or with --classes in total (default 4 each)", at_least=1)
     best_of: int | None = flag(None, "draw this many candidates per prompt, keep the best --n", at_least=1)
     verifier: str = flag("answer_logits", "score that ranks the candidates", choices=[*rae.VERIFIERS])
     reconstruct: str = flag("", "encode and decode this image, or decode these latents")
@@ -635,7 +635,7 @@ def main() -> None:
         if Path(config.npz) == Path(config.out):
             raise ValueError(f"--npz {config.npz} is the folder of the images: choose another name")
 
-    dist_ctx = common.init_distributed(config.dtype, minutes=common.PATIENT)
+    dist_ctx = common.init_distributed(config.dtype, minutes=common.LONG_TIMEOUT)
     if config.reconstruct:
         reconstruct(config, dist_ctx)
     elif config.ask or config.chat:

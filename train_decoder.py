@@ -128,7 +128,7 @@ class Config(common.TrainConfig):
         "nano:objects=0.7,nano:scenes=0.15,nano:text=0.15",
         "source of images, or several with weights, see data.py",
     )
-    crop: str = flag("centre", "random: a square of an image at 1.5 x the size", choices=["centre", "random"])
+    crop: str = flag("centre", "random: crop after resizing to 1.5 x the size", choices=["centre", "random"])
     # losses
     tau: float = flag(0.0, "noise-augmented decoding: an image's sigma is uniform in [0, tau)", at_least=0)
     perceptual: str = flag(
@@ -424,8 +424,8 @@ def to_256_levels(images: Tensor) -> Tensor:
 
 
 class LastLayer:
-    """Gradients of the weight of a decoder's last layer, from those of its output images: one matrix product,
-    without another backward pass, and also where the weight itself is sharded."""
+    """Gradient of the weight of a decoder's last layer from that of its output images: one matrix product, no
+    extra backward pass, also for a sharded weight."""
 
     def __init__(self, model: rae.RAE):
         self.model = model
@@ -490,8 +490,8 @@ def discriminator_step(
 ) -> dict[str, Tensor]:
     """Trains the discriminator on all micro-batches, (images, latents, index) each. Returns this rank's part
     of the losses."""
-    own_step, own_steps = step - config.disc_start, config.steps - config.disc_start
-    optimizer.set_lr(common.cosine(own_step, own_steps, config.disc_warmup, config.final_lr))
+    disc_step, disc_steps = step - config.disc_start, config.steps - config.disc_start
+    optimizer.set_lr(common.cosine(disc_step, disc_steps, config.disc_warmup, config.final_lr))
     totals = defaultdict(float)
     for number, (images, latents, index) in enumerate(encoded):
         with dist_ctx.autocast():

@@ -87,7 +87,7 @@ RAEV2 = {  # RAEv2's configs. Muon and AdamW have the same learning rate; consta
     "save_every": 2 * EPOCH,
 }
 NANO = {  # A nano image is still recognisable at t = 0.9, where only the prompt should count: the papers'
-    # alpha of 0.92 hardly trains such noise levels. Uniform t keeps the low ones, which draw the outlines.
+    # formula (alpha 0.92) hardly trains such noise levels. Uniform t keeps low ones, which draw outlines.
     "alpha": 3.0,
     "t_distribution": "uniform",
     "muon": 0.015,
@@ -99,7 +99,7 @@ PRESETS = {
     # if trained, the language model forgets which colour belongs to which shape (docs/speedrun.md)
     "nano": NANO | {"freeze": "language-model", "steps": 3200},
     "nano-class": NANO | {"condition": "class", "steps": 3000, "out": "runs/class"},
-    # accumulation, so that 8 and 16 GPUs of 80 GB hold the activations (docs/plan.md)
+    # accumulation leaves room on 8 GPUs of 80 GB (docs/plan.md)
     "dit-dh-xl-imagenet256": IMAGENET | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b", "grad_accum": 2},
     "dit-dh-xl-imagenet512": IMAGENET
     | {"dit": "DiT-DH-XL", "autoencoder": "rae-dinov2-b-512", "grad_accum": 4},
@@ -123,7 +123,7 @@ PRESETS = {
     },
     "scale-rae-0.5b": SCALE_RAE | {"dit": "0.5B"},
     "scale-rae-2.4b": SCALE_RAE | {"dit": "2.4B"},
-    # 32 samples a GPU of the larger ones leave no room in 80 GB for what their blocks keep (docs/plan.md)
+    # 32 samples per GPU of the larger ones would hardly fit in 80 GB otherwise (estimate)
     "scale-rae-3.1b": SCALE_RAE | {"dit": "3.1B", "activation_checkpointing": True},
     "scale-rae-5.5b": SCALE_RAE | {"dit": "5.5B", "activation_checkpointing": True},
     "scale-rae-9.8b": SCALE_RAE | {"dit": "9.8B", "activation_checkpointing": True},
@@ -149,14 +149,16 @@ GRID_STEPS, GRID_GUIDANCE = 25, 3.0  # of the sample grids
 class Config(common.TrainConfig):
     out: str = flag("runs/t2i", "folder of this run")
     # model
-    condition: str = flag("text", "conditioning", choices=["text", "caption", "class", "none"])
+    condition: str = flag(
+        "text", "text is Scale-RAE's, caption RAEv2's", choices=["text", "caption", "class", "none"]
+    )
     num_classes: int | None = flag(None, "number of classes, if --data does not tell", at_least=1)
     autoencoder: str = flag("", "RAE or VAE: folder, hub id or name (default: that of --init, or nano's)")
     language_model: str = flag(
         str(common.WEIGHTS / "language-model"),
         "transformers folder or hub id; with --condition caption the text encoder",
     )
-    reader: str = flag("", "encoder for understanding, if images are generated in a VAE's latents: an RAE")
+    reader: str = flag("", "RAE that encodes images for understanding, if the autoencoder is a VAE")
     dit: str = flag("nano", "size of the DiT", choices=rae.DITS)
     init: str = flag("", "start from this model (folder, hub id or name), with its sizes")
     freeze: str = flag(
@@ -168,7 +170,7 @@ class Config(common.TrainConfig):
         "velocity", "output of the DiT: velocity or clean latents", choices=["velocity", "x"]
     )
     alpha: float | None = flag(
-        None, "factor of the timestep shift (none: that of --init, or sqrt(N C / 4096))", above=0
+        None, "timestep shift (if no preset has one: that of --init, or sqrt(N C / 4096))", above=0
     )
     # data
     data: str = flag("", "source of images, or several with weights, see data.py (default: the nano world)")

@@ -141,7 +141,7 @@ RUNS = {
     "DiT-DH-XL, ImageNet 256, 80 epochs": partial(class_run, "dit-dh-xl-imagenet256", 80),
     "DiT-DH-XL, ImageNet 256, 800 epochs": partial(class_run, "dit-dh-xl-imagenet256", 800),
     "DiT-DH-XL, ImageNet 512, 800 epochs": partial(class_run, "dit-dh-xl-imagenet512", 800, 1024),
-    "decoder ViT-XL, 73M images, L1 alone": partial(decoder_run, 73e6),
+    "decoder ViT-XL, 102M images, L1 alone": partial(decoder_run, 102.4e6),
     "0.5B + 1.5B, 30k steps": partial(text_run, "scale-rae-0.5b", "1.5B"),
     "0.5B + 1.5B frozen, 30k": partial(text_run, "scale-rae-0.5b", "1.5B", passes=FROZEN),
     "2.4B + 1.5B, 30k": partial(text_run, "scale-rae-2.4b", "1.5B"),

@@ -5,7 +5,7 @@
 
 A table stands between `<!-- table FILE [PREFIX ...] -->` and `<!-- end -->`, and below it the command and the
 date. FILE is relative to the Markdown file's folder. The prefixes select metrics of an evaluation's file.
-Of nano.claims FILE is the folder, and `short` lists the claims by verdict.
+For nano.claims, FILE is the folder, and `short` lists the claims by verdict.
 """
 
 import json

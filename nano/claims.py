@@ -10,9 +10,9 @@ Every claim is one number per seed, its contrast, which is positive if the claim
 Student's t test of the contrasts against 0, two-sided at 0.10: "agrees" if their mean is above 2.92 standard
 errors (with three seeds), "disagrees" if it is below -2.92, else "cannot tell".
 
-Arms that are compared see equally many samples (of `understanding`: equally many questions). Each DiT trains
+Arms that are compared see equally many samples (in `understanding`: equally many questions). Each DiT trains
 with the better of two learning rates, chosen on seed 0; finetuning keeps the one of its model. Encoders and
-decoders are trained once, with seed 0, except where the claim is about decoders. Writes RESULTS/NAME.json and
+decoders are trained once, with seed 0; only `data` trains its decoders per seed. Writes RESULTS/NAME.json and
 NAME.png. Nothing that exists is made again.
 """
 
@@ -473,7 +473,7 @@ CLAIMS = {
         ("t2i",),
     ),
     "understanding": Claim(
-        "Generating in the latents that are read costs at most a tenth of what reading them gains",
+        "Learning to generate in the latents it reads costs at most a tenth of the gain from reading",
         *("Scale-RAE 4.3", "MME 1468.7 (RAE), 1481.7 (VAE), 1374.8 (no generation)"),
         *("correct answers", understanding),
         # a gain over the most frequent answer

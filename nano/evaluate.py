@@ -47,7 +47,7 @@ KEEP = 4  # images kept of all candidates, as in Scale-RAE
 class Config:
     what: list[str] = flag((), "shapes (default), scaling, questions, binding", nargs="*")
     model: str = flag(str(common.WEIGHTS / "t2i"), "TextToImage folder or hub id")
-    limit: int = flag(20, "prompts per task; questions: a sixth of the images", at_least=2)
+    limit: int = flag(20, "prompts per task (binding: 3 times as many); questions: images / 6", at_least=2)
     images: int = flag(4, "shapes: images per prompt", at_least=1)
     candidates: int = flag(32, "scaling: images per prompt to choose from", at_least=KEEP)
     seeds: int = flag(3, "scaling: number of seeds", at_least=1)
@@ -56,7 +56,7 @@ class Config:
     guidance: float = flag(3.0, "scale of classifier-free guidance", at_least=0)
     solver: str = flag("euler", "ODE solver", choices=["euler", "heun"])
     # system
-    seed: int = flag(1000, "of the prompts, images and noise; training uses small ones")
+    seed: int = flag(1000, "seed of prompts, images and noise; training uses small seeds")
     batch: int = flag(64, "images at once", at_least=1)
     dtype: str = flag("auto", "compute dtype; weights are fp32", choices=["auto", "bf16", "fp32"])
     out: str = flag("results.json", "results file")

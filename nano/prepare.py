@@ -7,9 +7,8 @@ and `diffusers` folders.
     python -m nano.prepare ship                 # what nano.speedrun trained -> nano/weights, as bf16
 
 Encoder: each token predicts, through one linear layer, what the nearest object or letter is, where its centre
-lies, and what the background looks like, as SigLIP-2 learns from captions of billions of images. Noise on the
-tokens makes the encoder spend them on that and not on pixels, which the decoder draws again: so a generative
-model has few numbers to get right.
+lies, and what the background looks like, in place of what SigLIP-2 learns from captions. Noise on the tokens
+makes the encoder keep this and drop pixels, which the decoder redraws: fewer numbers to generate.
 
 Language model: answers questions about captions and about images, which it reads as the encoder's targets,
 through one linear layer. After a request for an image, the hidden states at the places of the later latent

@@ -1,6 +1,6 @@
 """From nothing to images that follow the prompt: trains and evaluates every part of the nano world.
 
-    python -m nano.speedrun --compile                              # 90 minutes of two cores
+    python -m nano.speedrun --compile                              # 90 minutes on two cores
     python -m nano.speedrun --compile --scale 2 --out runs/long    # twice the steps of every stage
     python -m nano.prepare ship --runs runs/long                   # how the shipped weights were made
 
@@ -40,7 +40,7 @@ class Config:
     dtype: str = flag("bf16", "compute dtype; fp32 on a CPU without AVX512-BF16", choices=["bf16", "fp32"])
     compile: bool = flag(False, "torch.compile in decoder and text to image; a CPU needs a C++ compiler")
     limit: int = flag(50, "prompts per task of the evaluation", at_least=2)
-    eval_seed: int = flag(9000, "seed of the evaluation's prompts: settings were chosen on another")
+    eval_seed: int = flag(9000, "seed of the evaluation's prompts; all settings but --steps used another")
     out: str = flag("runs/speedrun", "folder of the run")
 
 
