@@ -406,17 +406,16 @@ def geneval(config, dist_ctx: common.DistContext) -> list[dict]:
 def clipscore(config, dist_ctx: common.DistContext) -> list[dict]:
     """Mean over a folder of images, each with the prompt in its metadata. config: eval.Config."""
     folder = samples_folder(config, "clipscore")
-    # sample.py writes grids of all images, and ITEM.png as a grid of the images in ITEM/
-    grids = {folder / "grid.png", *folder.glob("grid_*.png")}
-    grids |= {path.with_suffix(".png") for path in folder.iterdir() if path.is_dir()}
-    paths = sorted(path for path in folder.rglob("*.png") if path not in grids)[: config.limit]
-    prompts = [data.open_metadata(str(path)).get("prompt") for path in paths]
-    if not paths or None in prompts:
-        culprit = paths[prompts.index(None)] if paths else folder
+    texts = {path: data.open_metadata(str(path)) for path in sorted(folder.rglob("*.png"))}
+    pairs = [(path, text.get("prompt")) for path, text in texts.items() if "grid_of" not in text][
+        : config.limit
+    ]
+    culprit = next((path for path, prompt in pairs if prompt is None), None if pairs else folder)
+    if culprit:
         raise ValueError(f"{culprit} has no images with a prompt in their metadata")
     with common.loading(config.clip):
         clip = Clip(config.clip, dist_ctx.device)
-    pairs = list(zip(paths, prompts, strict=True))[dist_ctx.rank :: dist_ctx.world_size]
+    count, pairs = len(pairs), pairs[dist_ctx.rank :: dist_ctx.world_size]
     total = 0.0
     for start in tqdm(range(0, len(pairs), config.batch), desc="clipscore", disable=not dist_ctx.is_main):
         batch = pairs[start : start + config.batch]
@@ -424,7 +423,7 @@ def clipscore(config, dist_ctx: common.DistContext) -> list[dict]:
         cosines = (clip.images(images) * clip.texts([prompt for _, prompt in batch])).sum(dim=-1)
         total += (100 * cosines.clamp(min=0)).sum().item()
     [total] = common.global_sum(total)
-    return [{"metric": f"clipscore/{config.clip}", "value": total / len(paths), "n": len(paths)}]
+    return [{"metric": f"clipscore/{config.clip}", "value": total / count, "n": count}]
 
 
 # -----------------------------------------------------------------------------------------------------------

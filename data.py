@@ -87,9 +87,10 @@ MAX_DEATHS = 10  # worker processes that die for one batch before it does
 TIMEOUT = 300  # seconds without data before it does
 CHECK = 1  # seconds without data before it looks whether its worker processes are alive
 
-# Both are part of what a seed means: with other values the batches of every run change.
+# These are part of what a seed means: with other values the batches of every run change.
 DRAWS = 4  # uniform numbers per sample: wording of the request, crop x, crop y, flip
-BLOCK = 64  # rows of a shard that are shuffled together
+CHUNK = 64  # rows of a lane that are shuffled together, at least
+BLOCK = 1024  # the same, of all lanes together
 
 PER_SAMPLE = ("caption", "label", "conversation", "index")  # entries of a batch with B items
 PER_IMAGE = ("image_index", "image", "latents")  # entries of a batch with P <= B items
@@ -337,8 +338,8 @@ def known_fields(row: dict) -> dict:
     # Any other column goes, because it may be called "name" or "error", and empty captions are often null.
     types = dict.fromkeys(CAPTIONS, str) | dict.fromkeys(LABELS, int) | {"conversations": object}
     fields = {key: value for key, value in row.items() if isinstance(value, types.get(key, ()))}
-    # True is an int, too
-    return {key: value for key, value in fields.items() if not isinstance(value, bool)}
+    # True is an int, too, and None an object
+    return {key: value for key, value in fields.items() if not isinstance(value, bool | None)}
 
 
 def sample_or_reason(row: dict, transform: Transform, uniform: np.ndarray) -> dict:
@@ -528,6 +529,9 @@ class Folder:
         metadata = [file for file in others if os.path.basename(file) == "metadata.jsonl"]
         metadata = metadata or [file for file in others if os.path.basename(file) == "metadata.csv"]
         rows = [row for file in metadata for row in read_metadata(path, file)]
+        if rows and all("error" in fields for _, fields in rows):  # GenEval's layout has such files, too
+            say(f"{path}: ignored {metadata[0]} and others like it, which name no image")
+            metadata, rows = [], []
         # ---- say what is not used
         suffixes = Counter(os.path.splitext(file)[1].lower() for file in others)
         self.has_texts = bool(suffixes[".txt"]) and not metadata
@@ -679,7 +683,7 @@ class ShardStream:
     """Shards read in order: functions that yield rows, see `make_sample`."""
 
     # Random access is slow in a tar and hopeless over a network. Instead, the shards are dealt anew to the
-    # lanes in every epoch, and rows are shuffled within blocks of BLOCK.
+    # lanes in every epoch, and rows are shuffled within blocks.
     class_names = None  # labels are numbers; no shard says how many classes there are
 
     def __init__(self, name: str, shards: dict[str, Callable], transform: Transform, seed: int):
@@ -694,7 +698,7 @@ class ShardStream:
         while empty_epochs <= 20:
             shards = rng(self.seed, epoch).permutation(len(self.shards))[lane::lanes].tolist()
             while turn < len(shards):
-                for sample in self.samples(epoch, shards[turn], first, taken):
+                for sample in self.samples(epoch, shards[turn], max(CHUNK, BLOCK // lanes), first, taken):
                     skipped += sample.get("skipped", [])
                     if "image" in sample:
                         position = (epoch, turn, *sample["position"])
@@ -708,10 +712,11 @@ class ShardStream:
         reason = skipped[-1] if skipped else "its shards are empty"
         raise ValueError(f"{self.name}: no usable sample: {reason}")
 
-    def samples(self, epoch: int, shard: int, first: int, taken: int) -> Iterator[dict]:
-        """The samples of one shard, or why they are skipped, with (first, taken) as position."""
+    def samples(self, epoch: int, shard: int, size: int, first: int, taken: int) -> Iterator[dict]:
+        """The samples of one shard, or why they are skipped, with (first, taken) as position, shuffled within
+        blocks of `size` rows."""
         rows = itertools.islice(self.read(shard), first, None)
-        while block := list(itertools.islice(rows, BLOCK)):
+        while block := list(itertools.islice(rows, size)):
             draws = rng(self.seed, epoch, shard, first)
             order, uniform = draws.permutation(len(block)).tolist(), draws.random((len(block), DRAWS))
             for row in order[taken:]:
@@ -839,7 +844,7 @@ def table_rows(name: str, table, shard: int, column: str) -> Iterator[dict]:
 
     number = itertools.count()
     # .iter, because plain iteration would divide the rows among the DataLoader's workers.
-    for block in table.shard(table.num_shards, shard).iter(BLOCK):  # a list for every column
+    for block in table.shard(table.num_shards, shard).iter(CHUNK):  # a list for every column
         for values in zip(*block.values(), strict=True):
             row = dict(zip(block, values, strict=True))
             result = known_fields(row) | {"name": f"{name}: shard {shard}, row {next(number)}"}
@@ -959,9 +964,13 @@ def find_shards(name: str, path: Path) -> dict[str, Callable]:
         # One shard may be named itself.
         folder, files = (path, list_files(name)) if path.is_dir() else (path.parent, [path.name])
         tars = train_split(name, [file for file in files if file.lower().endswith(TARS)])
+        tables = [file for file in files if file.lower().endswith(".parquet") and not tars]
+        tables = train_split(name, tables)
+        images = sum(file.rpartition(".")[2].lower() in IMAGES for file in files)
+        if images and (tars or tables):
+            say(f"{name}: reads {(tars or tables)[0]}, ..., and ignores the {images:,} images beside it")
         if tars:
             return {tar: partial(tar_rows, str(folder / tar)) for tar in tars}
-        tables = train_split(name, [file for file in files if file.lower().endswith(".parquet")])
         if not (tables or path.is_dir()):
             raise ValueError("a file of another kind: give its folder, or see the top of data.py")
         return open_table(name, "parquet", [str(folder / table) for table in tables]) if tables else {}
@@ -1038,6 +1047,8 @@ class Loader(Iterator):
         batch, rank, world_size = self.args
         lanes = Lanes(self.source, batch, self.step, rank, world_size, self.positions)
         self.positions, self.parts = lanes.positions, min(self.workers, len(lanes.local)) or 1
+        if self.parts < self.workers < batch // world_size:
+            say(f"--workers {self.workers}: only {self.parts} per process have shards to read")
         self.batches = receive(lanes.batches, self.parts if self.workers else 0, self.deaths)
 
     def __next__(self) -> dict:
@@ -1079,6 +1090,8 @@ class Lanes:
         streams = [part for part in source.sources if isinstance(part, ShardStream)]
         shards = min((len(stream.shards) for stream in streams), default=batch)
         count = max(n for n in range(1, shards + 1) if batch % n == 0)
+        if streams and shards % count:
+            say(f"{shards} shards in {count} unequal lanes: rows are seen equally often on average only")
         if count % world_size:
             lanes = f"{shards} shards in {count} lanes, which cannot be split over {world_size} processes"
             raise ValueError(f"batch {batch} reads {lanes}: choose another --batch, or write more shards")

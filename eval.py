@@ -431,6 +431,10 @@ def recon(config: Config, dist_ctx: common.DistContext) -> list[dict]:
     reference = None  # the originals of each data set
     if config.reference:
         images = open_images(config.reference, model.image_size, replace(config, limit=None), dist_ctx)
+        if images.size not in (None, model.image_size):
+            raise ValueError(
+                f"--reference {config.reference} has images of {images.size} pixels, not {model.image_size}"
+            )
         reference = compute_statistics(images, features, 0, dist_ctx).pooled
 
     results, strips = [], []

@@ -19,7 +19,7 @@ one row per prompt. An image is named after its prompt in lower case, with a has
 such as "!". A file is only ever replaced by the same image. --latents also saves latents, which --ask and
 --reconstruct accept instead of an image.
 Image k of a prompt, or of all class labels, is drawn from seed + k, whatever the batch size and the number of
-processes.
+processes. A text --file of P prompts has independent noise: image k of prompt i is drawn from seed + k P + i.
 """
 
 import json
@@ -99,7 +99,7 @@ class Config:
         "timesteps: full ends at t = 0, the others are the authors'",
         choices=["full", "rae", "scale-rae"],
     )
-    seed: int = flag(0, "seed of the first image of each prompt", at_least=0, at_most=2**63)
+    seed: int = flag(0, "seed of the first image", at_least=0, at_most=2**63)
     # output
     out: str = flag("samples", "output folder")
     latents: bool = flag(False, "also save the latents as NAME.safetensors, fp32 (N, C)")
@@ -202,7 +202,8 @@ def prompt_jobs(config: Config, count: int) -> list[list[Job]]:
         group = []
         for k in range(count):
             names = {"geneval": f"{i:05d}/samples/{k:05d}", "dpg": f"{stem}/{k}"}
-            group.append(Job(prompt, config.seed + k, names.get(layout, f"{stem}-{config.seed + k}")))
+            seed = config.seed + (k * len(prompts) + i if config.file and layout == "none" else k)
+            group.append(Job(prompt, seed, names.get(layout, f"{stem}-{seed}")))
         groups.append(group)
     return groups
 
@@ -555,18 +556,18 @@ def reconstruct(config: Config, dist_ctx: DistContext) -> None:
     with torch.no_grad(), dist_ctx.autocast():
         if config.reconstruct.endswith(".safetensors"):
             latents = load_latents(config.reconstruct, model.latent_shape)[None].to(dist_ctx.device)
-            image, note = model.decode(latents)[0], ""
+            image, note, count = model.decode(latents)[0], "", 1
             common.check_finite(config.reconstruct, image)
         else:
             original = crop_image(config.reconstruct, model.image_size).to(dist_ctx.device)
             decoded = model.decode(model.encode(original)).clamp(0, 1)
             common.check_finite(config.reconstruct, decoded)
             psnr = -10 * (decoded - original).square().mean().log10().item()
-            image = common.image_grid(torch.cat([original, decoded]), columns=2)
+            image, count = common.image_grid(torch.cat([original, decoded]), columns=2), 2
             note = f"  (left original, right reconstruction; PSNR {psnr:.1f} dB)"
     path = Path(config.out) / f"{Path(config.reconstruct).stem}-reconstruction.png"
     metadata = {"source": config.reconstruct, "content": short_hash(Path(config.reconstruct).read_bytes())}
-    metadata |= {"weights": common.fingerprint(model), "dtype": str(dist_ctx.dtype)}
+    metadata |= {"weights": common.fingerprint(model), "dtype": str(dist_ctx.dtype), "grid_of": str(count)}
     exists(path, metadata)
     common.save_image(path, image, **metadata)
     print(f"{path}{note}")

@@ -433,6 +433,9 @@ def open_data(
     classes = count_classes(config, source)
     if classes and val_source.classes not in (None, classes):
         raise ValueError(f"--val-data {val_name} has {val_source.classes} classes, not {classes}")
+    names = (source.class_names, val_source.class_names)
+    if classes and None not in names and names[0] != names[1]:
+        raise ValueError(f"--val-data {val_name}: its class folders have other names than those of --data")
     for part in (source, val_source):
         part.need_labels(classes)
     infos = [(config.data, info) for info in source.latents]
@@ -462,6 +465,14 @@ def validation_batch(config: Config, source: data.Mixture) -> dict:
     raise ValueError(f"{name} asks for no image in its first {count} samples: give another --val-data")
 
 
+def is_prompt(model: rae.TextToImage | rae.CaptionToImage, text: str) -> bool:
+    try:
+        model.check_prompts([text])
+    except ValueError:
+        return False
+    return True
+
+
 class Validation:
     """Fixed held-out images with fixed noise, for the validation loss; and the inputs of the sample grid."""
 
@@ -484,7 +495,10 @@ class Validation:
         self.guidance = 1.0 if config.condition == "none" else GRID_GUIDANCE
         if config.condition in ("text", "caption"):
             captions = map(data.requested_caption, batch["conversation"])
-            self.grid_inputs = [caption for caption in captions if caption is not None][:16]
+            # some captions are longer than a prompt may be
+            self.grid_inputs = [text for text in captions if text is not None and is_prompt(model, text)][:16]
+            if not self.grid_inputs:
+                data.say("no sample grids: no validation caption is short enough for a prompt")
         else:
             classes = getattr(model, "num_classes", None) or 16
             self.grid_inputs = [i * classes // 16 for i in range(16)]
@@ -508,12 +522,11 @@ class Validation:
     @torch.no_grad()
     def save_grid(self, ema: rae.LatentModel, path: Path) -> None:
         """Samples of the EMA weights; under FSDP every rank has to take part."""
+        if not self.grid_inputs:
+            return
         noise = self.noise[torch.arange(len(self.grid_inputs)) % len(self.noise)]
-        inputs = self.grid_inputs
-        if isinstance(ema, rae.CaptionToImage):
-            inputs = ema.condition(inputs, truncate=True)  # as in the loop, where long captions are cut
         with self.dist_ctx.autocast():
-            latents = ema.generate(inputs, GRID_STEPS, self.guidance, noise=noise)
+            latents = ema.generate(self.grid_inputs, GRID_STEPS, self.guidance, noise=noise)
             images = self.autoencoder.decode(latents)
         if self.dist_ctx.is_main:
             prompts = "\n".join(map(str, self.grid_inputs))

@@ -303,6 +303,8 @@ def test_clipscore(networks, tmp_path, capsys):
         noise(40, 40, i).save(tmp_path / f"{i}.png", pnginfo=info)
         cosine = torch.nn.functional.cosine_similarity(clip.images([noise(40, 40, i)]), clip.texts([text]))
         expected.append(max(100 * cosine.item(), 0))
+    (tmp_path / "0.png").rename(tmp_path / "grid_0.png")  # as sample.py calls the image of "Grid"
+    common.save_image(tmp_path / "grid.png", torch.rand(3, 82, 166), prompt="a cat\na dog", grid_of="12ab")
     command = ["eval.py", "clipscore", "--samples", tmp_path, "--clip", networks / "clip", "--batch", 2]
     run(capsys, *command, "--out", tmp_path / "results.json")
     result = read_results(tmp_path / "results.json")[f"clipscore/{networks / 'clip'}"]

@@ -102,6 +102,16 @@ def test_models_and_data_that_do_not_fit():
         train_t2i.prepare(config, tiny(), {"label": [3, None], "image_index": [0, 1]})
 
 
+def test_validation_classes_have_the_same_names(parts, tmp_path):
+    for path in ("train/cat", "train/dog", "val/0", "val/1"):
+        (tmp_path / path).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / path / "0.png")
+    folders = {"data": str(tmp_path / "train"), "val_data": str(tmp_path / "val")}
+    config = train_t2i.Config(condition="class", **folders)
+    with pytest.raises(ValueError, match="class folders have other names"):
+        train_t2i.open_data(config, None, rae.RAE.from_pretrained(parts / "rae"), None)
+
+
 # -- training
 
 

@@ -535,6 +535,8 @@ def test_damaged_rows_of_metadata_are_skipped(tmp_path):
     assert sum("image" in sample for sample in samples) == 1
     reasons = [reason for sample in samples for reason in sample.get("skipped", [])]
     assert all(any(f"row {n} is damaged" in reason for reason in reasons) for n in range(2, 9))
+    write_lines(tmp_path / "metadata.jsonl", [{"tag": "counting", "prompt": "two cats"}])  # GenEval's
+    assert len(one_pass(data.open_source(str(tmp_path), SIZE, 0))) == 1
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.csv").write_text("file_name,text\n1.png," + 200_000 * "x" + "\n")
     assert len(one_pass(data.open_source(str(tmp_path), SIZE, 0))) == 1
@@ -590,6 +592,9 @@ def test_only_the_train_split_of_a_local_copy(tmp_path, capsys):
     capsys.readouterr()
     assert captions_in(tmp_path / "folders/test") == ["test"]
     assert capsys.readouterr().err == ""
+    write_images(tmp_path / "tars", "logo.png")
+    assert captions_in(tmp_path / "tars") == ["extra", "train"]
+    assert "extra-0000.tar, ..., and ignores the 1 images beside it" in capsys.readouterr().err
     (tmp_path / "tars/train-0000.tar").unlink()
     (tmp_path / "tars/extra-0000.tar").unlink()
     assert captions_in(tmp_path / "tars") == ["test", "validation"]
@@ -757,13 +762,21 @@ def test_mixtures_keep_their_weights(root):
     assert len(passes) == 48 and set(passes.values()) == {4, 5}
 
 
-def test_batches_and_shards_that_cannot_be_split(root):
+def test_few_shards_are_shuffled_in_larger_blocks(tmp_path):
+    write_tables(tmp_path, 1, 200)
+    loader = data.Loader(data.open_source(str(tmp_path), SIZE, 0), 64, workers=0)
+    first = take(loader, 1, "caption")[0]
+    assert len(set(first)) == 64 and sum(int(caption.split()[1]) > 63 for caption in first) > 30
+
+
+def test_batches_and_shards_that_cannot_be_split(root, capsys):
     with pytest.raises(ValueError, match="split over 3"):
         data.Loader(data.open_source("nano", SIZE, 0), 8, world_size=3)
     source = data.open_source(str(root / "tar"), SIZE, 0)
     with pytest.raises(ValueError, match="8 shards in 8 lanes, which cannot be split over 16"):
         data.Loader(source, 64, world_size=16)
     loader = data.Loader(source, 12, workers=0)  # 6 lanes of 8 shards
+    assert "8 shards in 6 unequal lanes" in capsys.readouterr().err
     assert len(set(take(loader, 6, "caption")[0])) == 48
     with pytest.raises(ValueError, match="in 6 lanes: resume with its --batch"):
         data.Loader(source, 8, workers=0, positions=loader.positions)
@@ -982,7 +995,7 @@ NO_CAPTIONS = (None, 3, ["a", "b"], " ", "")
 @pytest.mark.parametrize("kind", ["folder", "tar", "parquet"])
 def test_captions_that_are_none_are_skipped_if_they_are_needed(kind, tmp_path, capsys):
     for number, caption in enumerate([*NO_CAPTIONS, "good"]):
-        row = {"text": caption}
+        row = {"text": caption, "conversations": None}
         if kind == "folder":
             write_images(tmp_path, f"{number}.png")
             with (tmp_path / "metadata.jsonl").open("a") as file:
@@ -991,8 +1004,9 @@ def test_captions_that_are_none_are_skipped_if_they_are_needed(kind, tmp_path, c
             files = {"x.png": png(number), "x.json": json.dumps(row).encode()}
             write_tar(tmp_path / f"{number}.tar", files)
         else:
+            columns = {key: [value] for key, value in row.items()}
             write_parquet(
-                tmp_path / f"{number}/0.parquet", image=[{"bytes": png(number), "path": None}], text=[caption]
+                tmp_path / f"{number}/0.parquet", image=[{"bytes": png(number), "path": None}], **columns
             )
     paths = [tmp_path] if kind != "parquet" else [tmp_path / str(number) for number in range(6)]
     samples, needed = [], []
@@ -1129,7 +1143,7 @@ def test_unusable_conversations_are_skipped_and_named(tmp_path):
     for i, (image, conversations, reason) in enumerate(BAD):
         rows.append({"image": image, "conversations": conversations})
         reasons[f"t.jsonl: line {len(rows)}:"] = reason
-        if image in (None, "p.png", "junk.png"):
+        if image in (None, "p.png", "junk.png") and conversations is not None:  # null is none in a tar
             files[f"bad{i}.json"] = json.dumps({"conversations": conversations}).encode()
             files |= {f"bad{i}.png": (tmp_path / image).read_bytes()} if image else {}
             reasons[f"0.tar: bad{i}:"] = reason

@@ -35,9 +35,9 @@ def nano_images(count: int, first: int = 0, side: int = 40) -> list[np.ndarray]:
     return [source[first + i]["image"] for i in range(count)]
 
 
-def write_folder(folder: Path, count: int, first: int = 0) -> Path:
+def write_folder(folder: Path, count: int, first: int = 0, side: int = 40) -> Path:
     folder.mkdir()
-    for i, image in enumerate(nano_images(count, first)):
+    for i, image in enumerate(nano_images(count, first, side)):
         Image.fromarray(image).save(folder / f"{i:02d}.png")
     return folder
 
@@ -388,9 +388,11 @@ def test_what_is_not_finite_is_not_measured(run, parts, tmp_path):
 
 def test_recon_and_fid_do_not_depend_on_processes_or_batches(world, parts, tmp_path, capsys):
     folder = write_folder(tmp_path / "val", 11)
-    (folder / "03.png").write_bytes(b"junk")
-    flags = {"autoencoder": str(parts / "rae"), "data": f"val={folder}", "samples": str(folder)}
-    flags["reference"] = str(write_npz(tmp_path / "reference.npz", 14, first=20))
+    samples = write_folder(tmp_path / "samples", 11, side=SIZE)
+    for some in (folder, samples):
+        (some / "03.png").write_bytes(b"junk")
+    flags = {"autoencoder": str(parts / "rae"), "data": f"val={folder}", "samples": str(samples)}
+    flags["reference"] = str(write_npz(tmp_path / "reference.npz", 14, first=20, side=SIZE))
     config = Config(**flags, workers=2, out=str(tmp_path / "one.json"))
     one = evaluation.recon(config, CPU) + evaluation.fid(config, CPU)
     printed = capsys.readouterr().err
@@ -432,6 +434,8 @@ def test_rfid_compares_with_originals_or_a_reference(parts, tmp_path):
     assert rfid("nano:text") != pytest.approx(with_originals, rel=1e-4)
     with pytest.raises(ValueError, match="images of 40 pixels, not 32"):
         evaluation.recon(Config(data=str(write_npz(tmp_path / "large.npz", 2)), **flags), CPU)
+    with pytest.raises(ValueError, match="large.npz has images of 40 pixels, not 32"):
+        rfid(tmp_path / "large.npz")
 
 
 @pytest.mark.parametrize("names", ["a=nano:text,a=nano:scenes", "a/b=nano:text", "=nano:text"])

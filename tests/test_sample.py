@@ -98,6 +98,9 @@ def test_names_are_readable_and_differ():
         assert len(sample.file_name(prompt).encode()) <= 200
     jobs = sample.prompt_jobs(sample.Config(["a star", "a ring", "a star"]), 2)
     assert [job.name for group in jobs for job in group] == ["a-star-0", "a-star-1", "a-ring-0", "a-ring-1"]
+    # With one noise for all prompts of a file, the FID of the nano model is 5 to 12 instead of 0.8.
+    jobs = sample.prompt_jobs(sample.Config(["a star", "a ring"], file="prompts.txt", seed=7), 2)
+    assert [job.name for group in jobs for job in group] == ["a-star-7", "a-star-9", "a-ring-8", "a-ring-10"]
 
 
 def test_no_file_is_replaced_but_by_the_same_image(run, parts, tmp_path):
@@ -353,10 +356,10 @@ def test_reconstruct_and_ask(run, parts, tmp_path):
 
     (tmp_path / "prompts.txt").write_text("a star\n\ntwo rings\n")
     run("--file", tmp_path / "prompts.txt", "--n", 1, "--latents", *flags)
-    latents = tmp_path / "two-rings-0.safetensors"
+    latents = tmp_path / "two-rings-1.safetensors"
     assert run("\udcff", "--n", 1, *flags)  # an argument that is not UTF-8
     [line] = run("--reconstruct", latents, *decoder)
-    assert np.array_equal(pixels(line), pixels(tmp_path / "two-rings-0.png"))
+    assert np.array_equal(pixels(line), pixels(tmp_path / "two-rings-1.png"))
     assert run("--ask", latents, "what is it?", *flags)
     with pytest.raises(ValueError, match=r"has latents \(16, 24\)"):
         run("--ask", latents, "what?")  # the nano model

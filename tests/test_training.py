@@ -363,6 +363,19 @@ def test_a_vae_with_a_reader(world, parts, vae_folder, tmp_path):
 # log
 
 
+@torch.no_grad()
+def test_captions_that_are_no_prompts_are_left_out_of_the_grid(parts, tmp_path, capsys):
+    model, config = rae.TextToImage.from_pretrained(parts / "t2i"), train_t2i.Config(data="nano:objects")
+    batch = next(data.Loader(data.open_source(config.data, 32, 1), 2, workers=0))
+    batch["conversation"][0] = data.request("圆" * 140, 0.1)  # more tokens than a prompt may have
+    validation = train_t2i.Validation(config, model, model.autoencoder, None, batch, CPU)
+    assert validation.grid_inputs == [data.requested_caption(batch["conversation"][1])]
+    batch["conversation"][1] = batch["conversation"][0]
+    validation = train_t2i.Validation(config, model, model.autoencoder, None, batch, CPU)
+    validation.save_grid(model, tmp_path / "grid.png")
+    assert "no sample grids" in capsys.readouterr().err and not (tmp_path / "grid.png").exists()
+
+
 @pytest.mark.parametrize("condition", ["text", "class"])
 @torch.no_grad()
 def test_validation_loss_is_the_velocity_error_whatever_training_draws(condition, parts):
