@@ -156,8 +156,9 @@ def data_loop(name: str, config: Config, dist_ctx: DistContext) -> tuple[Call, l
                     sample, path = shapes.draw("scenes", 0, number, 256), Path(folder.name, f"{number}.jpg")
                     Image.fromarray(sample.image).save(path, quality=90)
                     path.with_suffix(".txt").write_text(sample.caption)
-                    tar.add(path, f"{number}.jpg")
-                    tar.add(path.with_suffix(".txt"), f"{number}.txt")
+                    for file in (path, path.with_suffix(".txt")):
+                        tar.add(file, file.name)
+                        file.unlink()
         batches = data.Loader(data.open_source(folder.name, 256, 0), config.batch, workers=os.cpu_count())
         batches.folder = folder  # is deleted with the loader
     return lambda n: next(batches), []
