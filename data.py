@@ -529,8 +529,9 @@ class Folder:
         metadata = [file for file in others if os.path.basename(file) == "metadata.jsonl"]
         metadata = metadata or [file for file in others if os.path.basename(file) == "metadata.csv"]
         rows = [row for file in metadata for row in read_metadata(path, file)]
-        if rows and all("error" in fields for _, fields in rows):  # GenEval's layout has such files, too
-            say(f"{path}: ignored {metadata[0]} and others like it, which name no image")
+        # GenEval's layout has other files of that name.
+        if rows and all(fields.get("error", "").endswith("'file_name'") for _, fields in rows):
+            say(f"{path}: ignored {metadata[0]}, which has no file_name, and all like it")
             metadata, rows = [], []
         # ---- say what is not used
         suffixes = Counter(os.path.splitext(file)[1].lower() for file in others)
@@ -968,7 +969,8 @@ def find_shards(name: str, path: Path) -> dict[str, Callable]:
         tables = train_split(name, tables)
         images = sum(file.rpartition(".")[2].lower() in IMAGES for file in files)
         if images and (tars or tables):
-            say(f"{name}: reads {(tars or tables)[0]}, ..., and ignores the {images:,} images beside it")
+            shards = f"{len(tars or tables):,} tar or parquet files"
+            say(f"{name}: reads its {shards}, not the images beside them ({images:,})")
         if tars:
             return {tar: partial(tar_rows, str(folder / tar)) for tar in tars}
         if not (tables or path.is_dir()):
@@ -1047,7 +1049,7 @@ class Loader(Iterator):
         batch, rank, world_size = self.args
         lanes = Lanes(self.source, batch, self.step, rank, world_size, self.positions)
         self.positions, self.parts = lanes.positions, min(self.workers, len(lanes.local)) or 1
-        if self.parts < self.workers < batch // world_size:
+        if self.parts < min(self.workers, batch // world_size):
             say(f"--workers {self.workers}: only {self.parts} per process have shards to read")
         self.batches = receive(lanes.batches, self.parts if self.workers else 0, self.deaths)
 
@@ -1091,7 +1093,8 @@ class Lanes:
         shards = min((len(stream.shards) for stream in streams), default=batch)
         count = max(n for n in range(1, shards + 1) if batch % n == 0)
         if streams and shards % count:
-            say(f"{shards} shards in {count} unequal lanes: rows are seen equally often on average only")
+            lanes = f"{shards} shards in {count} unequal lanes"
+            say(f"batch {batch}: {lanes}: rows come equally often only on average")
         if count % world_size:
             lanes = f"{shards} shards in {count} lanes, which cannot be split over {world_size} processes"
             raise ValueError(f"batch {batch} reads {lanes}: choose another --batch, or write more shards")

@@ -1,8 +1,8 @@
 """Encodes a data set once, so that train_t2i.py reads latents instead of images.
 
-    python encode.py --data my_images --out latents              # nano:... has no end and needs --limit
-    python encode.py --data imagenet/train --flip --autoencoder rae-dinov2-b --out imagenet    # or torchrun
-    python train_t2i.py --data imagenet --condition class --autoencoder rae-dinov2-b
+    python encode.py --data my_images --out my_latents           # nano:... has no end and needs --limit
+    torchrun --nproc-per-node 8 encode.py --data imagenet/train --flip --autoencoder rae-dinov2-b
+    python train_t2i.py --data latents --condition class --autoencoder rae-dinov2-b
 
 For data sets that fit on disk: 16 x 16 tokens of 768 channels take 0.4 MB per image, 0.8 MB with --flip.
 Images are centre crops. Writes OUT/latents.json and, per process, OUT/RANK.npy (rows, 1 or 2, N, C) float16

@@ -19,7 +19,7 @@ one row per prompt. An image is named after its prompt in lower case, with a has
 such as "!". A file is only ever replaced by the same image. --latents also saves latents, which --ask and
 --reconstruct accept instead of an image.
 Image k of a prompt, or of all class labels, is drawn from seed + k, whatever the batch size and the number of
-processes. A text --file of P prompts has independent noise: image k of prompt i is drawn from seed + k P + i.
+processes. With a text --file, image k of prompt i is drawn from seed + i + 1,000,000 k: no noise comes twice.
 """
 
 import json
@@ -202,7 +202,8 @@ def prompt_jobs(config: Config, count: int) -> list[list[Job]]:
         group = []
         for k in range(count):
             names = {"geneval": f"{i:05d}/samples/{k:05d}", "dpg": f"{stem}/{k}"}
-            seed = config.seed + (k * len(prompts) + i if config.file and layout == "none" else k)
+            # an FID needs noise of its own for every image
+            seed = config.seed + (i + 1_000_000 * k if config.file and layout == "none" else k)
             group.append(Job(prompt, seed, names.get(layout, f"{stem}-{seed}")))
         groups.append(group)
     return groups
@@ -377,10 +378,13 @@ def kept_jobs(group: list[Job], settings: dict, config: Config) -> list[Job]:
     try:
         scores = json.loads(path.read_text())
         old = dict(scores["settings"])
+        seeds = [row["seed"] for row in scores["candidates"]]
         jobs = {row["rank"]: job for row, job in zip(scores["candidates"], group, strict=False)}
     except (ValueError, KeyError, TypeError):
         old = {}
     check_same(path, old, describe(group[0], settings))
+    if seeds != [job.seed for job in group]:
+        raise ValueError(f"{path} has scores of candidates with other seeds: choose another --out")
     kept = [jobs[rank] for rank in range(config.n) if rank in jobs]
     return kept if len(kept) == config.n and all(is_drawn(job, settings, config) for job in kept) else []
 
@@ -567,9 +571,9 @@ def reconstruct(config: Config, dist_ctx: DistContext) -> None:
             note = f"  (left original, right reconstruction; PSNR {psnr:.1f} dB)"
     path = Path(config.out) / f"{Path(config.reconstruct).stem}-reconstruction.png"
     metadata = {"source": config.reconstruct, "content": short_hash(Path(config.reconstruct).read_bytes())}
-    metadata |= {"weights": common.fingerprint(model), "dtype": str(dist_ctx.dtype), "grid_of": str(count)}
+    metadata |= {"weights": common.fingerprint(model), "dtype": str(dist_ctx.dtype)}
     exists(path, metadata)
-    common.save_image(path, image, **metadata)
+    common.save_image(path, image, **metadata, grid_of=count)
     print(f"{path}{note}")
 
 

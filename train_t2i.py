@@ -170,7 +170,7 @@ class Config(common.TrainConfig):
         "velocity", "output of the DiT: velocity or clean latents", choices=["velocity", "x"]
     )
     alpha: float | None = flag(
-        None, "timestep shift (if no preset has one: that of --init, or sqrt(N C / 4096))", above=0
+        None, "timestep shift (default: with --init its own, else the preset's or sqrt(N C / 4096))", above=0
     )
     # data
     data: str = flag("", "source of images, or several with weights, see data.py (default: the nano world)")
@@ -465,7 +465,7 @@ def validation_batch(config: Config, source: data.Mixture) -> dict:
     raise ValueError(f"{name} asks for no image in its first {count} samples: give another --val-data")
 
 
-def is_prompt(model: rae.TextToImage | rae.CaptionToImage, text: str) -> bool:
+def is_prompt(model: rae.TextToImage, text: str) -> bool:
     try:
         model.check_prompts([text])
     except ValueError:
@@ -495,10 +495,12 @@ class Validation:
         self.guidance = 1.0 if config.condition == "none" else GRID_GUIDANCE
         if config.condition in ("text", "caption"):
             captions = map(data.requested_caption, batch["conversation"])
-            # some captions are longer than a prompt may be
-            self.grid_inputs = [text for text in captions if text is not None and is_prompt(model, text)][:16]
+            captions = [caption for caption in captions if caption is not None]
+            if config.condition == "text":  # the language model learns from captions too long for a prompt
+                captions = [caption for caption in captions if is_prompt(model, caption)]
+            self.grid_inputs = captions[:16]
             if not self.grid_inputs:
-                data.say("no sample grids: no validation caption is short enough for a prompt")
+                data.say("no sample grids: no validation caption can be a prompt")
         else:
             classes = getattr(model, "num_classes", None) or 16
             self.grid_inputs = [i * classes // 16 for i in range(16)]
@@ -525,8 +527,11 @@ class Validation:
         if not self.grid_inputs:
             return
         noise = self.noise[torch.arange(len(self.grid_inputs)) % len(self.noise)]
+        inputs = self.grid_inputs
+        if isinstance(ema, rae.CaptionToImage):
+            inputs = ema.condition(inputs, truncate=True)  # as in the loop, where long captions are cut
         with self.dist_ctx.autocast():
-            latents = ema.generate(self.grid_inputs, GRID_STEPS, self.guidance, noise=noise)
+            latents = ema.generate(inputs, GRID_STEPS, self.guidance, noise=noise)
             images = self.autoencoder.decode(latents)
         if self.dist_ctx.is_main:
             prompts = "\n".join(map(str, self.grid_inputs))

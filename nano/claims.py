@@ -473,7 +473,7 @@ CLAIMS = {
         ("t2i",),
     ),
     "understanding": Claim(
-        "Learning to generate in the latents it reads costs at most a tenth of the gain from reading",
+        "A model that learns to generate in the latents it reads loses at most a tenth of reading's gain",
         *("Scale-RAE 4.3", "MME 1468.7 (RAE), 1481.7 (VAE), 1374.8 (no generation)"),
         *("correct answers", understanding),
         # a gain over the most frequent answer

@@ -40,7 +40,7 @@ class Config:
     dtype: str = flag("bf16", "compute dtype; fp32 on a CPU without AVX512-BF16", choices=["bf16", "fp32"])
     compile: bool = flag(False, "torch.compile in decoder and text to image; a CPU needs a C++ compiler")
     limit: int = flag(50, "prompts per task of the evaluation", at_least=2)
-    eval_seed: int = flag(9000, "seed of the evaluation's prompts; all settings but --steps used another")
+    eval_seed: int = flag(9000, "seed of the evaluation's prompts, also used to choose the number of steps")
     out: str = flag("runs/speedrun", "folder of the run")
 
 

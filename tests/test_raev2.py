@@ -494,6 +494,7 @@ def test_processes_accumulation_and_resume_agree(condition, world, parts, tmp_pa
         for name in variants
     }
     for name in variants:
+        assert list((tmp_path / name / "samples").glob("*.png"))
         for row, expected in zip(rows[name], rows["one"], strict=True):
             assert row.keys() == expected.keys()
             for key in {"loss", "grad_norm", "val_loss"} & row.keys():

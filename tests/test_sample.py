@@ -100,7 +100,12 @@ def test_names_are_readable_and_differ():
     assert [job.name for group in jobs for job in group] == ["a-star-0", "a-star-1", "a-ring-0", "a-ring-1"]
     # With one noise for all prompts of a file, the FID of the nano model is 5 to 12 instead of 0.8.
     jobs = sample.prompt_jobs(sample.Config(["a star", "a ring"], file="prompts.txt", seed=7), 2)
-    assert [job.name for group in jobs for job in group] == ["a-star-7", "a-star-9", "a-ring-8", "a-ring-10"]
+    assert [job.name for group in jobs for job in group] == [
+        "a-star-7",
+        "a-star-1000007",
+        "a-ring-8",
+        "a-ring-1000008",
+    ]
 
 
 def test_no_file_is_replaced_but_by_the_same_image(run, parts, tmp_path):
