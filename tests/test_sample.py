@@ -98,7 +98,7 @@ def test_names_are_readable_and_differ():
         assert len(sample.file_name(prompt).encode()) <= 200
     jobs = sample.prompt_jobs(sample.Config(["a star", "a ring", "a star"]), 2)
     assert [job.name for group in jobs for job in group] == ["a-star-0", "a-star-1", "a-ring-0", "a-ring-1"]
-    # With one noise for all prompts of a file, the FID of the nano model is 5 to 12 instead of 0.8.
+    # A FID of images that share their noise would be far too high.
     jobs = sample.prompt_jobs(sample.Config(["a star", "a ring"], file="prompts.txt", seed=7), 2)
     assert [job.name for group in jobs for job in group] == [
         "a-star-7",
