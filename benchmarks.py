@@ -407,9 +407,8 @@ def clipscore(config, dist_ctx: common.DistContext) -> list[dict]:
     """Mean over a folder of images, each with the prompt in its metadata. config: eval.Config."""
     folder = samples_folder(config, "clipscore")
     texts = {path: data.open_metadata(str(path)) for path in sorted(folder.rglob("*.png"))}
-    pairs = [(path, text.get("prompt")) for path, text in texts.items() if "grid_of" not in text][
-        : config.limit
-    ]
+    pairs = [(path, text.get("prompt")) for path, text in texts.items() if "grid_of" not in text]
+    pairs = pairs[: config.limit]
     culprit = next((path for path, prompt in pairs if prompt is None), None if pairs else folder)
     if culprit:
         raise ValueError(f"{culprit} has no images with a prompt in their metadata")
