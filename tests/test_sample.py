@@ -337,6 +337,9 @@ def test_best_of_keeps_what_the_verifier_prefers(reads_images, run, parts, tmp_p
     assert (tmp_path / lines[0]).exists() and (tmp_path / lines[2]).stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="with n 2, not 3"):
         run("two rings", *flags, "--n", 3, "--resume")
+    (tmp_path / "prompts.txt").write_text("two rings")
+    with pytest.raises(ValueError, match="candidates with other seeds"):
+        run("--file", tmp_path / "prompts.txt", *flags, "--n", 2, "--resume")
     # damaged scores
     scores = tmp_path / "two-rings-3-scores.json"
     settings = json.loads(scores.read_text())["settings"]
