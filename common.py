@@ -76,11 +76,14 @@ class TrainConfig:
     """The flags that both trainers share."""
 
     out: str = flag("runs/train", "folder of this run")
-    resume: str = flag("", "continue from OUT's newest checkpoint, or a given one", nargs="?", const="auto")
+    resume: str = flag(
+        "", "continue from OUT's newest checkpoint, or a given one, with the flags of OUT/config.json",
+        nargs="?", const="auto",
+    )  # fmt: skip
     seed: int = flag(0, "seed of weights, data order, noise and every other random draw")
     batch: int = flag(64, "samples per step, over all ranks", at_least=1)
     grad_accum: int = flag(1, "gradient accumulation: micro-batches per step and rank", at_least=1)
-    dtype: str = flag("auto", "compute dtype; auto: bf16 on CUDA, else fp32", choices=DTYPES)
+    dtype: str = flag("auto", "compute dtype (fp32 is TF32 on CUDA); auto: bf16 on CUDA", choices=DTYPES)
     shard: str = flag("none", "FSDP2 sharding: full (all ranks) or hybrid (within a node)", choices=SHARDING)
     activation_checkpointing: bool = flag(False, "recompute the blocks in backward, to save memory")
     compile: bool | None = flag(None, "torch.compile the transformer blocks (default: on CUDA)")
@@ -114,7 +117,7 @@ def parse(config: type, manual: str, presets: dict[str, dict] | None = None):
     saved = Path((base | flags).get("out", getattr(config, "out", ""))) / "config.json"
     if flags.get("resume") and saved.is_file():
         try:
-            base = dict(json.loads(saved.read_text()))
+            base = dict(json.loads(saved.read_text())) | {"out": str(saved.parent)}  # it may have moved
             config(**base)  # a TypeError names a value that this script does not know
         except (ValueError, TypeError) as error:
             raise ValueError(f"cannot read {saved}: {one_line(error)}") from error
@@ -318,7 +321,7 @@ def shard_model(
 
     # a 2-D mesh is hybrid sharding: gradients are also summed over replicas
     mesh = dist_ctx.mesh if dist_ctx.mesh.shape[0] > 1 else dist_ctx.mesh["shard"]
-    # Tables of one row would be padded to a row for every rank.
+    # FSDP splits dimension 0, so that tables (1, N, D) would be padded to a whole table for every rank.
     tables = {p for p in module.parameters() if p.shape[:1] == (1,) and not p.requires_grad}
     is_skeleton = any(p.is_meta for p in module.parameters())
     policy = MixedPrecisionPolicy()
@@ -494,7 +497,8 @@ class Muon(torch.optim.Optimizer):
     sqrt(max(out, in)), the size of an AdamW update, so that both take the same learning rates (RAEv2).
 
     Groups may have `parts`, the number of projections fused in a matrix, each orthogonalised by itself; and
-    `side`, the larger side without padding. `found_inf` of 1 leaves all as it is, as in fused AdamW."""
+    `side`, the larger side without padding. If `found_inf` is 1, a step changes nothing, as in fused AdamW.
+    """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1, "side": None}
@@ -632,7 +636,7 @@ def linear(step: int, start: int, end: int, floor: float) -> float:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """ema <- decay ema + (1 - decay) model, for the trainable parameters."""
-    # it grows from 0.1 during the first steps, so that the initial weights are soon forgotten
+    # the decay starts at 0.1 and grows, so that the initial weights are soon forgotten
     decay = min(decay, (1 + step) / (10 + step))
     pairs = [(a, b) for a, b in zip(ema.parameters(), model.parameters(), strict=True) if b.requires_grad]
     # one kernel for many tensors, on this rank's shards
@@ -1039,7 +1043,8 @@ class Run:
             expected = {k: v.size() for k, v in tensors.items()}
             wrong = [k for k in expected.keys() | saved.keys() if expected.get(k) != saved.get(k)]
             if wrong:
-                raise ValueError(f"{len(wrong)} tensors do not fit this model, such as {min(wrong)}")
+                cure = "give the sizes, --ema, --muon and --gan-weight of that run"
+                raise ValueError(f"{len(wrong)} tensors do not fit, such as {min(wrong)}: {cure}")
             # ---- what the checkpoint depends on but does not hold
             then = state["identity"]
             for name, value in self.identity["frozen"].items():
@@ -1165,6 +1170,9 @@ class Run:
                 print(f"resumed from {self.source}", flush=True)
             with replacing(self.out / "config.json") as temporary:
                 temporary.write_text(text + "\n")
+            if not step and (self.out / "model").exists():  # of a run whose checkpoints are gone
+                kept = (self.out / "model").rename(self.out / f"model.{time.time_ns()}")
+                print(f"no checkpoint to resume from: starts anew, and keeps {kept}", flush=True)
             self.forget_after(step)
             if self.config.wandb:
                 self.wandb = start_wandb(self.config, self.out)
@@ -1175,7 +1183,7 @@ class Run:
         self.start_timer(step)
 
     def forget_after(self, step: int) -> None:
-        """Removes log lines and checkpoints beyond the step, and what a killed run left half-written."""
+        """Removes log lines and checkpoints after the step, and what a killed run left half-written."""
         for path in self.complete_checkpoints():
             if int(path.name) > step:
                 remove_folder(path)
@@ -1203,7 +1211,7 @@ class Run:
 
     def next_batch(self, loader, step: int) -> dict:
         """The next batch of the loader. If the data of any rank fails, the last complete step is saved."""
-        batch, failure = None, None
+        batch, failure, positions = None, None, dict(loader.positions)
         try:
             batch = next(loader)
         except (OSError, ValueError) as error:
@@ -1212,6 +1220,7 @@ class Run:
         if not failed:
             return batch
         if step > self.saved_step:
+            loader.positions = positions  # before the batch that the other ranks do not have
             self.save(step, loader)
         self.check_checkpoint(wait=True)
         reason = one_line(failure) if failure else "data loading failed on another rank"
@@ -1329,7 +1338,8 @@ def training_state(modules: dict[str, nn.Module], optimizers: list[Optimizers]) 
     # ---- parameters and buffers of the modules
     state, names = {}, {}
     for prefix, module in modules.items():
-        frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+        parameters = module.named_parameters(remove_duplicate=False)  # tied weights have two names
+        frozen = {name for name, p in parameters if not p.requires_grad}
         state |= {f"{prefix}.{name}": x for name, x in module.state_dict().items() if name not in frozen}
         names |= {p: f"{prefix}.{name}" for name, p in module.named_parameters()}
     # ---- the optimizers' state, under the name of its parameter

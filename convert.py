@@ -100,8 +100,9 @@ def from_official(state_dict: dict[str, Tensor], **options) -> nn.Module:
       takes encoder_size= (default: from the number of tokens) and stats= ({"mean", "var"}, (C, h, w) or None)
     - LightningDiT, DiT-DH, or Scale-RAE's DiT without its prefix `diff_head.model.` -> DiT
     - RAEv2's DiT, for labels or text -> InContextDiT; takes base_depth= (default: 8, the released one's)
-    - a whole Scale-RAE model -> TextToImage; needs language_model= (config or model of `transformers`); takes
-      im_start= and im_end=, ids of the tokens around an image. Set its tokenizer and autoencoder afterwards
+    - a whole Scale-RAE model -> TextToImage; needs language_model= (config or model of `transformers`, no hub
+      id); takes im_start= and im_end=, ids of the tokens around an image. Set its tokenizer and autoencoder
+      afterwards
 
     heads= is needed for a decoder whose size is not in `rae.DECODERS`, and for a DiT without RoPE tables;
     depth= for a DiT whose DDT head is as wide as its backbone, for nothing tells where the head begins. Other
@@ -414,6 +415,8 @@ class ReleasedDiT:
 
         # ---- what differs between the three models, and what tells --------------------------------
         check_options(options, sizes | {"width": width, "depth": depth, "heads": heads}, width, heads)
+        # names in the blocks alone: a language model beside them may have a q_norm of its own
+        in_blocks = [name for name in self.weights if name.startswith(f"{self.prefix}{self.blocks}.")]
         return sizes | {
             "width": width[0],
             "depth": depth[0],
@@ -422,8 +425,8 @@ class ReleasedDiT:
             "silu_condition": self.scale_rae or self.ddt_head,
             "readd_time": self.ddt_head and not self.scale_rae,
             "xavier": self.scale_rae or not self.ddt_head,
-            "qk_norm": any(".q_norm." in name for name in self.weights),
-            "swiglu": not any(".mlp.fc1." in name for name in self.weights),
+            "qk_norm": any(".q_norm." in name for name in in_blocks),
+            "swiglu": not any(".mlp.fc1." in name for name in in_blocks),
         }
 
     def reshaped(self) -> dict[str, Tensor]:
@@ -939,6 +942,8 @@ def open_class_to_image(source: str, revision: str | None) -> rae.ClassToImage |
     if not source.endswith(".pt"):
         return None
     dit = from_official(read_tensors(source, revision))
+    if not isinstance(dit, (rae.DiT, rae.InContextDiT)):
+        raise ValueError(f"{source} holds a {type(dit).__name__}, not a DiT")
     if hasattr(dit.y_embedder, "proj"):
         raise ValueError(
             f"{source} is conditioned on captions: make a rae.CaptionToImage and set its `dit` to what "
@@ -956,7 +961,7 @@ def open_class_to_image(source: str, revision: str | None) -> rae.ClassToImage |
 def open_text_to_image(source: str, revision: str | None) -> rae.TextToImage | None:
     """A released Scale-RAE model, by name, hub id, folder or `.zstd` file."""
     source = RELEASED_TEXT_TO_IMAGE.get(source, source)
-    folder = os.path.dirname(source) if source.endswith(".zstd") else source
+    folder = (os.path.dirname(source) or ".") if source.endswith(".zstd") else source
     config, _ = read_config(folder, revision)
     if "diffusion_model_hidden_size" not in config:
         return None

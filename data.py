@@ -18,9 +18,10 @@ docs/data.md has examples of the files. Rows of shards may have conversations to
 the image: in a human turn the model looks at it, in a gpt turn the model draws it. A caption becomes a
 conversation that asks for the image.
 
-Place j of step s is sample number s * batch + j. A sample depends on the seed and its number only, not on the
-number of processes or workers. `Loader` yields the batches of a training run, without end. `OnePass` yields
-every sample once, for an evaluation or for statistics. Samples that cannot be used are skipped and reported.
+Sample j of the batch of step s has the number s * batch + j. A sample depends on the seed and its number
+only, not on the number of processes or workers. `Loader` yields the batches of a training run, without end.
+`OnePass` yields every sample once, for an evaluation or for statistics. Samples that cannot be used are
+skipped and reported.
 """
 
 import csv
@@ -84,7 +85,7 @@ SPECIAL_TOKEN = r"<\|\w+\|>|<im_\w+>"  # tokens of language models; <image> is t
 MAX_SKIPPED = 100  # unusable samples in a row before a run stops with an error
 MAX_STREAM = 100_000  # unusable samples in a row of shards before it does
 MAX_DEATHS = 10  # worker processes that die for one batch before it does
-TIMEOUT = 300  # seconds without data before it does
+TIMEOUT = 1200  # seconds without data before it does: on resume, shards are read again up to their places
 CHECK = 1  # seconds without data before it looks whether its worker processes are alive
 
 # These are part of what a seed means: with other values the batches of every run change.
@@ -549,7 +550,10 @@ class Folder:
         self.identity = f"{len(images):,} images ({short_hash(self.images.content)})"
         # ---- classes
         classes = {image.partition("/")[0] for image in images if not metadata}
-        in_classes = len(classes) > 1 and all("/" in image for image in images)
+        loose = [] if metadata else [image for image in images if "/" not in image]
+        in_classes = len(classes) > 1 and not loose
+        if loose and len(loose) < len(images) and not self.has_texts:
+            say(f"{path}: no classes, because {loose[0]} is in no subfolder ({len(loose):,} such images)")
         self.class_names = sorted(classes) if in_classes else None
         self.labels = {name: label for label, name in enumerate(self.class_names or [])}
         if in_classes and all(name.lower() in ("train", *HELD_OUT) for name in classes):
@@ -639,13 +643,13 @@ class LatentFolder:
         # A Mac leaves hidden files, ._NAME, beside those it copies.
         self.parts = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("[!.]*.npy"))]
         text = "".join(path.read_text() for path in sorted(folder.glob("[!.]*.jsonl")))
-        self.rows = [json.loads(line) for line in text.splitlines()]
+        self.rows = Packed(text.splitlines())
         self.ends = np.cumsum([len(part) for part in self.parts])
         if not self.rows or not self.ends[-1] == len(self.rows) == self.info["images"]:
             raise ValueError("the number of latents differs from that of captions: encode again")
         shapes = {part.shape[2:] for part in self.parts}
-        fields = {"caption", "label"}
-        if shapes != {tuple(self.info["latent_shape"])} or any(fields - set(row) for row in self.rows):
+        shape, fields = tuple(self.info["latent_shape"]), {"caption", "label"}
+        if shapes != {shape} or any(fields - set(json.loads(row)) for row in self.rows):
             raise ValueError("its files do not fit latents.json: encode again")
         self.views = 2 if transform.flip else 1
         if self.views > self.parts[0].shape[1]:
@@ -661,7 +665,7 @@ class LatentFolder:
         return self.shuffled.usable(number, partial(self.sample, uniform=uniform), draws)
 
     def sample(self, row: int, uniform: np.ndarray) -> dict:
-        fields = self.rows[row]
+        fields = json.loads(self.rows[row])
         caption, label = fields["caption"], fields["label"]
         conversation = fields.get("conversation") or request(caption or "", uniform[1])
         check_text(f"{self.folder}: row {row}", caption, label, conversation, self.transform)
@@ -681,7 +685,7 @@ class LatentFolder:
 
 
 class ShardStream:
-    """Shards read in order: functions that yield rows, see `make_sample`."""
+    """Shards, each a function that yields rows (see `make_sample`), read in order."""
 
     # Random access is slow in a tar and hopeless over a network. Instead, the shards are dealt anew to the
     # lanes in every epoch, and rows are shuffled within blocks.
@@ -790,7 +794,9 @@ def tar_rows(url: str) -> Iterator[dict]:
                 if row and row["name"] != name:
                     yield row
                     row = {}
-                row |= {"name": name} | read_member(tar, member, path, extension.lower())
+                fields = {"name": name} | read_member(tar, member, path, extension.lower())
+                # "KEY.image.jpg" counts unless there is a "KEY.jpg"
+                row = fields | row if "." in extension else row | fields
         # A whole tar ends with zeros. tarfile takes any end of the file for the end of the archive.
         if reader.tail.strip(b"\0"):
             raise EOFError("the file ends in the middle")
@@ -800,19 +806,20 @@ def tar_rows(url: str) -> Iterator[dict]:
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: PurePosixPath, extension: str) -> dict:
     """What one file in a tar adds to its row: an image, a text, a label (cls) or several fields (json)."""
+    kind = extension.rpartition(".")[2]  # of "image.jpg" jpg
+    if kind not in (*IMAGES, *CAPTIONS) and extension not in ("cls", "json"):
+        return {}
     if path.is_absolute() or ".." in path.parts:
         return {"error": "unsafe file name"}
     if encodable(member.name) != member.name:
         return {"error": "the file name is not UTF-8"}
     if member.size > MAX_FILE:
         return {"error": f"{path.name} has {member.size:,} bytes, the limit is {MAX_FILE:,}"}
-    if extension not in (*IMAGES, *CAPTIONS, "cls", "json"):
-        return {}
     content = tar.extractfile(member).read()
-    if extension in IMAGES:
+    if kind in IMAGES:
         return {"image": content}
     text = content.decode("utf-8-sig", errors="replace")
-    if extension in CAPTIONS:
+    if kind in CAPTIONS:
         return {"text": text}
     try:
         return {"label": int(text)} if extension == "cls" else known_fields(json.loads(text))
@@ -959,7 +966,10 @@ def open_one(name: str, transform: Transform, seed: int):
 def find_shards(name: str, path: Path) -> dict[str, Callable]:
     """The shards of a manifest, folder or hub data set, see `ShardStream`; {} for a folder of images."""
     if path.suffix.lower() == ".json" and path.is_file():
-        tars = json.loads(path.read_text("utf-8-sig"))["tars"]
+        manifest = json.loads(path.read_text("utf-8-sig"))
+        if not isinstance(manifest, dict) or "tars" not in manifest:
+            raise ValueError('a .json is a manifest, {"tars": [...]}; conversations are lines of a .jsonl')
+        tars = manifest["tars"]
         return {tar: partial(tar_rows, tar if "://" in tar else str(path.parent / tar)) for tar in tars}
     if path.exists():
         # One shard may be named itself.
@@ -1147,7 +1157,9 @@ class OnePass:
 
     def batches(self, worker: int, workers: int) -> Iterator[dict]:
         """What one worker process makes; only "skipped" if no sample of a batch can be used."""
-        samples = self.source.once(self.limit, self.rank * workers + worker, self.world_size * workers)
+        # a few shards go to the first workers of all processes, not to all workers of the first process
+        part = worker * self.world_size + self.rank
+        samples = self.source.once(self.limit, part, self.world_size * workers)
         while block := list(itertools.islice(samples, self.batch)):
             usable = [sample for sample in block if "image" in sample]
             skipped = [reason for sample in block for reason in sample.get("skipped", [])]

@@ -49,8 +49,10 @@ class Hub(PyTorchModelHubMixin, library_name="rae"):
 
     @classmethod
     def _from_pretrained(cls, *, config: dict | None = None, **kwargs):
+        if config is None:
+            raise ValueError(f"{kwargs['model_id']} is no folder or hub id with a config.json")
         # the mixin ignores arguments that `__init__` does not have, and loads weights that do not fit
-        if unknown := set(config or ()) - set(cls._hub_mixin_init_parameters):
+        if unknown := sorted(set(config) - set(cls._hub_mixin_init_parameters)):
             raise ValueError(f"config.json has keys that {cls.__name__} does not know: {', '.join(unknown)}")
         with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):  # the mixin prints a line
             return super()._from_pretrained(**(kwargs | {"strict": True}))
@@ -134,7 +136,8 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(a) * b), where a and b are the two halves of w12(x). Weights of the published width load."""
+    """w3(silu(a) * b), where a and b are the two halves of w12(x). Published weights, which are not padded,
+    load too."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -230,23 +233,23 @@ class Encoder(nn.Module):
     """A frozen vision transformer: normalised pixels (B, 3, S, S) -> patch tokens (B, N, C).
 
     source: hub id or local `transformers` folder (pretrained weights), or the config of one as a dict
-        (weights are loaded later, from a state dict). `changes` override values of its config.
+        (weights are loaded later, from a state dict). `overrides` replace values of its config.
     layers: blocks, counted from 0, whose normalised tokens are averaged (RAEv2); default: the last one alone.
-    affine: keep the learned scale and shift of the final norm. The default is the papers': False, except for
-        SigLIP with `layers`.
+    affine: keep the learned scale and shift of the final norm. The papers drop them, except for SigLIP with
+        `layers`, which is the default; WebSSL (`dinov2`) always keeps them.
     """
 
     def __init__(
         self,
         source: str | dict,
-        changes: dict | None = None,
+        overrides: dict | None = None,
         layers: Sequence[int] | None = None,
         affine: bool | None = None,
     ):
         super().__init__()
-        changes = changes or {}
+        overrides = overrides or {}
         if isinstance(source, dict):
-            config = transformers.AutoConfig.for_model(**(source | changes))
+            config = transformers.AutoConfig.for_model(**(source | overrides))
         else:
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         # of SigLIP only the vision tower is used
@@ -264,7 +267,7 @@ class Encoder(nn.Module):
             model = model_class(config)
         else:
             # `transformers` only warns of weights that are missing and initialises them at random
-            model, report = model_class.from_pretrained(source, output_loading_info=True, **changes)
+            model, report = model_class.from_pretrained(source, output_loading_info=True, **overrides)
             unused = ("pooler", "head") if affine else ("pooler", "head", family.norm)
             check_encoder(source, model, report, unused)
         if family.norm and not affine:
@@ -283,7 +286,7 @@ class Encoder(nn.Module):
         # a buffer, so that common.fingerprint tells autoencoders of other layers apart
         self.register_buffer("layer_numbers", torch.tensor(layers or []), persistent=False)
         self.norm = family.norm or "layernorm"  # name of the final norm
-        self.prefix = family.class_tokens + getattr(config, "num_register_tokens", 0)
+        self.prefix_tokens = family.class_tokens + getattr(config, "num_register_tokens", 0)
         self.interpolate = family.interpolate
         self.is_mae = config.model_type == "vit_mae"
         if self.is_mae:
@@ -302,7 +305,7 @@ class Encoder(nn.Module):
         outputs = {}
 
         def keep(layer: int, block: nn.Module, inputs: tuple, output) -> None:
-            outputs[layer] = (output[0] if isinstance(output, tuple) else output)[:, self.prefix :]
+            outputs[layer] = (output[0] if isinstance(output, tuple) else output)[:, self.prefix_tokens :]
 
         hooks = [self.blocks[layer].register_forward_hook(partial(keep, layer)) for layer in set(layers)]
         try:
@@ -318,7 +321,7 @@ class Encoder(nn.Module):
             # MAE shuffles tokens by the order of this "noise": an increasing one keeps raster order
             patches = (pixels.shape[-1] // self.config.patch_size) ** 2
             options["noise"] = torch.arange(patches, device=pixels.device).expand(len(pixels), -1)
-        return self.model(pixels, **options).last_hidden_state[:, self.prefix :]
+        return self.model(pixels, **options).last_hidden_state[:, self.prefix_tokens :]
 
     def forward(self, pixels: Tensor) -> Tensor:
         if self.layers is None:
@@ -433,7 +436,8 @@ class RAE(nn.Module, Hub):
     encoder: hub id or local `transformers` folder; or its config as a dict, as `save_pretrained` writes it.
     decoder_config: width, depth, heads, mlp_width and patch_size (of the output; default: the encoder's).
     encoder_size: side of the encoder's input in pixels; images of another size are resized.
-    image_mean, image_std: the encoder's pixel statistics. All three are read from the hub id or folder.
+    image_mean, image_std: the encoder's pixel statistics. These three are read from the hub id or folder
+        unless given; a config needs them.
     layers: encoder layers that are averaged, see `Encoder` (RAEv2).
     denormalise: whether the decoder's output is in the encoder's normalised pixels (RAE) or in [0, 1] already
         (RAEv2, the default with `layers`).
@@ -452,8 +456,9 @@ class RAE(nn.Module, Hub):
         super().__init__()
         self.encoder = Encoder(encoder, layers=layers)
         if not isinstance(encoder, dict):
-            side, image_mean, image_std = input_settings(encoder, self.encoder)
+            side, mean, std = input_settings(encoder, self.encoder)
             encoder_size = encoder_size or side
+            image_mean, image_std = image_mean or mean, image_std or std
         if not (encoder_size and image_mean and image_std):
             raise ValueError("an encoder config needs encoder_size, image_mean and image_std beside it")
         patch = self.encoder.config.patch_size
@@ -467,6 +472,7 @@ class RAE(nn.Module, Hub):
             encoder_size=encoder_size,
             image_mean=image_mean,
             image_std=image_std,
+            layers=None if layers is None else list(layers),  # JSON knows no range
         )
         side = encoder_size // patch
         self.encoder_size = encoder_size
@@ -580,9 +586,10 @@ class VAE(nn.Module):
             raise ValueError(f"{source} is an AutoencoderKL of {channels} channels: give one of RGB images")
         sample_size = config.sample_size if isinstance(config.sample_size, int) else min(config.sample_size)
         self.image_size = image_size or min(256, sample_size)
-        side, rest = divmod(self.image_size, 2 ** len(config.block_out_channels))
+        patch = 2 ** len(config.block_out_channels)  # a 2 x 2 token, in pixels
+        side, rest = divmod(self.image_size, patch)
         if rest:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of {self.image_size // side}")
+            raise ValueError(f"image_size {self.image_size} is not a multiple of {patch}")
         # (256, 64) for FLUX at 256 px
         self.latent_shape = (side * side, 4 * config.latent_channels)
         # `force_upcast` guards against overflow in fp16; bf16 has the range of fp32
@@ -685,7 +692,7 @@ class Block(nn.Module):
             return x + self.mlp(self.norm2(x))
         # six of (B, 1 or N, width)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope, key_mask)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
@@ -955,8 +962,8 @@ class InContextDiT(nn.Module, Hub):
         # ---- positions: only the latent tokens have one, the others are not rotated
         rope = rope_table(tokens, width // heads)
         extra = time_tokens + (condition_tokens if self.y_embedder else 0)
-        still = torch.stack([torch.ones(extra, rope.shape[2]), torch.zeros(extra, rope.shape[2])])
-        self.register_buffer("rope", torch.cat([rope, still], dim=1), persistent=False)
+        unrotated = torch.stack([torch.ones(extra, rope.shape[2]), torch.zeros(extra, rope.shape[2])])
+        self.register_buffer("rope", torch.cat([rope, unrotated], dim=1), persistent=False)
         # ---- backbone, DDT head, base head
         blocks = [Block(width, heads, None, qk_norm=True) for _ in range(depth)]
         out_width = width
@@ -1072,8 +1079,8 @@ def flow_loss(
 
 
 def time_grid(steps: int, alpha: float, grid: str = "full") -> list[tuple[float, float]]:
-    """(t, dt) of every Euler step from t = 1, of shifted t. "full" goes down to 0 in `steps` evaluations;
-    "rae" and "scale-rae" are the grids of the authors' code, with one evaluation fewer."""
+    """(t, dt) of every Euler step from noise to data, t shifted. "full" goes down to 0 in `steps`
+    evaluations; "rae" and "scale-rae" are the grids of the authors' code, with one evaluation fewer."""
     if steps < 1 + (grid != "full"):
         raise ValueError(f"grid {grid!r} needs more than {steps} step(s)")
     if grid == "full":
@@ -1109,7 +1116,8 @@ def sample(
     """Integrates dx/dt = velocity(x, t (B,)) from noise (B, N, C) to latents.
 
     alpha: factor of the timestep shift, sqrt(N C / 4096) by default.
-    solver: "euler", or "heun" (two evaluations per step). grid: see `time_grid`.
+    solver: "euler", or "heun": two evaluations per step, but one in a step that ends at t = 0, as in EDM.
+    grid: see `time_grid`.
     """
     if solver not in ("euler", "heun"):
         raise ValueError(f"unknown solver {solver!r}: euler or heun")
@@ -1118,7 +1126,8 @@ def sample(
     x = noise.float()
     for t, dt in time_grid(steps, alpha, grid):
         v = velocity(x, x.new_full((len(x),), t))
-        if solver == "heun":
+        # at t = 0 a prediction of clean latents has no velocity: it would be 0 / 0
+        if solver == "heun" and t + dt > 0:
             # the mean of the velocities at both ends of the step
             v = (v + velocity(x + dt * v, x.new_full((len(x),), t + dt))) / 2
         x = x + dt * v
@@ -1345,10 +1354,10 @@ class ClassToImage(LatentModel):
         return to_device(labels, self.device)
 
     def forward(
-        self, condition, x_t: Tensor, t: Tensor, dropped: Tensor, context_latents: None = None
+        self, condition, x_t: Tensor, t: Tensor, dropped: Tensor, context_latents: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Velocities of k draws for each label or caption, and a text loss of zero; see
-        `TextToImage.forward`."""
+        `TextToImage.forward`. There are no images to read, so context_latents has no rows."""
         if self.dit.y_embedder is not None:
             draws = len(x_t) // max(1, len(condition))
             condition = self.dit.drop_condition(condition.repeat(draws), dropped)
@@ -1545,7 +1554,7 @@ class TextToImage(LatentModel):
         auto = transformers.AutoModelForCausalLM
         if isinstance(language_model, dict):
             config = transformers.AutoConfig.for_model(**language_model)
-            self.language_model = auto.from_config(config, trust_remote_code=False)
+            self.language_model = auto.from_config(config, trust_remote_code=False).float()
         else:
             # stated, because otherwise `transformers` asks on the terminal
             options = {"trust_remote_code": False}
@@ -1553,9 +1562,8 @@ class TextToImage(LatentModel):
             model, report = auto.from_pretrained(language_model, output_loading_info=True, **options)
             if missing := sorted(report["missing_keys"]):  # initialised at random, with a warning only
                 raise ValueError(f"{language_model}: {len(missing)} weights are missing: {missing[:5]}")
-            self.language_model = model
+            self.language_model = model.float()  # files are often bf16
             self.add_image_tokens(tokenizer)
-        self.language_model.float()  # files are often bf16
         # instruction-tuned models ship sampling settings and penalties, which decoding here must not inherit
         self.language_model.generation_config = transformers.GenerationConfig()
         config = self.language_model.config
@@ -1674,11 +1682,10 @@ class TextToImage(LatentModel):
     def causal_mask(self) -> dict | None:
         """Mask argument for plain causal attention in Qwen2; None: the model builds its own mask."""
         config = self.language_model.config
+        layers = set(getattr(config, "layer_types", ()))
         is_plain = (config.model_type, config._attn_implementation) == ("qwen2", "sdpa")
         # To make a mask, `transformers` would ask the GPU whether positions are packed, and wait for it.
-        return (
-            {"full_attention": None} if is_plain and set(config.layer_types) == {"full_attention"} else None
-        )
+        return {"full_attention": None} if is_plain and layers == {"full_attention"} else None
 
     def answer_condition(self, hidden: Tensor, chat: Chat) -> Tensor:
         """Condition vectors (A, N, Z) of the images to generate, from the hidden states at their queries."""
@@ -1739,6 +1746,8 @@ class TextToImage(LatentModel):
         return Dialogue(self).say(question, image_or_latents, max_tokens)[0]
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: call set_tokenizer first")
         super()._save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)
 
@@ -1760,8 +1769,8 @@ class TextToImage(LatentModel):
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: dict | None = None, **kwargs):
         model = super()._from_pretrained(model_id=model_id, config=config, **kwargs)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
-        model.set_tokenizer(tokenizer)
+        options = {"revision": kwargs.get("revision"), "trust_remote_code": False}
+        model.set_tokenizer(transformers.AutoTokenizer.from_pretrained(model_id, **options))
         return model
 
 
@@ -1836,7 +1845,7 @@ class Dialogue:
 
 
 class Verdict(NamedTuple):
-    """What the language model thinks of an image for a prompt."""
+    """The language model's verdict on whether an image matches a prompt."""
 
     answer: str  # whether they align: yes, no or uncertain
     yes_logit: float
@@ -1853,13 +1862,13 @@ VERIFIERS = {
 
 
 def best(verdicts: list[Verdict], verifier: str, keep: int) -> list[int]:
-    """The numbers of the images to keep, the best first."""
+    """Indices of the images to keep, the best first."""
     return sorted(range(len(verdicts)), key=lambda i: VERIFIERS[verifier](verdicts[i]))[:keep]
 
 
 @torch.no_grad()
 def verify(model: TextToImage, prompt: str, latents: Tensor, max_tokens: int = 16) -> list[Verdict]:
-    """What the language model thinks of images for a prompt, from their latents (B, *read_shape)."""
+    """The language model's verdicts on whether images match a prompt, from their latents (B, *read_shape)."""
     model.check_prompts([prompt])
     header = model.tokens("<|im_start|>assistant\n")
     question = f"<image>\nDoes this image align with the prompt: {prompt}?"

@@ -134,14 +134,18 @@ class Config(common.TrainConfig):
     perceptual: str = flag(
         "none", "perceptual loss on features of VGG16 or of the encoder", choices=["lpips", "encoder", "none"]
     )
-    gram_weight: float = flag(0.0, "weight of the distance of the features' Gram matrices", at_least=0)
+    gram_weight: float = flag(
+        0.0,
+        "weight of the Gram loss, on VGG16's features with --perceptual lpips, else the encoder's",
+        at_least=0,
+    )
     gan_weight: float = flag(0.0, "weight of the adversarial loss (0: no discriminator)", at_least=0)
     adaptive: bool = flag(True, "scale the adversarial gradient to that of the other losses (VQGAN)")
     discriminator: str = flag(
         str(common.WEIGHTS / "encoder"), "frozen backbone of the discriminator: folder or hub id"
     )
     disc_lr: float = flag(2e-4, "peak learning rate of the discriminator", above=0)
-    disc_warmup: int = flag(100, "warm-up steps of the discriminator, before its cosine decay", at_least=0)
+    disc_warmup: int = flag(100, "warm-up steps of the discriminator, after --disc-start", at_least=0)
     disc_start: int = flag(0, "step at which the discriminator starts to train", at_least=0)
     gan_start: int = flag(0, "step at which the adversarial loss is added", at_least=0)
     # optimization
@@ -217,7 +221,8 @@ class Backbone(nn.Module):
 class Perceptual(nn.Module):
     """Features of a frozen network, and the distance between those of two batches of images.
 
-    kind: "lpips", VGG16's with trained channel weights (arXiv 1801.03924), or "encoder", those of `backbone`.
+    kind: "lpips", VGG16's with trained channel weights (arXiv 1801.03924), "encoder", those of `backbone`, or
+        "none", no distance: the Gram loss alone takes the features of `backbone`.
     """
 
     def __init__(self, kind: str, backbone: Backbone | None = None):
@@ -362,8 +367,8 @@ class Discriminator(nn.Module):
         layers: Sequence[int] = (),
     ) -> "Discriminator":
         """The authors' discriminator, in eval mode: the state dict of its heads, and its backbone, which may
-        be a state dict of DINO's own release; then `heads` (attention heads) and `layers` (of the maps) say
-        what it cannot tell, if it is not a small DINO. Raises ValueError for dicts that do not fit."""
+        be a state dict of DINO's own release. One that is not a small DINO also needs `heads` (attention
+        heads) and `layers` (blocks whose maps are used). Raises ValueError for dicts that do not fit."""
         if isinstance(backbone, dict):
             encoder, size = convert.official_dino(backbone, heads, DINO_CHANGES)
             backbone = Backbone(encoder, size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), layers)
@@ -418,14 +423,14 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def to_256_levels(images: Tensor) -> Tensor:
-    """Images in [-1, 1], clamped and rounded like the 8-bit files that real ones come from: otherwise the
-    discriminator could tell them by that."""
+    """Clamps images in [-1, 1] and rounds them to 256 levels, as real images are: otherwise the discriminator
+    could tell reconstructions by their finer levels."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
 class LastLayer:
-    """Gradient of the weight of a decoder's last layer from that of its output images: one matrix product, no
-    extra backward pass, also for a sharded weight."""
+    """Gradient of the decoder's last weight, computed from the gradient of its output images: one matrix
+    product instead of another backward pass. Works for sharded weights, too."""
 
     def __init__(self, model: rae.RAE):
         self.model = model
@@ -564,10 +569,12 @@ def measure_statistics(config: Config, model: rae.RAE, run: common.Run, dist_ctx
     """Sets the model's latent statistics, from centre crops."""
     source = data.open_source(config.data, model.image_size, config.seed)
     limit = None if config.statistics < 0 else config.statistics
-    batches = data.OnePass(source, config.batch, limit, config.workers, dist_ctx.rank, dist_ctx.world_size)
+    batch = max(1, config.batch // dist_ctx.world_size)
+    batches = data.OnePass(source, batch, limit, config.workers, dist_ctx.rank, dist_ctx.world_size)
     bar = tqdm(batches, "statistics", disable=not dist_ctx.is_main)
     mean, std = latent_statistics(model, bar, dist_ctx)
     run.count_skipped(batches)
+    run.skipped_samples = 0  # of training
     model.latent_mean.copy_(mean)
     model.latent_std.copy_(std)
 
@@ -620,6 +627,8 @@ def main() -> None:
     if config.gan_weight and config.gan_start < config.disc_start:
         flags = f"--gan-start {config.gan_start} is before --disc-start {config.disc_start}"
         raise ValueError(f"{flags}: the decoder cannot learn from an untrained discriminator")
+    if config.gan_weight and config.gan_start >= config.steps:
+        data.say(f"no adversarial loss: --gan-start {config.gan_start} is not before --steps {config.steps}")
     dist_ctx = common.init_distributed(config.dtype, config.shard)
     device = dist_ctx.device
     run = common.Run(config, dist_ctx)
@@ -627,9 +636,11 @@ def main() -> None:
     # ---- model and data ------------------------------------------------------------------------------------
     model = build_model(config, dist_ctx)
     source = data.open_source(config.data, model.image_size, config.seed, crop=config.crop)
+    if source.latents:
+        raise ValueError(f"--data {config.data} holds latents: a decoder needs images")
+    perceptual, discriminator = build_loss_networks(config, model, dist_ctx)
     if run.source is None and config.statistics and not config.init:
         measure_statistics(config, model, run, dist_ctx)
-    perceptual, discriminator = build_loss_networks(config, model, dist_ctx)
 
     # ---- model -> EMA -> shard -> compile -> optimizer -----------------------------------------------------
     if dist_ctx.peak_flops():

@@ -13,14 +13,14 @@
         --data blip3o-60k --init runs/t2i/model --out runs/finetuned
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_t2i.py ...
 
-A language model reads the request, and its hidden states at the latent queries condition the DiT. They are
-trained together, unless --freeze is given, as by the nano preset: loss = cross-entropy + 2 x velocity error
-(Scale-RAE section 3). Questions about images, mixed into the data, train the projector that reads latents.
-With --condition class the DiT alone is trained, on the labels of folders, .cls files or a column `label`:
-loss = velocity error (RAE section 5); with --condition caption, on captions that a frozen text encoder reads
-(RAEv2). Latents are encoded on the fly, or read from a folder that encode.py wrote. Writes OUT/model (a
-TextToImage or ClassToImage folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl, OUT/losses.png
-and OUT/samples/.
+A language model reads the request, and its hidden states at the latent queries condition the DiT. Both are
+trained together, loss = cross-entropy + 2 x velocity error (Scale-RAE section 3), but --freeze, which the
+nano preset sets, keeps parts fixed. Questions about images, mixed into the data, train the projector that
+reads latents. With --condition class the DiT alone is trained, on the labels of folders, .cls files or a
+column `label`: loss = velocity error (RAE section 5); with --condition caption, on captions that a frozen
+text encoder reads (RAEv2). Latents are encoded on the fly, or read from a folder that encode.py wrote. Writes
+OUT/model (a TextToImage or ClassToImage folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl,
+OUT/losses.png and OUT/samples/.
 """
 
 import itertools
@@ -131,6 +131,7 @@ PRESETS = {
     | {
         "autoencoder": "",  # that of --init
         "init": "runs/t2i/model",
+        "out": "runs/finetuned",
         "batch": 1024,
         "steps": 225,  # 4 epochs of the 57,553 images of BLIP3o-60k
         "lr": 5.66e-5,
@@ -163,7 +164,8 @@ class Config(common.TrainConfig):
     init: str = flag("", "start from this model (folder, hub id or name), with its sizes")
     freeze: str = flag(
         "none",
-        "frozen part: the language model with its embeddings, or all but DiT, connector and latent queries",
+        "frozen part: the language model with its embeddings, or all but DiT, connector and latent queries; "
+        "--condition text only",
         choices=["none", "language-model", "all-but-dit"],
     )
     prediction: str = flag(
@@ -182,14 +184,16 @@ class Config(common.TrainConfig):
     )
     # optimization
     steps: int = flag(10_000, "optimizer steps", at_least=1)
-    lr: float = flag(5e-4, "peak learning rate of the language model, queries and projector", above=0)
+    lr: float = flag(
+        5e-4, "peak learning rate of language model, queries and projector; --condition text only", above=0
+    )
     dit_lr: float = flag(1e-3, "peak learning rate of the DiT and its connector", above=0)
     muon: float = flag(0.0, "peak learning rate of Muon for the DiT's matrices (0: AdamW)", at_least=0)
     warmup: float = flag(
         200, "steps of linear warm-up (below 1: a fraction of all); none with --decay-start", at_least=0
     )
     decay_start: int | None = flag(None, "first step of a linear decay (default: cosine decay)", at_least=0)
-    decay_end: int | None = flag(None, "last step of the linear decay (default: that of the run)", at_least=1)
+    decay_end: int | None = flag(None, "last step of the linear decay (default: --steps)", at_least=1)
     final_lr: float = flag(0.0, "final learning rate, as a fraction of the peak", at_least=0, at_most=1)
     t_distribution: str = flag(
         "logit-normal", "distribution of t, before the timestep shift", choices=["logit-normal", "uniform"]
@@ -283,7 +287,8 @@ def count_classes(config: Config, source: data.Mixture) -> int | None:
     if not (source.classes or config.num_classes):
         raise ValueError(f"{config.data} does not tell how many classes it has: give --num-classes")
     if source.classes and config.num_classes not in (None, source.classes):
-        raise ValueError(f"{config.data} has {source.classes} classes, not {config.num_classes}")
+        given, cure = config.num_classes, f"give --num-classes {source.classes}"
+        raise ValueError(f"{config.data} has {source.classes} classes, not {given}: {cure}")
     return source.classes or config.num_classes
 
 
@@ -429,6 +434,7 @@ def open_data(
         options["max_seq_len"] = config.max_seq_len
     source = data.open_source(config.data, autoencoder.image_size, config.seed, **options)
     val_name = config.val_data or config.data
+    options["flip"] = False
     val_source = data.open_source(val_name, autoencoder.image_size, config.seed + 1, **options)
     classes = count_classes(config, source)
     if classes and val_source.classes not in (None, classes):
@@ -551,6 +557,9 @@ def main() -> None:
         config.val_data = config.val_data or "nano"
     if config.decay_end is not None and (config.decay_start is None or config.decay_end < config.decay_start):
         raise ValueError(f"--decay-end {config.decay_end} needs a --decay-start before it")
+    for name, other in (("lr", ": give --dit-lr"), ("freeze", ""), ("max_seq_len", "")):
+        if not is_text and name in config.given and not config.resumed:
+            raise ValueError(f"--{name.replace('_', '-')} is for --condition text{other}")
     dist_ctx = common.init_distributed(config.dtype, config.shard)
     device = dist_ctx.device
     run = common.Run(config, dist_ctx)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 import tarfile
 from io import BytesIO
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import common
 import data
 import rae
+import train_decoder
 import train_t2i
 from nano import shapes
 
@@ -108,8 +110,12 @@ def test_validation_classes_have_the_same_names(parts, tmp_path):
         Image.new("RGB", (32, 32)).save(tmp_path / path / "0.png")
     folders = {"data": str(tmp_path / "train"), "val_data": str(tmp_path / "val")}
     config = train_t2i.Config(condition="class", **folders)
+    autoencoder = rae.RAE.from_pretrained(parts / "rae")
     with pytest.raises(ValueError, match="class folders have other names"):
-        train_t2i.open_data(config, None, rae.RAE.from_pretrained(parts / "rae"), None)
+        train_t2i.open_data(config, None, autoencoder, None)
+    config.val_data, config.flip = "", True
+    sources = train_t2i.open_data(config, None, autoencoder, None)
+    assert [source.sources[0].transform.flip for source in sources] == [True, False]
 
 
 # -- training
@@ -136,7 +142,7 @@ def test_labels_are_dropped_only_where_asked():
     assert not torch.allclose(unconditional, conditional)
 
 
-def test_latents_on_disk_train_as_on_any_number_of_processes(world, parts, tmp_path):
+def test_latents_on_disk_train_as_on_any_number_of_processes(world, parts, tmp_path, monkeypatch):
     """encode.py on two processes; then the same losses with sharding, and with micro-batches."""
     out = tmp_path / "latents"
     flags = ["--autoencoder", parts / "rae", "--limit", 21, "--batch", 4, "--flip", "--out", out]
@@ -166,6 +172,11 @@ def test_latents_on_disk_train_as_on_any_number_of_processes(world, parts, tmp_p
     assert len(expected) == 3 + 2 * 4 and expected[0] != expected[1]
     for name in variants:
         assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-5)
+
+    flags = ["--data", str(out), "--out", str(tmp_path / "decoder")]
+    monkeypatch.setattr(sys, "argv", ["train_decoder.py", *flags])
+    with pytest.raises(ValueError, match="holds latents: a decoder needs images"):
+        train_decoder.main()
 
     config = train_t2i.Config(condition="class", data=str(out), autoencoder=str(parts / "rae"))
     other = SimpleNamespace(latent_shape=(16, 12), image_size=32)

@@ -444,7 +444,7 @@ def test_a_folder_has_every_image_whatever_its_name(tmp_path, capsys):
     assert capsys.readouterr().err.count("2 .heic, 1 .svg") == 1
 
 
-def test_subfolders_are_classes(tmp_path):
+def test_subfolders_are_classes(tmp_path, capsys):
     write_images(tmp_path / "classes", "truck/a.png", "train/b.png", "car/deep/er/c.png", "car/d.png")
     source = data.open_source(str(tmp_path / "classes"), SIZE, 0)
     assert source.class_names == ["car", "train", "truck"] and source.classes == 3
@@ -455,6 +455,7 @@ def test_subfolders_are_classes(tmp_path):
     # An image without a class: there are none.
     write_images(tmp_path / "classes", "e.png")
     assert data.Folder(str(tmp_path / "classes")).class_names is None
+    assert "no classes, because e.png is in no subfolder" in capsys.readouterr().err
     write_images(tmp_path / "others", "bus/a.png", "car/b.png", "van/b.png")
     write_images(tmp_path / "same", "bus/a.png", "car/b.png", "van/b.png")
     data.open_source(f"{tmp_path}/others,{tmp_path}/same", SIZE, 0)
@@ -611,8 +612,16 @@ def test_tars_of_other_programs(tmp_path):
                 f"./{name}": content,
             }
     members |= {"3.webp": png(3), "3.json": '\ufeff{"caption": "caption 3"}'.encode()}
+    members |= {"4.image.png": png(4), "4.caption.txt": b"caption 4", "4.video.mp4": b"x", "4.x.json": b"x"}
+    members |= {
+        "5.a.png": b"a mask",
+        "5.png": png(5),
+        "5.txt": b"caption 5",
+        "5.z.txt": b"x",
+        "5.z.png": b"x",
+    }
     members |= {"\udcff.png": png(4), "\udcff.txt": b"x"}  # a name that is not UTF-8
-    expected = [f"caption {i}" for i in range(4)]
+    expected = [f"caption {i}" for i in range(6)]
     write_tar(tmp_path / "plain/0.tar", members)
     content = (tmp_path / "plain/0.tar").read_bytes()
     for suffix, packed in (("TGZ", gzip.compress(content)), ("tar.zst", zstandard.compress(content))):
@@ -804,6 +813,13 @@ def test_one_pass_has_every_sample_once_however_it_is_split(name, root):
     assert some != dict(list(whole.items())[:20])  # these could be of one class
     assert one_pass(source, 20, 3) == one_pass(source, 20, 1, 2) == some
     assert one_pass(source, 1000, 2) == whole
+
+
+def test_few_shards_are_divided_between_processes_before_their_workers(root):
+    source = data.open_source(str(root / "tar"), SIZE, seed=0)  # 8 shards of 6
+    for rank in range(2):
+        once = data.OnePass(source, 5, None, 8, rank, 2)
+        assert sum(len(batch.get("index", ())) for w in range(8) for batch in once.batches(w, 8)) == 24
 
 
 def test_one_pass_over_a_mixture(root):

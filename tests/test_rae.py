@@ -1,5 +1,6 @@
 """The models: published sizes, shapes, conditions, padding, the sampler, encoders, folders."""
 
+import json
 import math
 import shutil
 
@@ -215,6 +216,13 @@ def test_heun_is_second_order():
         assert (results[0] - exact) / (results[1] - exact) == pytest.approx(ratio, rel=0.1)
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_both_solvers_end_at_the_clean_latents_that_are_predicted(solver):
+    clean, noise = torch.randn(3, *LATENTS), torch.randn(3, *LATENTS)
+    out = rae.sample(lambda x, t: rae.to_velocity(x, clean, t), noise, 20, alpha=8.0, solver=solver)
+    torch.testing.assert_close(out, clean, atol=1e-5, rtol=0)
+
+
 # --- autoencoder
 
 
@@ -263,6 +271,29 @@ def test_latent_statistics_are_inverted_by_decode_and_saved(tmp_path):
     again = rae.RAE.from_pretrained(tmp_path)
     assert torch.equal(again.encode(image), model.encode(image))
     assert torch.equal(again.decode(raw), model.decode(raw))
+
+
+def test_arguments_beside_an_encoder_folder(tmp_path):
+    config = transformers.SiglipVisionConfig(**VISION, **ENCODERS["siglip_vision_model"])
+    transformers.SiglipVisionModel(config).save_pretrained(tmp_path / "encoder")
+    processor = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 32, "width": 32}}
+    processor |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    (tmp_path / "encoder/preprocessor_config.json").write_text(json.dumps(processor))
+    plain = rae.RAE(str(tmp_path / "encoder"), DECODER)
+    assert plain.encoder_size == 32 and plain.image_mean.unique().tolist() == [0.5]
+    given = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    model = rae.RAE(str(tmp_path / "encoder"), DECODER, **given, layers=range(2))
+    assert model.image_mean.flatten().tolist() == pytest.approx(given["image_mean"])
+    assert model.image_std.flatten().tolist() == pytest.approx(given["image_std"])
+    model.save_pretrained(tmp_path / "rae")
+    again = rae.RAE.from_pretrained(tmp_path / "rae")
+    image = torch.rand(1, 3, 32, 32)
+    assert torch.equal(again.encode(image), model.encode(image))
+
+
+def test_a_folder_without_a_config(tmp_path):
+    with pytest.raises(ValueError, match="is no folder or hub id with a config.json"):
+        rae.ClassToImage.from_pretrained(tmp_path)
 
 
 def test_an_encoder_of_another_family():

@@ -582,14 +582,18 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_scale_rae_folders(layout, tokenizer, tmp_path):
+def test_layouts_of_scale_rae_folders(layout, tokenizer, tmp_path, monkeypatch):
     config, weights, expected = scale_rae("narrow")
     folder = write(tmp_path, config, tokenizer)
     LAYOUTS[layout](weights, tmp_path)
     assert len(list(tmp_path.glob("*-of-*"))) > 2 or "shards" not in layout
     check_equal(rae.TextToImage.from_pretrained(folder), expected)
     if layout == "consolidated":
-        check_equal(rae.TextToImage.from_pretrained(f"{folder}/model.pth.zstd"), expected)
+        monkeypatch.chdir(folder)
+        for file in (f"{folder}/model.pth.zstd", "model.pth.zstd"):
+            check_equal(rae.TextToImage.from_pretrained(file), expected)
+        with pytest.raises(ValueError, match="no tokenizer: call set_tokenizer"):
+            expected.save_pretrained(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("size", ["narrow", "wide"])

@@ -81,6 +81,8 @@ def test_flags_override_presets_and_a_resumed_config(parse, tmp_path):
     (tmp_path / "config.json").write_text('{"batch": 7, "steps": 11}')
     config = parse(train_decoder, "--out", tmp_path, "--resume", "--steps", 12)
     assert (config.batch, config.steps, config.resume, config.muon) == (7, 12, "auto", 0.0)
+    (tmp_path / "config.json").write_text('{"out": "where/it/was"}')
+    assert parse(train_decoder, "--out", tmp_path, "--resume").out == str(tmp_path)
     for content, message in (('{"dtype": "fp64"}', "--dtype fp64: choose"), ('{"colour": 1}', "colour"),
                              ('{"batch": 0}', "--batch 0: give at least 1"), ("{", "cannot read"),
                              ('{"batch": "9"}', "--batch '9': give int")):  # fmt: skip
@@ -131,6 +133,12 @@ def test_help_shows_the_values_of_the_preset(parse, capsys):
         ("train_t2i.py", ["--autoencoder", "DAMAGED"], "cannot load"),
         ("train_t2i.py", ["--autoencoder", "nowhere/at/all"], "no model at nowhere"),
         ("train_t2i.py", ["--init", "PARTS/t2i", "--dit", "nano"], "--dit is for a new model"),
+        (
+            "train_t2i.py",
+            ["--condition", "class", "--lr", 0.1],
+            "--lr is for --condition text: give --dit-lr",
+        ),
+        ("train_t2i.py", ["--data", "LLAVA.json"], "a .json is a manifest"),
         ("train_t2i.py", ["--language-model", "IMAGES"], "no config.json"),
         ("train_decoder.py", ["--gan-weight", 1, "--disc-start", 9], "--gan-start 0"),
         ("train_decoder.py", ["--init", "PARTS/rae", "--patch-size", 4], "to start from has 8"),
@@ -143,7 +151,8 @@ def test_mistakes_end_in_one_line(script, flags, message, parts, tmp_path, monke
     (tmp_path / "DAMAGED/model.safetensors").write_bytes(b"not safetensors")
     common.save_image(tmp_path / "IMAGES/0.png", torch.zeros(3, 32, 32))
     flags = [str(flag).replace("PARTS", str(parts)) for flag in flags]
-    flags = [str(tmp_path / flag) if flag in ("DAMAGED", "IMAGES") else flag for flag in flags]
+    (tmp_path / "LLAVA.json").write_text('[{"image": "0.png", "conversations": []}]')
+    flags = [str(tmp_path / flag) if flag in ("DAMAGED", "IMAGES", "LLAVA.json") else flag for flag in flags]
     base = ["--out", tmp_path / "out", "--batch", 1, "--workers", 0]
     if script == "train_t2i.py" and "--init" not in flags:
         base += ["--autoencoder", parts / "rae", "--language-model", parts / "language-model"]

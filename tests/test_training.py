@@ -575,10 +575,14 @@ def lose_the_data() -> None:
 
 
 def test_lost_data_ends_in_a_checkpoint_on_all_processes(world, parts, tmp_path):
-    flags = [*decoder_flags(parts, tmp_path), "--steps", 4]
+    write_shards(tmp_path / "tars")
+    flags = [*decoder_flags(parts, tmp_path), "--data", tmp_path / "tars", "--statistics", 0, "--steps", 4]
     printed = world(2, "train_decoder.py", *flags, patch=lose_the_data).wait(1)
     assert "error: data loading failed: a worker was killed (step 2 is saved: continue with" in printed
     assert "Traceback" not in printed and checkpoints(tmp_path) == ["0000002"]
+    state = json.loads((tmp_path / "checkpoints/0000002/state.json").read_text())
+    # of both processes: epoch, shard, first row of the block, rows taken of it
+    assert list(state["positions"].values()) == [[0, 0, 0, 2]] * 4
 
 
 def signal_while_asking() -> None:
@@ -605,15 +609,19 @@ def test_all_processes_leave_after_the_same_step(world, parts, tmp_path):
     assert "stopped after step 2" in run.wait()
 
 
-def test_shards_resume_in_the_middle_of_a_pass(world, parts, tmp_path):
-    """The positions of streams are in the checkpoint; the first half is read by two processes."""
-    (tmp_path / "tars").mkdir()
+def write_shards(folder: Path) -> None:
+    folder.mkdir()
     for shard in range(4):
-        with tarfile.open(tmp_path / f"tars/{shard}.tar", "w") as tar:
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for i in range(9 * shard, 9 * shard + 9):
                 member = tarfile.TarInfo(f"{i:03d}.png")
                 member.size = len(content := png(5 * i))
                 tar.addfile(member, io.BytesIO(content))
+
+
+def test_shards_resume_in_the_middle_of_a_pass(world, parts, tmp_path):
+    """The positions of streams are in the checkpoint; the first half is read by two processes."""
+    write_shards(tmp_path / "tars")
     os.truncate(tmp_path / "tars/3.tar", 7000)
     whole, half = tmp_path / "whole", tmp_path / "half"
     flags = ["--data", f"{tmp_path / 'tars'}=3,nano:objects=1", "--statistics", 0, "--workers", 1]
@@ -785,6 +793,26 @@ def test_the_checkpoint_of_one_run_does_not_overwrite_another(tmp_path):
         open_run(tmp_path / "other", resume="")
     assert set(contents(tmp_path / "one").items()) <= set(before.items())
     assert open_run(tmp_path / "new", resume=source)[1]["step"] == 1
+
+
+def test_a_run_without_its_checkpoints_starts_anew_and_keeps_the_old_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    save_checkpoint(tmp_path, 7)
+    shutil.rmtree(tmp_path / "checkpoints")
+    weights = (tmp_path / "model/model.safetensors").read_bytes()
+    run, state = open_run(tmp_path)
+    run.begin(state["step"])
+    [kept] = tmp_path.glob("model.*")
+    assert state["step"] == 0 and f"starts anew, and keeps {kept}" in capsys.readouterr().out
+    assert (kept / "model.safetensors").read_bytes() == weights and not (tmp_path / "model").exists()
+
+
+def test_checkpoints_leave_out_what_is_frozen(parts):
+    model = rae.TextToImage.from_pretrained(parts / "t2i")
+    assert model.language_model.config.tie_word_embeddings
+    model.language_model.requires_grad_(False)
+    state = common.training_state({"model": model}, [])
+    assert state and not any("language_model" in name for name in state)
 
 
 def test_two_runs_never_share_a_folder(tmp_path):
