@@ -69,8 +69,8 @@ class Config:
     )
     dit: str = flag(
         "nano",
-        "size of the DiT, which decides the other models: the shipped nano ones; DINOv2-B for RAE's sizes; "
-        "SigLIP-2 and a language model for Scale-RAE's",
+        "size of the DiT, which decides the other models: the shipped nano ones; DINOv2-B for RAE's and RAEv2's "
+        "sizes; SigLIP-2 and a language model for Scale-RAE's",
         choices=rae.DITS,
     )
     language_model: str = flag("1.5B", "size of Qwen2.5 for Scale-RAE's DiTs", choices=QWEN)
@@ -93,7 +93,7 @@ class Config:
 
     @property
     def encoder(self) -> dict:
-        return DINOV2 if self.dit.startswith("DiT") else SIGLIP
+        return DINOV2 if self.dit.startswith(("DiT", "raev2")) else SIGLIP
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -272,6 +272,7 @@ def measure_decoder_full(config: Config, compiled: bool, steps: int = 60) -> dic
         command = [sys.executable, str(Path(__file__).with_name("train_decoder.py"))]
         command += [f"--{name}={value}" for name, value in flags.items()]
         command += ["--compile" if compiled else "--no-compile"]
+        command += ["--activation-checkpointing"] * config.activation_checkpointing
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")

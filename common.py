@@ -45,7 +45,8 @@ import rae
 
 WEIGHTS = Path(os.path.relpath(Path(__file__).parent / "nano" / "weights"))  # shipped with the repository
 LONG_TIMEOUT = 12 * 60  # minutes, for ranks that finish sampling or encoding early and wait for the slowest
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, by device name
+PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12}
+PEAK_FLOPS |= {"B200": 2250e12}  # dense bf16, by device name; the first that fits
 
 transformers.logging.disable_progress_bar()  # one for each small folder that is read
 # every checkpoint of a single process would warn of it

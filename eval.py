@@ -317,7 +317,8 @@ def open_images(source: str, size: int | None, config: Config, dist_ctx: common.
             return ImageSet(source, statistics)
         return ImageSet(source, statistics, shape[1], npz_batches(source, shape, config, dist_ctx))
     opened = data.open_source(source, size or 48, config.seed)
-    limit = config.limit or (256 if source.startswith("nano") else None)  # nano sources are endless
+    is_endless = any(isinstance(part, data.NanoSource) for part in opened.sources)
+    limit = config.limit or (256 if is_endless else None)
     transform = Whole(size)
     for part in opened.sources:
         part.transform = transform  # nano sources ignore it: they draw at the size they were opened with
@@ -513,7 +514,7 @@ class Statistics(NamedTuple):
     source: str
     pooled: Gaussian  # of the FID features
     spatial: Gaussian | None  # of the sFID features
-    rows: Tensor | None  # (n, width) float32, FID features of each image in order
+    rows: Tensor | None  # (n, width) float32, FID features of each image
 
 
 @torch.no_grad()
@@ -536,9 +537,11 @@ def compute_statistics(
         x, y = features.extract(batch)
         sums.add(x)
         spatial_sums.add(y)
-        # A subset is chosen by the hash of the index: the number of processes does not matter then. A row is
-        # copied, because a view would keep the whole batch in memory.
-        keys = indices if most is None else [data.hash_seed(index) for index in indices]
+        # A subset is chosen by the hash of the index: the number of processes does not matter then. So are
+        # the splits of the Inception score: files in order may be of one class. ADM keeps the order of a
+        # .npz. A row is copied, because a view would keep the whole batch in memory.
+        in_order = most is None and isinstance(indices, range)
+        keys = indices if in_order else [data.hash_seed(index) for index in indices]
         rows += zip(keys, [row.copy() for row in x.cpu().numpy()], strict=True)
         if most is not None and len(rows) > 2 * most:
             rows = sorted(rows, key=lambda row: row[0])[:most]

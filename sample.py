@@ -40,6 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
+import convert
 import data
 import rae
 from common import DistContext, flag
@@ -212,7 +213,10 @@ def prompt_jobs(config: Config, count: int) -> list[list[Job]]:
 def class_jobs(config: Config, num_classes: int | None) -> list[Job]:
     """--n jobs in total, of the classes in turn."""
     if (config.classes == "none") != (num_classes is None):
-        raise ValueError(f"--classes {config.classes}: {config.model} has {num_classes or 'no'} classes")
+        cure = "" if num_classes else ": give --classes none"
+        raise ValueError(
+            f"--classes {config.classes}: {config.model} has {num_classes or 'no'} classes{cure}"
+        )
     labels = list(range(num_classes or 1))
     if config.classes not in ("all", "none"):
         try:
@@ -222,7 +226,8 @@ def class_jobs(config: Config, num_classes: int | None) -> list[Job]:
     n = config.n or 4 * len(labels)
     # The FID of images whose classes are not balanced would be another quantity.
     if len(set(labels)) < len(labels) or n % len(labels):
-        raise ValueError(f"--classes {config.classes} --n {n}: name a class once, draw all equally often")
+        cure = f"give each class once, and --n as a multiple of {len(set(labels))}"
+        raise ValueError(f"--classes {config.classes} --n {n}: all are drawn equally often; {cure}")
     return [Job(labels[i % len(labels)], config.seed + i, f"{i:06d}") for i in range(n)]
 
 
@@ -626,6 +631,10 @@ def main() -> None:
         config.guidance = 1.0
     if config.classes and not config.model:
         raise ValueError("--classes needs --model, such as one trained by train_t2i.py --preset nano-class")
+    if config.model in convert.RELEASED_DITS and not config.classes:
+        raise ValueError(f"{config.model} draws classes: give --classes, such as 207,360 or all")
+    if config.guidance == 1 and "guide" in config.given:
+        raise ValueError(f"--guide {config.guide} needs a --guidance other than 1")
     if not (config.prompts or config.classes or config.reconstruct):
         raise ValueError('give a prompt: sample.py "a red circle above a blue square"')
     if not config.classes:

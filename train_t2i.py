@@ -83,6 +83,7 @@ RAEV2 = {  # RAEv2's configs. Muon and AdamW have the same learning rate; consta
     "warmup": 0,
     "final_lr": 0.1,
     "ema": 0.9995,
+    "grad_accum": 2,  # room on 8 GPUs of 80 GB (estimate)
     "workers": 8,
     "save_every": 2 * EPOCH,
 }
@@ -117,6 +118,7 @@ PRESETS = {
     | {
         "condition": "caption",
         "language_model": "Qwen/Qwen3-0.6B",
+        "grad_accum": 4,
         "steps": 200_000,
         "decay_start": 50_000,
         "decay_end": 150_000,
