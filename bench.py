@@ -69,8 +69,8 @@ class Config:
     )
     dit: str = flag(
         "nano",
-        "size of the DiT, which decides the other models: the shipped nano ones; DINOv2-B for RAE's and RAEv2's "
-        "sizes; SigLIP-2 and a language model for Scale-RAE's",
+        "size of the DiT, which decides the other models: the shipped nano ones; DINOv2-B for RAE and RAEv2; "
+        "SigLIP-2 and a language model for Scale-RAE's",
         choices=rae.DITS,
     )
     language_model: str = flag("1.5B", "size of Qwen2.5 for Scale-RAE's DiTs", choices=QWEN)

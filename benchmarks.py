@@ -5,12 +5,12 @@ Rules and arithmetic are those of the official scorers, except where the list sa
 same too, through `transformers`.
 
 geneval: --samples is a folder in GenEval's layout, as sample.py --file evaluation_metadata.jsonl draws it.
-No mmdetection is needed. For three models that others scored both ways (nanogen-evals), the overall differs by
-up to 0.010.
+No mmdetection is needed. For three models that others scored both ways (nanogen-evals), the overall differs
+by up to 0.010.
 dpg: --samples is a folder of 2 x 2 grids ITEM.png, as sample.py --file FOLDER draws them for the official
 prompts. A BLIP or another visual question answering model of `transformers` works, but only scores by mPLUG
-are comparable with published ones. The official script drops the first row of its table, and takes categories from
-the last image of an item only; all of them count here.
+are comparable with published ones. The official script drops the first row of its table, and takes categories
+from the last image of an item only; all of them count here.
 clipscore: --samples is a folder of PNGs with their prompt in the metadata, as sample.py writes it.
 understanding asks --model itself. An image is squeezed into a square; of several images the first is shown.
 

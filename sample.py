@@ -593,6 +593,8 @@ def converse(config: Config, dist_ctx: DistContext) -> None:
         image = load_latents(config.ask, model.read_shape)
     elif config.ask:
         image = crop_image(config.ask, model.reader.image_size)[0]
+    if config.ask:
+        settings |= {"ask": config.ask, "content": short_hash(Path(config.ask).read_bytes())}
     with torch.no_grad(), dist_ctx.autocast():
         dialogue = rae.Dialogue(model)
         for turn, text in enumerate(config.prompts):

@@ -302,6 +302,23 @@ def test_part_of_a_large_reference_does_not_depend_on_the_batch(tmp_path):
     assert (kept[0] == kept[1]).all()
 
 
+def test_files_that_are_sorted_by_class_are_mixed_in_the_splits_of_the_inception_score(tmp_path):
+    for value in range(2):
+        for number in range(16):
+            (tmp_path / str(value)).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8), (255 * value,) * 3).save(tmp_path / f"{value}/{number:02d}.png")
+    images = evaluation.open_images(str(tmp_path), None, Config(), CPU)
+    rows = evaluation.compute_statistics(images, PIXELS, None, CPU).rows
+    assert len(rows) == 32 and 0.25 < rows[:16].mean() / rows.mean() / 2 < 0.75
+
+
+def test_a_folder_called_nano_is_not_the_nano_world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "nano-run", 260)
+    images = evaluation.open_images("nano-run", None, Config(), CPU)
+    assert sum(len(indices) for indices, _ in images.batches) == 260
+
+
 def test_references_are_cropped_and_samples_are_not(tmp_path):
     folder, path = write_folder(tmp_path / "samples", 8), write_npz(tmp_path / "samples.npz", 8)
     assert run_fid(folder, path)["fid"] == pytest.approx(0, abs=1e-6)
