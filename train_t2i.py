@@ -486,9 +486,7 @@ class Validation:
 
     def __init__(self, config: Config, model: rae.LatentModel, autoencoder, reader, batch: dict, dist_ctx):
         self.dist_ctx, self.autoencoder, self.parts = dist_ctx, autoencoder, []
-        order = prepare(config, model, batch).index
-        rows = list(range(len(order)))
-        self.noise, *_ = data.flow_draws(model.latent_shape, config.seed + 1, rows, dist_ctx.device)
+        draw = partial(data.flow_draws, model.latent_shape, config.seed + 1, device=dist_ctx.device)
         # ---- inputs, latents to generate, latents to read and noise of every micro-batch
         for micro_batch in data.micro_batches(batch, config.grad_accum):
             inputs = prepare(config, model, micro_batch)
@@ -497,9 +495,10 @@ class Validation:
             if config.condition == "text":  # the text loss is not needed: without labels, there are no logits
                 inputs.condition.labels.fill_(rae.IGNORED)
             latents, readable = encode(config, model, autoencoder, reader, micro_batch, dist_ctx)
-            noise = self.noise[[order.index(number) for number in inputs.index]]
+            noise, *_ = draw(inputs.index)
             answers, contexts = latents[inputs.answers].float(), readable[inputs.contexts]
             self.parts.append((inputs.condition, answers, contexts, noise))
+        self.count = sum(len(noise) for *_, noise in self.parts)
         self.guidance = 1.0 if config.condition == "none" else GRID_GUIDANCE
         if config.condition in ("text", "caption"):
             captions = map(data.requested_caption, batch["conversation"])
@@ -512,13 +511,14 @@ class Validation:
         else:
             classes = getattr(model, "num_classes", None) or 16
             self.grid_inputs = [i * classes // 16 for i in range(16)]
+        self.grid_noise, *_ = draw(range(len(self.grid_inputs)))
 
     @torch.no_grad()
     def losses(self, ema: rae.LatentModel) -> dict[str, float]:
         """Velocity error at each noise level, and their mean."""
         levels, errors = len(VAL_TIMES), 0.0
         for condition, latents, contexts, noise in self.parts:
-            weight = len(latents) / len(self.noise)
+            weight = len(latents) / self.count
             latents, noise = latents.repeat(levels, 1, 1), noise.repeat(levels, 1, 1)
             t = torch.tensor(VAL_TIMES, device=noise.device).repeat_interleave(len(noise) // levels)
             x_t = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
@@ -534,12 +534,11 @@ class Validation:
         """Samples of the EMA weights; under FSDP every rank has to take part."""
         if not self.grid_inputs:
             return
-        noise = self.noise[torch.arange(len(self.grid_inputs)) % len(self.noise)]
         inputs = self.grid_inputs
         if isinstance(ema, rae.CaptionToImage):
             inputs = ema.condition(inputs, truncate=True)  # as in the loop, where long captions are cut
         with self.dist_ctx.autocast():
-            latents = ema.generate(inputs, GRID_STEPS, self.guidance, noise=noise)
+            latents = ema.generate(inputs, GRID_STEPS, self.guidance, noise=self.grid_noise)
             images = self.autoencoder.decode(latents)
         if self.dist_ctx.is_main:
             prompts = "\n".join(map(str, self.grid_inputs))
