@@ -15,8 +15,8 @@
     torchrun --nproc-per-node 8 -- sample.py --preset rae-256 --classes all --n 50000 --out fid --npz fid.npz
 
 Writes a PNG per image, with prompt, seed and settings in its metadata, and for up to 256 images a grid with
-one row per prompt. An image is named after its prompt in lower case, with a hash if that leaves out anything,
-such as "!". A file is only ever replaced by the same image. --latents also saves latents, which --ask and
+one row per prompt. An image is named after its prompt in lower case, with a hash if that loses anything, such
+as "!". A file is only ever replaced by the same image. --latents also saves latents, which --ask and
 --reconstruct accept instead of an image.
 Image k of a prompt, or of all class labels, is drawn from seed + k, whatever the batch size and the number of
 processes. With a text --file, image k of prompt i is drawn from seed + i + 1,000,000 k: no noise comes twice.

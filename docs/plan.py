@@ -304,6 +304,7 @@ Fragmentation and the allocator's reserve are not included.
 
 On {config.gpus} {config.gpu} of {peak / 1e12:.0f} TFLOP/s at an MFU of {config.mfu:.0%};
 {gpu.nvlink} GB/s inside a node of {NODE}, {gpu.network} GB/s between nodes.
+"batch": there are more GPUs than samples in a batch.
 
 {time_table(costs, config)}""")
 
