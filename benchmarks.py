@@ -413,7 +413,7 @@ def clipscore(config, dist_ctx: common.DistContext) -> list[dict]:
     pairs = pairs[: config.limit]
     culprit = next((path for path, prompt in pairs if prompt is None), None if pairs else folder)
     if culprit:
-        raise ValueError(f"{culprit}: no prompt in the metadata of an image; give images of sample.py")
+        raise ValueError(f"{culprit}: no prompt in the metadata; give images of sample.py")
     with common.loading(config.clip):
         clip = Clip(config.clip, dist_ctx.device)
     count, pairs = len(pairs), pairs[dist_ctx.rank :: dist_ctx.world_size]

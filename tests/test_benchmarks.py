@@ -313,7 +313,7 @@ def test_clipscore(networks, tmp_path, capsys):
     result = read_results(tmp_path / "results.json")[f"clipscore/{networks / 'clip'}"]
     assert result["value"] == pytest.approx(np.mean(expected), rel=1e-4) and result["n"] == 3
     noise(8, 8).save(tmp_path / "no-prompt.png")
-    assert "no images with a prompt" in run(capsys, *command, code=1)
+    assert "no-prompt.png: no prompt in the metadata" in run(capsys, *command, code=1)
 
 
 # -----------------------------------------------------------------------------------------------------------
