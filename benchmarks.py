@@ -106,7 +106,7 @@ def score_all(
 
 
 def digest(path: Path) -> str:
-    """Identifies an image's content: a new image may take the place of one that was scored."""
+    """Identifies the content of a file: a new image may take the place of one that was scored."""
     return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 

@@ -45,8 +45,8 @@ import rae
 
 WEIGHTS = Path(os.path.relpath(Path(__file__).parent / "nano" / "weights"))  # shipped with the repository
 LONG_TIMEOUT = 12 * 60  # minutes, for ranks that finish sampling or encoding early and wait for the slowest
-PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12}
-PEAK_FLOPS |= {"B200": 2250e12}  # dense bf16, by device name; the first that fits
+PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12}
+PEAK_FLOPS |= {"H200": 989e12, "B200": 2250e12}  # dense bf16, by device name; the first that fits
 
 transformers.logging.disable_progress_bar()  # one for each small folder that is read
 # every checkpoint of a single process would warn of it
@@ -84,7 +84,7 @@ class TrainConfig:
     seed: int = flag(0, "seed of weights, data order, noise and every other random draw")
     batch: int = flag(64, "samples per step, over all ranks", at_least=1)
     grad_accum: int = flag(1, "gradient accumulation: micro-batches per step and rank", at_least=1)
-    dtype: str = flag("auto", "compute dtype (fp32 is TF32 on CUDA); auto: bf16 on CUDA", choices=DTYPES)
+    dtype: str = flag("auto", "compute dtype; auto: bf16 on CUDA, else fp32 (on CUDA TF32)", choices=DTYPES)
     shard: str = flag("none", "FSDP2 sharding: full (all ranks) or hybrid (within a node)", choices=SHARDING)
     activation_checkpointing: bool = flag(False, "recompute the blocks in backward, to save memory")
     compile: bool | None = flag(None, "torch.compile the transformer blocks (default: on CUDA)")
@@ -1171,9 +1171,6 @@ class Run:
                 print(f"resumed from {self.source}", flush=True)
             with replacing(self.out / "config.json") as temporary:
                 temporary.write_text(text + "\n")
-            if not step and (self.out / "model").exists():  # of a run whose checkpoints are gone
-                kept = (self.out / "model").rename(self.out / f"model.{time.time_ns()}")
-                print(f"no checkpoint to resume from: starts anew, and keeps {kept}", flush=True)
             self.forget_after(step)
             if self.config.wandb:
                 self.wandb = start_wandb(self.config, self.out)
@@ -1196,6 +1193,12 @@ class Run:
                 path.rename(self.out / "model")
             else:
                 shutil.rmtree(path, ignore_errors=True)
+        model = self.out / "model"
+        if not step and model.exists():  # of a run whose checkpoints are gone
+            kept = model.rename(f"{model}.{time.time_ns()}")
+            if self.metrics.exists():
+                self.metrics.rename(kept / "metrics.jsonl")
+            print(f"no checkpoint to resume from: starts anew, and keeps {kept}", flush=True)
         if self.metrics.exists():
             rows = [row for row in read_rows(self.metrics) if row["step"] <= step]
             with replacing(self.metrics) as temporary:

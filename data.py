@@ -330,7 +330,8 @@ def make_sample(row: dict, transform: Transform, uniform: np.ndarray) -> dict:
         # Black, so that workers know the shape of an image; `collate` drops it.
         image = np.zeros((transform.size, transform.size, 3), np.uint8)
     else:
-        raise SkipSample(f"{name}: no image")
+        unread = f", for the name of {row['unread']} has two dots" if "unread" in row else ""
+        raise SkipSample(f"{name}: no image{unread}")
     return {"image": image, "caption": caption, "label": label, "conversation": conversation}
 
 
@@ -553,7 +554,7 @@ class Folder:
         loose = [] if metadata else [image for image in images if "/" not in image]
         in_classes = len(classes) > 1 and not loose
         if loose and len(loose) < len(images) and not self.has_texts:
-            say(f"{path}: no classes, because {loose[0]} is in no subfolder ({len(loose):,} such images)")
+            say(f"{path}: no classes: {len(loose):,} images are in no subfolder, such as {loose[0]}")
         self.class_names = sorted(classes) if in_classes else None
         self.labels = {name: label for label, name in enumerate(self.class_names or [])}
         if in_classes and all(name.lower() in ("train", *HELD_OUT) for name in classes):
@@ -794,9 +795,7 @@ def tar_rows(url: str) -> Iterator[dict]:
                 if row and row["name"] != name:
                     yield row
                     row = {}
-                fields = {"name": name} | read_member(tar, member, path, extension.lower())
-                # "KEY.image.jpg" counts unless there is a "KEY.jpg"
-                row = fields | row if "." in extension else row | fields
+                row |= {"name": name} | read_member(tar, member, path, extension.lower())
         # A whole tar ends with zeros. tarfile takes any end of the file for the end of the archive.
         if reader.tail.strip(b"\0"):
             raise EOFError("the file ends in the middle")
@@ -806,20 +805,20 @@ def tar_rows(url: str) -> Iterator[dict]:
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: PurePosixPath, extension: str) -> dict:
     """What one file in a tar adds to its row: an image, a text, a label (cls) or several fields (json)."""
-    kind = extension.rpartition(".")[2]  # of "image.jpg" jpg
-    if kind not in (*IMAGES, *CAPTIONS) and extension not in ("cls", "json"):
-        return {}
     if path.is_absolute() or ".." in path.parts:
         return {"error": "unsafe file name"}
     if encodable(member.name) != member.name:
         return {"error": "the file name is not UTF-8"}
+    if extension not in (*IMAGES, *CAPTIONS, "cls", "json"):
+        is_image = extension.rpartition(".")[2] in IMAGES
+        return {"unread": path.name} if is_image else {}
     if member.size > MAX_FILE:
         return {"error": f"{path.name} has {member.size:,} bytes, the limit is {MAX_FILE:,}"}
     content = tar.extractfile(member).read()
-    if kind in IMAGES:
+    if extension in IMAGES:
         return {"image": content}
     text = content.decode("utf-8-sig", errors="replace")
-    if kind in CAPTIONS:
+    if extension in CAPTIONS:
         return {"text": text}
     try:
         return {"label": int(text)} if extension == "cls" else known_fields(json.loads(text))

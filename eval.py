@@ -537,9 +537,9 @@ def compute_statistics(
         x, y = features.extract(batch)
         sums.add(x)
         spatial_sums.add(y)
-        # A subset is chosen by the hash of the index: the number of processes does not matter then. So are
-        # the splits of the Inception score: files in order may be of one class. ADM keeps the order of a
-        # .npz. A row is copied, because a view would keep the whole batch in memory.
+        # A subset is chosen by the hash of the index: the number of processes does not matter then. The
+        # splits of the Inception score are mixed by it, too, because files in order may be of one class; a
+        # .npz keeps its order, as in ADM. A row is copied: a view would keep the whole batch in memory.
         in_order = most is None and isinstance(indices, range)
         keys = indices if in_order else [data.hash_seed(index) for index in indices]
         rows += zip(keys, [row.copy() for row in x.cpu().numpy()], strict=True)

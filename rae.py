@@ -50,7 +50,9 @@ class Hub(PyTorchModelHubMixin, library_name="rae"):
     @classmethod
     def _from_pretrained(cls, *, config: dict | None = None, **kwargs):
         if config is None:
-            raise ValueError(f"{kwargs['model_id']} is no folder or hub id with a config.json")
+            raise ValueError(
+                f"{kwargs['model_id']} has no config.json, or is a hub repository that cannot be read"
+            )
         # the mixin ignores arguments that `__init__` does not have, and loads weights that do not fit
         if unknown := sorted(set(config) - set(cls._hub_mixin_init_parameters)):
             raise ValueError(f"config.json has keys that {cls.__name__} does not know: {', '.join(unknown)}")
@@ -436,8 +438,8 @@ class RAE(nn.Module, Hub):
     encoder: hub id or local `transformers` folder; or its config as a dict, as `save_pretrained` writes it.
     decoder_config: width, depth, heads, mlp_width and patch_size (of the output; default: the encoder's).
     encoder_size: side of the encoder's input in pixels; images of another size are resized.
-    image_mean, image_std: the encoder's pixel statistics. These three are read from the hub id or folder
-        unless given; a config needs them.
+    image_mean, image_std: the encoder's pixel statistics. These three default to those of the hub id or
+        folder; a config needs them.
     layers: encoder layers that are averaged, see `Encoder` (RAEv2).
     denormalise: whether the decoder's output is in the encoder's normalised pixels (RAE) or in [0, 1] already
         (RAEv2, the default with `layers`).
@@ -586,7 +588,7 @@ class VAE(nn.Module):
             raise ValueError(f"{source} is an AutoencoderKL of {channels} channels: give one of RGB images")
         sample_size = config.sample_size if isinstance(config.sample_size, int) else min(config.sample_size)
         self.image_size = image_size or min(256, sample_size)
-        patch = 2 ** len(config.block_out_channels)  # a 2 x 2 token, in pixels
+        patch = 2 ** len(config.block_out_channels)  # side of a token in pixels
         side, rest = divmod(self.image_size, patch)
         if rest:
             raise ValueError(f"image_size {self.image_size} is not a multiple of {patch}")

@@ -634,8 +634,8 @@ def main() -> None:
     if config.classes and not config.model:
         raise ValueError("--classes needs --model, such as one trained by train_t2i.py --preset nano-class")
     if config.model in convert.RELEASED_DITS and not config.classes:
-        raise ValueError(f"{config.model} draws classes: give --classes, such as 207,360 or all")
-    if config.guidance == 1 and "guide" in config.given:
+        raise ValueError(f"{config.model} is class-conditional: give --classes, such as 207,360 or all")
+    if config.guide and config.guidance == 1 and "guide" in config.given:
         raise ValueError(f"--guide {config.guide} needs a --guidance other than 1")
     if not (config.prompts or config.classes or config.reconstruct):
         raise ValueError('give a prompt: sample.py "a red circle above a blue square"')

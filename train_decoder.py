@@ -574,7 +574,7 @@ def measure_statistics(config: Config, model: rae.RAE, run: common.Run, dist_ctx
     bar = tqdm(batches, "statistics", disable=not dist_ctx.is_main)
     mean, std = latent_statistics(model, bar, dist_ctx)
     run.count_skipped(batches)
-    run.skipped_samples = 0  # of training
+    run.skipped_samples = 0  # those of training are counted
     model.latent_mean.copy_(mean)
     model.latent_std.copy_(std)
 

@@ -8,14 +8,14 @@
         --activation-checkpointing                                 # one small GPU
     torchrun --nproc-per-node 8 train_t2i.py --preset dit-dh-xl-imagenet256 --data imagenet/train
     torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-2.4b --shard full --grad-accum 8 \\
-        --data web=0.55,synthetic=0.35,questions.jsonl=0.1 --out runs/t2i
+        --data web=0.55,synthetic=0.35,qa.jsonl=0.1 --out runs/t2i
     torchrun --nproc-per-node 8 train_t2i.py --preset scale-rae-finetune --shard full --grad-accum 8 \\
         --data blip3o-60k --init runs/t2i/model --out runs/finetuned
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_t2i.py ...
 
 A language model reads the request, and its hidden states at the latent queries condition the DiT. Both are
-trained together, loss = cross-entropy + 2 x velocity error (Scale-RAE section 3), but --freeze, which the
-nano preset sets, keeps parts fixed. Questions about images, mixed into the data, train the projector that
+trained jointly, loss = cross-entropy + 2 x velocity error (Scale-RAE section 3), unless --freeze is given, as
+by the nano preset. Questions about images, mixed into the data, train the projector that
 reads latents. With --condition class the DiT alone is trained, on the labels of folders, .cls files or a
 column `label`: loss = velocity error (RAE section 5); with --condition caption, on captions that a frozen
 text encoder reads (RAEv2). Latents are encoded on the fly, or read from a folder that encode.py wrote. Writes
@@ -182,7 +182,9 @@ class Config(common.TrainConfig):
     eval_every: int = flag(500, "steps between validation losses", at_least=1)
     flip: bool = flag(False, "mirror half of the images")
     max_seq_len: int = flag(
-        512, "maximum tokens of a sample with its images; longer ones are skipped", at_least=1
+        512,
+        "maximum tokens of a sample with its images; longer ones are skipped; --condition text only",
+        at_least=1,
     )
     # optimization
     steps: int = flag(10_000, "optimizer steps", at_least=1)

@@ -292,7 +292,7 @@ def test_arguments_beside_an_encoder_folder(tmp_path):
 
 
 def test_a_folder_without_a_config(tmp_path):
-    with pytest.raises(ValueError, match="is no folder or hub id with a config.json"):
+    with pytest.raises(ValueError, match="has no config.json"):
         rae.ClassToImage.from_pretrained(tmp_path)
 
 

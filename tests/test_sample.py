@@ -464,6 +464,7 @@ def test_presets_name_what_is_released(name, scale):
         ("--classes|all|--n|9|--model|MODEL", "give each class once, and --n as a multiple of 8"),
         ("--classes|all|--guide|SMALL|--model|MODEL", r"latents \(4, 24\)"),
         ("--classes|all|--guide|FEW|--model|MODEL", "has 3 classes"),
+        ("--classes|all|--guide|FEW|--guidance|1|--model|MODEL", "needs a --guidance other than 1"),
     ],
 )
 def test_careless_use(flags, message, run, parts, folders, tmp_path):

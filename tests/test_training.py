@@ -800,10 +800,14 @@ def test_a_run_without_its_checkpoints_starts_anew_and_keeps_the_old_model(tmp_p
     save_checkpoint(tmp_path, 7)
     shutil.rmtree(tmp_path / "checkpoints")
     weights = (tmp_path / "model/model.safetensors").read_bytes()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
     run, state = open_run(tmp_path)
     run.begin(state["step"])
     [kept] = tmp_path.glob("model.*")
     assert state["step"] == 0 and f"starts anew, and keeps {kept}" in capsys.readouterr().out
+    assert (kept / "metrics.jsonl").read_text() == '{"step": 7}\n' and not (
+        tmp_path / "metrics.jsonl"
+    ).exists()
     assert (kept / "model.safetensors").read_bytes() == weights and not (tmp_path / "model").exists()
 
 
