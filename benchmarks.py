@@ -527,7 +527,7 @@ def dpg(config, dist_ctx: common.DistContext) -> list[dict]:
         raise ValueError(f"{len(missing)} of {len(paths)} grids are missing, the first is {missing[0]}")
     images = [(path, square) for path in paths for square in range(GRID * GRID)][: config.limit]
     # an image's content is part of its key: a grid that was drawn again is asked about again
-    digests = {path: digest(path) for path in paths}
+    digests = {path: digest(path) for path in {path for path, _ in images}}
     jobs = {(path.stem, square, digests[path]): (path, square) for path, square in images}
     fields, scorer = ("item_id", "square", "digest"), partial(DPGScorer, config.vqa, items, dist_ctx.device)
     networks = {"vqa": config.vqa, "questions": digest(Path(config.questions))}

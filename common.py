@@ -1185,15 +1185,15 @@ class Run:
         for path in self.complete_checkpoints():
             if int(path.name) > step:
                 remove_folder(path)
+        model = self.out / "model"
         for path in (*self.out.glob(".model.*"), *self.checkpoints.glob(".*")):
             if not re.fullmatch(r"\.(model\.\d+|\d{7,})\.(tmp|old)", path.name):
                 continue
             # killed between the two renamings of `replacing`: the old folder is the only complete one
-            if path.match(".model.*.old") and not (self.out / "model").exists():
-                path.rename(self.out / "model")
+            if path.match(".model.*.old") and not model.exists():
+                path.rename(model)
             else:
                 shutil.rmtree(path, ignore_errors=True)
-        model = self.out / "model"
         if not step and model.exists():  # of a run whose checkpoints are gone
             kept = model.rename(f"{model}.{time.time_ns()}")
             if self.metrics.exists():

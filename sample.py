@@ -560,6 +560,11 @@ def load_latents(path: str, latent_shape: tuple[int, int]) -> Tensor:
     return latents
 
 
+def describe_source(path: str) -> dict[str, str]:
+    """Metadata of what is made from a file."""
+    return {"source": path, "content": short_hash(Path(path).read_bytes())}
+
+
 def reconstruct(config: Config, dist_ctx: DistContext) -> None:
     model = common.load_autoencoder(config.autoencoder or common.WEIGHTS / "rae", dist_ctx)
     with torch.no_grad(), dist_ctx.autocast():
@@ -575,8 +580,8 @@ def reconstruct(config: Config, dist_ctx: DistContext) -> None:
             image, count = common.image_grid(torch.cat([original, decoded]), columns=2), 2
             note = f"  (left original, right reconstruction; PSNR {psnr:.1f} dB)"
     path = Path(config.out) / f"{Path(config.reconstruct).stem}-reconstruction.png"
-    metadata = {"source": config.reconstruct, "content": short_hash(Path(config.reconstruct).read_bytes())}
-    metadata |= {"weights": common.fingerprint(model), "dtype": str(dist_ctx.dtype)}
+    metadata = {"weights": common.fingerprint(model), "dtype": str(dist_ctx.dtype)}
+    metadata |= describe_source(config.reconstruct)
     exists(path, metadata)
     common.save_image(path, image, **metadata, grid_of=count)
     print(f"{path}{note}")
@@ -594,7 +599,7 @@ def converse(config: Config, dist_ctx: DistContext) -> None:
     elif config.ask:
         image = crop_image(config.ask, model.reader.image_size)[0]
     if config.ask:
-        settings |= {"ask": config.ask, "content": short_hash(Path(config.ask).read_bytes())}
+        settings |= describe_source(config.ask)
     with torch.no_grad(), dist_ctx.autocast():
         dialogue = rae.Dialogue(model)
         for turn, text in enumerate(config.prompts):

@@ -15,12 +15,12 @@
 
 A language model reads the request, and its hidden states at the latent queries condition the DiT. Both are
 trained jointly, loss = cross-entropy + 2 x velocity error (Scale-RAE section 3), unless --freeze is given, as
-by the nano preset. Questions about images, mixed into the data, train the projector that
-reads latents. With --condition class the DiT alone is trained, on the labels of folders, .cls files or a
-column `label`: loss = velocity error (RAE section 5); with --condition caption, on captions that a frozen
-text encoder reads (RAEv2). Latents are encoded on the fly, or read from a folder that encode.py wrote. Writes
-OUT/model (a TextToImage or ClassToImage folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl,
-OUT/losses.png and OUT/samples/.
+by the nano preset. Questions about images, mixed into the data, train the projector that reads latents. With
+--condition class the DiT alone is trained, on the labels of folders, .cls files or a column `label`: loss =
+velocity error (RAE section 5); with --condition caption, on captions that a frozen text encoder reads
+(RAEv2). Latents are encoded on the fly, or read from a folder that encode.py wrote. Writes OUT/model (a
+TextToImage or ClassToImage folder for the other scripts), OUT/checkpoints/, OUT/metrics.jsonl, OUT/losses.png
+and OUT/samples/.
 """
 
 import itertools
